@@ -1,0 +1,5 @@
+"""``python -m keeplora``."""
+
+from keeplora.cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""The command line: one file per command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from keeplora.cli import assets, audit, export, listing, predict, report, resume, run
+from keeplora.errors import KeepLoraError
+
+app = typer.Typer(
+    help="Teach a pretrained vision-language model one task after another without forgetting.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+app.command("run")(run.run)
+app.command("resume")(resume.resume)
+app.command("predict")(predict.predict)
+app.command("export")(export.export)
+app.command("report")(report.report)
+app.command("audit")(audit.audit)
+app.command("methods")(listing.methods)
+app.command("suites")(listing.suites)
+app.add_typer(assets.app, name="assets")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from keeplora import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _hush() -> None:
+    """Progress bars and notices of the libraries below would tear ours apart."""
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130: interrupted."""
+    _hush()
+    try:
+        return app(arguments, standalone_mode=True)
+    except KeepLoraError as error:
+        print(f"Error: {error}", file=sys.stderr)
+    except FloatingPointError as error:
+        print(f"Error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"Error: {error.filename}: {error.strerror}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,98 @@
+"""`keeplora run`: learn tasks in sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from keeplora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from keeplora.experiment.plan import Plan
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="The experiment's YAML file; not needed with --suite.")] = None,
+    suite: Annotated[str | None, typer.Option(help="A packaged suite, such as demo (see `keeplora suites`).")] = None,
+    method: Annotated[str | None, typer.Option(help="How to learn (see `keeplora methods`).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of shuffling, sampling and random starts.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The run directory; default runs/NAME-METHOD-seedSEED.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("-o", "--set", help="Any key: -o training.epochs=2. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and estimates; train nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
+    ] = None,
+) -> None:
+    """Run an experiment: every task in turn, evaluation after each, a report at the end."""
+    from keeplora.experiment import Experiment
+    from keeplora.experiment.config import parse_overrides
+
+    overrides: dict[str, Any] = parse_overrides(set_ or [])
+    for key, value in (("method", method), ("seed", seed), ("output", str(output) if output else None)):
+        if value is not None:
+            overrides[key] = value
+    if config is None and suite is None:
+        raise ConfigError("nothing to run: give an experiment's YAML file, or --suite demo --method keeplora++")
+    if config is None:
+        experiment = Experiment({"suite": suite, "method": method or "keeplora++"}, overrides, quiet=quiet or None)
+    else:
+        if suite is not None:
+            overrides["suite"] = suite
+        experiment = Experiment(config, overrides, quiet=quiet or None)
+    if dry_run:
+        _print_plan(experiment)
+        return
+    experiment.run()
+    finish(experiment.config.output_path, against or [])
+
+
+def finish(path: Path, against: list[Path]) -> None:
+    """What a run ends with: the tables and the report's path."""
+    from rich.console import Console
+
+    from keeplora.report import find_comparable, load_results, render_report
+    from keeplora.report.terminal import results_table, run_table
+
+    report = render_report(path, against)
+    console = Console()
+    results = load_results(path)
+    console.print(run_table(results))
+    others = [load_results(other) for other in dict.fromkeys([*against, *find_comparable(path)])]
+    console.print(results_table([results, *others]))
+    console.print(f"Report: {report}", soft_wrap=True, highlight=False)
+
+
+def _print_plan(experiment: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from keeplora.experiment.plan import make_plan
+    from keeplora.experiment.progress import duration
+
+    plan: Plan = make_plan(experiment.setup)
+    config = experiment.config
+    table = Table(title=f"{config.label}: {config.method}, seed {config.seed} → {config.output_path}")
+    for header in ("task", "classes", "train", "validation", "test", "epochs", "steps"):
+        table.add_column(header, justify="left" if header == "task" else "right")
+    for row in plan.tasks:
+        table.add_row(*(str(row[key]) for key in ("name", "classes", "train", "validation", "test", "epochs", "steps")))
+    console = Console()
+    console.print(table)
+    for probe in experiment.setup.probes:
+        console.print(f"probe {probe.name}: {len(probe.test)} pictures, {len(probe.classes)} classes, never trained on")
+    towers: dict[str, int] = {}
+    for target in plan.targets:
+        towers[target.tower] = towers.get(target.tower, 0) + 1
+    console.print(f"targets: {', '.join(f'{n} in {tower}' for tower, n in towers.items())}")
+    console.print(f"trained parameters per task: {plan.trained_parameters:,}")
+    console.print(f"precision: {experiment.setup.precision.name} on {experiment.setup.precision.device}")
+    console.print(f"memory: about {plan.memory_bytes / 2**30:.1f} GiB (measured on one trained batch)")
+    parts = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
+    console.print(f"time: about {duration(plan.total_seconds)} ({parts}; scaled up from one timed batch)")
+    for item in config.overridden:
+        console.print(f"differs from preset {config.preset}: {item}", highlight=False)

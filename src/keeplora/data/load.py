@@ -1,0 +1,123 @@
+"""From what a source found to a task: splits, caps, checks, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keeplora.data.checks import check_entries, handle_duplicates
+from keeplora.data.classes import Classes, check_labels, resolve_classes
+from keeplora.data.sets import Entry, PictureSet, TaskData
+from keeplora.data.spec import DEFAULT_TEST_FRACTION, SPLIT_ALIASES, RawTask, TaskSpec
+from keeplora.data.splits import cap_per_class, holdout, split_validation
+from keeplora.errors import DataError
+
+
+def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
+    """Build the task.
+
+    The order matters: a split that must be cut is cut from whole pictures only (identical ones kept together); caps
+    come before the reading of pictures where they can, so that a small sample of a large set is quick; duplicates
+    are looked for among the pictures that are used.
+    """
+    found = _probe_splits(raw, spec) if probe else raw.splits
+    splits = {split: found[split] for split in SPLIT_ALIASES if split in found}  # one order, whatever the source's
+    _refuse_empty(raw, splits, "test" if probe else "train")
+    warnings = raw.warnings
+    if "test" not in splits:
+        splits, found = _cut_test(splits, spec)
+        warnings += found
+        if probe:
+            del splits["train"]
+    limits = {"train": spec.max_train_per_class, "test": spec.max_test_per_class}
+    for split, entries in splits.items():
+        chosen = cap_per_class([e.key for e in entries], [e.label for e in entries], limits.get(split), spec.split_seed)
+        splits[split] = [entries[i] for i in chosen]
+        if not all(entry.digest for entry in splits[split]):  # those that were cut have been read already
+            splits[split], found = check_entries(splits[split], spec, split)
+            warnings += found
+    splits, found = handle_duplicates(splits, spec.duplicates)
+    warnings += found
+
+    main = "test" if probe else "train"
+    if not splits[main]:
+        raise DataError(f"no usable picture is left in {main}; see that the files can be opened")
+    _refuse_lost(raw, splits[main], main)
+    classes = resolve_classes(splits[main], raw, spec)
+    for split in ("test", "validation"):
+        if split in splits and split != main:
+            warnings += check_labels(splits[split], classes, split)
+            if not splits[split]:
+                raise DataError(f"no usable picture is left in {split}; see that the files can be opened")
+    sets = {split: _numbered(entries, classes, spec) for split, entries in splits.items()}
+    train = sets.get("train", PictureSet([], [], max_pixels=spec.max_pixels))
+    validation = sets.get("validation")
+    if isinstance(spec.validation, float) and not probe:
+        train, validation = split_validation(train, spec.validation, spec.split_seed)
+    return TaskData(
+        name=spec.name,
+        classes=classes.display,
+        templates=spec.templates,
+        train=train,
+        test=sets["test"],
+        validation=validation,
+        warnings=warnings,
+        licence=spec.licence or raw.licence,
+    )
+
+
+def _numbered(entries: Sequence[Entry], classes: Classes, spec: TaskSpec) -> PictureSet:
+    number = {label: index for index, label in enumerate(classes.raw)}
+    return PictureSet(entries, [number[entry.label] for entry in entries], max_pixels=spec.max_pixels)
+
+
+def _probe_splits(raw: RawTask, spec: TaskSpec) -> dict[str, list[Entry]]:
+    """A probe is only tested: its test split, or all there is."""
+    if "test" in raw.splits:
+        return {"test": raw.splits["test"]}
+    raw.empty["test"] = raw.empty.pop("train", [])
+    return {"train" if isinstance(spec.test, float) else "test": raw.splits["train"]}
+
+
+def _cut_test(splits: dict[str, list[Entry]], spec: TaskSpec) -> tuple[dict[str, list[Entry]], list[str]]:
+    fraction = spec.test if isinstance(spec.test, float) else DEFAULT_TEST_FRACTION
+    entries, warnings = check_entries(splits["train"], spec, "train")
+    if not isinstance(spec.test, float):
+        warnings.append(
+            f"no test pictures were named: {fraction:.0%} of every class (split_seed {spec.split_seed}) are held out; "
+            "set `test` to choose"
+        )
+    held = set(
+        holdout(
+            [e.key for e in entries],
+            [e.label for e in entries],
+            fraction,
+            spec.split_seed,
+            groups=[e.pixels or e.digest for e in entries],
+            at_least=1,
+        )
+    )
+    cut = {
+        **splits,
+        "train": [e for i, e in enumerate(entries) if i not in held],
+        "test": [e for i, e in enumerate(entries) if i in held],
+    }
+    return cut, warnings
+
+
+def _refuse_empty(raw: RawTask, splits: dict[str, list[Entry]], main: str) -> None:
+    for label, place in raw.empty.get(main, []):
+        raise DataError(f"{place}: the class folder {label!r} holds no picture; add pictures or delete the folder")
+    for split, empties in raw.empty.items():
+        if split in splits:
+            raw.warnings += [f"{place}: the class folder {label!r} holds no picture" for label, place in empties]
+
+
+def _refuse_lost(raw: RawTask, entries: Sequence[Entry], main: str) -> None:
+    """A class must not vanish because its pictures were skipped or dropped: the numbering would change silently."""
+    left = {entry.label for entry in entries}
+    for entry in raw.splits.get(main, raw.splits.get("train", [])):
+        if entry.label not in left:
+            raise DataError(
+                f"class {entry.label!r} has no usable picture left in {main} (one was {entry.where}); "
+                "replace its damaged or duplicate pictures"
+            )

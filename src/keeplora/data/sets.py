@@ -1,0 +1,173 @@
+"""Pictures with labels, read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from keeplora.data.pictures import DEFAULT_MAX_PIXELS, PictureError, decode_picture, read_bytes
+
+
+class ByteSource(Protocol):
+    """Where the encoded bytes of one picture come from; small and picklable, so that loader workers can have it."""
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileBytes:
+    """A file."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        return read_bytes(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """Encoded bytes already in memory."""
+
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class RowBytes:
+    """One row of a `datasets.Dataset`: bytes, ``{"bytes", "path"}`` or a path relative to ``base``."""
+
+    dataset: Any
+    row: int
+    column: str
+    base: Path
+    where: str
+
+    def read(self) -> bytes:
+        value = self.dataset[self.row][self.column]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes | bytearray):
+            return bytes(value)
+        if isinstance(value, str) and value:
+            return read_bytes(self.base / value)
+        raise PictureError(f"{self.where}: the picture is missing; remove the row or fill it in")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture before its class has a number.
+
+    Attributes:
+        key: stable name, the same on every machine (part of the fingerprint).
+        label: the class as the source writes it.
+        where: the name for errors, e.g. an absolute path.
+        source: where the bytes are.
+        digest: hex SHA-256 of the bytes; "" until read.
+        pixels: hex SHA-256 of the decoded pixels; "" unless the check was full.
+    """
+
+    key: str
+    label: str
+    where: str
+    source: ByteSource
+    digest: str = ""
+    pixels: str = ""
+
+
+class PictureSet:
+    """Labelled pictures, decoded when asked for and never kept.
+
+    Args:
+        entries: the pictures; keys must differ.
+        labels: class number of each, from 0.
+        max_pixels: larger pictures are refused.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], labels: Sequence[int], *, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> None:
+        if len(entries) != len(labels):
+            raise ValueError(f"{len(entries)} pictures but {len(labels)} labels")
+        self.entries = list(entries)
+        self.labels: list[int] = [int(label) for label in labels]
+        self.max_pixels = max_pixels
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"PictureSet({len(self)} pictures, {len(set(self.labels))} classes)"
+
+    @property
+    def keys(self) -> list[str]:
+        """Stable names of the pictures."""
+        return [entry.key for entry in self.entries]
+
+    def where(self, index: int) -> str:
+        """The name of picture ``index`` for a message to a person."""
+        return self.entries[index].where
+
+    def picture(self, index: int) -> Image.Image:
+        """Picture ``index``, upright RGB; see `decode_picture`."""
+        entry = self.entries[index]
+        return decode_picture(entry.source.read(), entry.where, max_pixels=self.max_pixels)
+
+    def digest(self, index: int) -> str:
+        """Hex SHA-256 of the encoded bytes of picture ``index``."""
+        entry = self.entries[index]
+        return entry.digest or hashlib.sha256(entry.source.read()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over every picture's key, label and bytes, in order; computed once."""
+        if self._fingerprint is None:
+            total = hashlib.sha256()
+            for index, entry in enumerate(self.entries):
+                total.update(json.dumps([entry.key, self.labels[index], self.digest(index)]).encode() + b"\n")
+            self._fingerprint = total.hexdigest()
+        return self._fingerprint
+
+    def subset(self, indices: Sequence[int]) -> PictureSet:
+        """The pictures at ``indices``, in that order."""
+        return PictureSet(
+            [self.entries[i] for i in indices], [self.labels[i] for i in indices], max_pixels=self.max_pixels
+        )
+
+
+@dataclass(slots=True)
+class TaskData:
+    """One task, ready to be learned; a probe has an empty ``train``.
+
+    Attributes:
+        name: the task's name.
+        classes: display names; the index is the label.
+        templates: prompts with ``{}`` or ``{c}`` for the class.
+        train, test, validation: the pictures; validation is None unless asked for.
+        warnings: sentences a person should read; nothing was refused.
+        licence: what the source states, if anything.
+    """
+
+    name: str
+    classes: list[str]
+    templates: list[str]
+    train: PictureSet
+    test: PictureSet
+    validation: PictureSet | None = None
+    warnings: list[str] = field(default_factory=list)
+    licence: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over classes, templates and the three sets: equal means the same task, whatever its name."""
+        sets = [s.fingerprint if s is not None else None for s in (self.train, self.test, self.validation)]
+        text = json.dumps([self.classes, self.templates, sets], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()

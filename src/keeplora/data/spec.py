@@ -1,0 +1,223 @@
+"""The keys that describe a task, checked before any file is opened."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keeplora.data.pictures import DEFAULT_MAX_PIXELS, check_max_pixels
+from keeplora.data.sets import Entry
+from keeplora.errors import ConfigError, DataError, did_you_mean
+
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+DEFAULT_TEST_FRACTION = 0.2
+ON_ERROR = ("raise", "skip")
+CHECKS = ("header", "full")
+DUPLICATES = ("warn", "refuse", "drop")
+COMMON_KEYS = frozenset(
+    {"name", "source", "path", "train", "test", "validation", "classes", "templates", "max_train_per_class"}
+    | {"max_test_per_class", "max_pixels", "on_error", "check", "duplicates", "split_seed", "licence"}
+)
+#: Names under which people keep the three splits.
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "val", "valid"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """A checked task description; ``extra`` holds the keys that only one source knows."""
+
+    name: str
+    source: str
+    path: str | None = None
+    train: str | None = None
+    test: str | float | None = None
+    validation: str | float | None = None
+    classes: list[str] | dict[str, str] | None = None
+    templates: list[str] = field(default_factory=lambda: list(DEFAULT_TEMPLATES))
+    max_train_per_class: int | None = None
+    max_test_per_class: int | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    on_error: str = "raise"
+    check: str = "header"
+    duplicates: str = "warn"
+    split_seed: int = 0
+    licence: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def split_names(self) -> dict[str, str]:
+        """The splits that the person named, e.g. ``{"train": "photos/train"}``; fractions are not names."""
+        named = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {split: value for split, value in named.items() if isinstance(value, str)}
+
+
+@dataclass(slots=True)
+class RawTask:
+    """What a source found, before classes are numbered and splits made.
+
+    Attributes:
+        splits: entries of "train", "test" and "validation"; where only "train" is given, the test set is cut from it.
+        class_order: the classes in the source's own order, or None for sorted.
+        empty: class folders without a picture, per split, as (class, place).
+        pretty: whether underscores in class names stand for spaces.
+        hint: added to the refusal of a single class.
+    """
+
+    splits: dict[str, list[Entry]]
+    class_order: list[str] | None = None
+    empty: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    licence: str | None = None
+    pretty: bool = True
+    hint: str = ""
+
+
+def suggest(name: str, choices: Collection[str]) -> str:
+    """`did_you_mean`, without the full list where that is too long to read."""
+    if len(choices) <= 20:
+        return did_you_mean(name, choices)
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; {len(choices)} are known"
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """``"a, b, c and 7 more"``."""
+    every = list(names)
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + rest
+
+
+def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
+    """The absolute path that ``value`` means, which must exist."""
+    path = (base / Path(value).expanduser()).absolute()
+    if path.exists():
+        return path
+    near: list[str] = []
+    if path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"a relative path starts at {base.absolute()}"
+    raise DataError(f"{path}: no such {kind}; {hint}")
+
+
+def parse_spec(spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]]) -> TaskSpec:
+    """Check a task description.
+
+    Args:
+        spec: the keys as a person wrote them; a key whose value is None counts as absent.
+        extra_keys: source name -> the keys that it alone knows; its keys are the known sources.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    given = {str(key): value for key, value in spec.items() if value is not None}
+    name = given.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"a task needs a `name` (text), got {name!r} in {sorted(given)}")
+    where = f"task {name!r}"
+    source = given.get("source", "folder")
+    if source not in extra_keys:
+        raise ConfigError(f"{where}: unknown source {source!r}{did_you_mean(str(source), extra_keys)}")
+    known = COMMON_KEYS | set(extra_keys[source])
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r} for source {source!r}{did_you_mean(key, known)}")
+
+    def text(key: str) -> str | None:
+        value = given.get(key)
+        if value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
+            raise ConfigError(f"{where}: `{key}` is {value!r}: give text")
+        return None if value is None else str(value)
+
+    def choice(key: str, allowed: Sequence[str]) -> str:
+        value = given.get(key, allowed[0])
+        if value not in allowed:
+            raise ConfigError(f"{where}: `{key}` is {value!r}{did_you_mean(str(value), allowed)}")
+        return value
+
+    def whole(key: str, least: int) -> int | None:
+        value = given.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{where}: `{key}` is {value!r}: give a whole number, {least} or more")
+        return value
+
+    def fraction_or_text(key: str) -> str | float | None:
+        value = given.get(key)
+        if isinstance(value, int | float):
+            if isinstance(value, bool) or not 0.0 < value < 1.0:
+                raise ConfigError(f"{where}: `{key}` is {value!r}: give a fraction between 0 and 1, or a path or split")
+            return float(value)
+        return text(key)
+
+    try:
+        max_pixels = check_max_pixels(given.get("max_pixels", DEFAULT_MAX_PIXELS))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    parsed = TaskSpec(
+        name=name,
+        source=source,
+        path=text("path"),
+        train=text("train"),
+        test=fraction_or_text("test"),
+        validation=fraction_or_text("validation"),
+        classes=_classes(given.get("classes"), where),
+        templates=_templates(given.get("templates"), where),
+        max_train_per_class=whole("max_train_per_class", 1),
+        max_test_per_class=whole("max_test_per_class", 1),
+        max_pixels=max_pixels,
+        on_error=choice("on_error", ON_ERROR),
+        check=choice("check", CHECKS),
+        duplicates=choice("duplicates", DUPLICATES),
+        split_seed=whole("split_seed", 0) or 0,
+        licence=text("licence"),
+        extra={key: value for key in extra_keys[source] if (value := text(key)) is not None},
+    )
+    if parsed.path is None and parsed.train is None and not isinstance(parsed.test, str):
+        raise ConfigError(f"{where}: no pictures named: give `path`, or `train` and `test`")
+    return parsed
+
+
+def _class_name(value: object, where: str) -> str:
+    if isinstance(value, bool):
+        raise ConfigError(
+            f"{where}: `classes` holds {value!r}: YAML reads bare yes, no, on, off as true or false; quote it"
+        )
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ConfigError(f"{where}: `classes` holds {value!r}: a class name must be text")
+    return str(value).strip()
+
+
+def _classes(value: object, where: str) -> list[str] | dict[str, str] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {_class_name(k, where): _class_name(v, where) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        names = [_class_name(v, where) for v in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"{where}: `classes` names {name!r} twice")
+        if len(names) < 2:
+            raise ConfigError(f"{where}: `classes` has {len(names)} name(s): a task needs at least two classes")
+        return names
+    raise ConfigError(f"{where}: `classes` is {value!r}: give a list of names, or a mapping from folder to name")
+
+
+def _templates(value: object, where: str) -> list[str]:
+    if value is None:
+        return list(DEFAULT_TEMPLATES)
+    templates = [value] if isinstance(value, str) else value
+    if not isinstance(templates, Sequence) or not templates:
+        raise ConfigError(f"{where}: `templates` is {value!r}: give one prompt or a list of prompts")
+    for template in templates:
+        fields = re.findall(r"\{(.*?)\}", template) if isinstance(template, str) else []
+        if not fields or any(f not in ("", "c") for f in fields):
+            raise ConfigError(f"{where}: template {template!r} must hold {{}} or {{c}} where the class name goes")
+    return [str(template) for template in templates]

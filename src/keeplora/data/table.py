@@ -1,0 +1,209 @@
+"""CSV, TSV and JSONL tables: one row a picture, its path (relative to the table) and its label."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from keeplora.data.sets import Entry, FileBytes
+from keeplora.data.spec import SPLIT_ALIASES, RawTask, TaskSpec, listing, locate, suggest
+from keeplora.errors import ConfigError, DataError
+
+IMAGE_COLUMNS = ("image", "path", "image_path", "file", "file_name", "filename")
+LABEL_COLUMNS = ("label", "class", "category", "class_name")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+Row = tuple[int, dict[str, Any]]
+
+
+def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
+    """One table per split, or one table at ``path`` whose split column (where it has one) tells them apart."""
+    raw = RawTask(splits={})
+    if spec.path is None:
+        for split, name in spec.split_names.items():
+            table = locate(name, base_dir, kind="table")
+            rows, columns = _rows(table, spec)
+            raw.splits[split] = _entries(table, rows, columns, split, spec, raw)
+        if not probe and "train" not in raw.splits:
+            raise ConfigError("no training table named: give `train`, or `path` for one table with all pictures")
+        return raw
+    table = locate(spec.path, base_dir, kind="table")
+    rows, columns = _rows(table, spec)
+    column = spec.extra.get("split_column") or ("split" if "split" in columns else None)
+    if column is None:
+        if spec.split_names:
+            split, name = next(iter(spec.split_names.items()))
+            raise ConfigError(
+                f"{table}: has no split column to find `{split}: {name}` in; name it with `split_column`, "
+                "or give one table each as `train` and `test` without `path`"
+            )
+        raw.splits["train"] = _entries(table, rows, columns, "train", spec, raw)
+        return raw
+    _known(column, columns, table, "split_column")
+    by_split: dict[str, list[Row]] = {}
+    for line, row in rows:
+        by_split.setdefault(_text(row.get(column), table, line, column), []).append((line, row))
+    for split, name in pick_splits(by_split, spec, str(table), probe).items():
+        raw.splits[split] = _entries(table, by_split[name], columns, split, spec, raw)
+    return raw
+
+
+def pick_splits(available: Collection[str], spec: TaskSpec, where: str, probe: bool) -> dict[str, str]:
+    """Which of the source's splits are train, test and validation: those named, else those with the usual names.
+
+    Raises:
+        DataError: a named split does not exist, or it is unclear which pictures to test on.
+    """
+    chosen: dict[str, str] = {}
+    for split, aliases in SPLIT_ALIASES.items():
+        named = spec.split_names.get(split)
+        if named is not None:
+            if named not in available:
+                raise DataError(f"{where}: no split {named!r} for `{split}`{suggest(named, available)}")
+            chosen[split] = named
+        elif not isinstance({"test": spec.test, "validation": spec.validation}.get(split), float):
+            free = [name for name in available if name.lower() in aliases and name not in spec.split_names.values()]
+            if free:
+                chosen[split] = free[0]
+    if "train" not in chosen and len(available) == 1 and "test" not in spec.split_names:
+        chosen = {"train": next(iter(available))}
+    if "test" not in chosen and spec.test is None and len(available) > 1:
+        raise DataError(
+            f"{where}: has the splits {listing(available)} and none is called test; name one with `test`, "
+            "or set `test: 0.2` to hold pictures out of training"
+        )
+    if "train" not in chosen and not (probe and "test" in chosen):
+        raise DataError(f"{where}: has the splits {listing(available)} and none is called train; name it with `train`")
+    return chosen
+
+
+def pick_column(given: str | None, usual: Sequence[str], columns: Collection[str], where: object, key: str) -> str:
+    """The column that a person named, else the first of the usual names that exists."""
+    if given is not None:
+        _known(given, columns, where, key)
+        return given
+    for name in usual:
+        if name in columns:
+            return name
+    raise DataError(f"{where}: which column is `{key}`? It has {listing(columns, 12)}; name one")
+
+
+def _known(column: str, columns: Collection[str], where: object, key: str) -> None:
+    if column not in columns:
+        raise DataError(f"{where}: no column {column!r} for `{key}`{suggest(column, columns)}")
+
+
+def clean_label(value: object, where: str) -> str:
+    """A label as text; 3 and 3.0 are "3". A missing or composite one is a DataError."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None or value != value else value  # NaN is how a missing number arrives
+    if not isinstance(text, str | int | float):
+        raise DataError(f"{where}: the label is {value!r}, not one name or number; give one class per picture")
+    text = str(text).strip()
+    if not text:
+        raise DataError(f"{where}: the label is missing; fill it in or delete the row")
+    return text
+
+
+def _text(value: object, table: Path, line: int, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{table}, line {line}: column {column!r} is {value!r}; fill it in with text or delete the row")
+    return value.strip()
+
+
+def _entries(
+    table: Path, rows: Iterable[Row], columns: list[str], split: str, spec: TaskSpec, raw: RawTask
+) -> list[Entry]:
+    image = pick_column(spec.extra.get("image_column"), IMAGE_COLUMNS, columns, table, "image_column")
+    label = pick_column(spec.extra.get("label_column"), LABEL_COLUMNS, columns, table, "label_column")
+    entries: dict[str, Entry] = {}
+    twice: list[str] = []
+    for line, row in rows:
+        where = f"{table}, line {line}"
+        name = _text(row.get(image), table, line, image)
+        if "://" in name:
+            raise DataError(f"{where}: {name!r} is an address, not a file; download the pictures first")
+        path = table.parent / Path(name).expanduser()
+        entry = Entry(f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", FileBytes(path))
+        first = entries.setdefault(entry.key, entry)
+        if first.label != entry.label:
+            raise DataError(
+                f"{where}: {name!r} is labelled {entry.label!r} here and {first.label!r} in another row of {split}; "
+                "delete one"
+            )
+        if first is not entry:
+            twice.append(where)
+    if not entries:
+        raise DataError(f"{table}: no rows for {split}; fill the table or name another")
+    if twice:
+        raw.warnings.append(f"{len(twice)} repeated row(s) of {split} ignored: {listing(twice)}")
+    return list(entries.values())
+
+
+def _rows(table: Path, spec: TaskSpec) -> tuple[list[Row], list[str]]:
+    """All rows with their line numbers, and the columns."""
+    ending = table.suffix.lower()
+    if not table.is_file() or ending not in (*_DELIMITERS, *_JSON_LINES):
+        raise DataError(
+            f"{table}: not a .csv, .tsv or .jsonl table; export it as one (or use `source: folder`, "
+            "or `source: datasets` for parquet)"
+        )
+    try:
+        text = table.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table}: byte {error.start} is not UTF-8; save the table as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{table}: cannot be read ({error.strerror or error}); check its permissions") from error
+    if ending in _JSON_LINES:
+        rows = list(_json_rows(text, table))
+        columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    else:
+        rows, columns = _csv_rows(text, table, spec.extra.get("delimiter") or _DELIMITERS[ending])
+    if not rows:
+        raise DataError(f"{table}: holds no rows; fill it or name another table")
+    return rows, columns
+
+
+def _csv_rows(text: str, table: Path, delimiter: str) -> tuple[list[Row], list[str]]:
+    if len(delimiter) != 1:
+        raise ConfigError(f"`delimiter` is {delimiter!r}: give one character")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        for values in reader:
+            if not any(value.strip() for value in values):
+                continue
+            if len(values) != len(columns):
+                raise DataError(
+                    f"{table}, line {reader.line_num}: {len(values)} fields under {len(columns)} columns; "
+                    "put quotes around a field that holds the delimiter"
+                )
+            rows.append((reader.line_num, dict(zip(columns, values))))
+    except csv.Error as error:
+        raise DataError(f"{table}, line {reader.line_num}: {error}; mend the quotes of that line") from error
+    if len(columns) == 1 and (others := [d for d in ",;\t|" if d in columns[0]]):
+        raise DataError(f"{table}: its columns seem to be separated by {others[0]!r}; set `delimiter` to it")
+    for name in columns:
+        if columns.count(name) > 1:
+            raise DataError(f"{table}: the column {name!r} is there twice; rename one")
+    return rows, columns
+
+
+def _json_rows(text: str, table: Path) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{table}, line {number}: not JSON ({error.msg}); write one object on each line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{table}, line {number}: not a JSON object; write one object on each line")
+        yield number, row

@@ -1,0 +1,388 @@
+"""What an experiment's configuration may hold: every key, its type and its range. `config.load_config` fills it in."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from keeplora.errors import ConfigError, did_you_mean
+from keeplora.experiment.presets import preset_values
+
+T = TypeVar("T")
+
+#: In a mapping over towers or tasks, the value of every tower or task that is not named.
+DEFAULT_KEY = "default"
+
+
+class _Section(BaseModel):
+    # strict: `r: true` is not 1 and `epochs: "3"` is not 3; a configuration says what it means.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _not_empty(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not value:
+        raise ValueError("must hold at least one entry")
+    return value
+
+
+def _one_or_each(value: Any) -> str:
+    return "each" if isinstance(value, Mapping) else "one"
+
+
+_NotEmpty = AfterValidator(_not_empty)
+
+
+def _samples(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a whole number of samples, or a share between 0 and 1")
+    if isinstance(value, int) and value < 1:
+        raise ValueError("must be at least 1 sample (or a share between 0 and 1, or null for all)")
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError("must be a share between 0 and 1 (both excluded), or a whole number of samples")
+    return value
+
+
+def _layer_schedule(value: Any) -> Any:
+    if isinstance(value, str) and value in ("linear", "constant"):
+        return value
+    if isinstance(value, str):
+        raise ValueError(f"must be linear, constant or a list of numbers{did_you_mean(value, ['linear', 'constant'])}")
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or not value or not all(math.isfinite(v) and v >= 0 for v in value):
+        raise ValueError("must be linear, constant or a list of finite numbers >= 0, one per block, shallowest first")
+    return value
+
+
+def _modules(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+        return value
+    raise ValueError("must be a list of module names, one pattern as text, or null")
+
+
+def _validation(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError("must be a share of the training data between 0 and 1 (both excluded), or a path")
+    return value
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=1)]
+_LayerSchedule = Annotated[Any, BeforeValidator(_layer_schedule)]
+_Validation = Annotated[Any, BeforeValidator(_validation)]
+Modules = Annotated[Any, BeforeValidator(_modules)]
+_Each = Discriminator(_one_or_each)
+CountPer = Annotated[Annotated[_Count, Tag("one")] | Annotated[dict[str, _Count], _NotEmpty, Tag("each")], _Each]
+SharePer = Annotated[Annotated[_Share, Tag("one")] | Annotated[dict[str, _Share], _NotEmpty, Tag("each")], _Each]
+PositivePer = Annotated[
+    Annotated[_Positive, Tag("one")] | Annotated[dict[str, _Positive], _NotEmpty, Tag("each")], _Each
+]
+SchedulePer = Annotated[
+    Annotated[_LayerSchedule, Tag("one")] | Annotated[dict[str, _LayerSchedule], _NotEmpty, Tag("each")], _Each
+]
+ValidationPer = Annotated[
+    Annotated[_Validation, Tag("one")] | Annotated[dict[str, _Validation], _NotEmpty, Tag("each")], _Each
+]
+
+
+def pick(value: T | Mapping[str, T], *names: str, key: str) -> T:
+    """The entry of ``value`` for the first of ``names`` in it, else its ``default``; a plain value is everyone's.
+
+    >>> pick({"vision": 0.2, "default": 1.0}, "text_model", "text", key="tuner.gamma")
+    1.0
+    """
+    if not isinstance(value, Mapping):
+        return value
+    for name in (*names, DEFAULT_KEY):
+        if name in value:
+            return value[name]
+    raise ConfigError(f"{key} gives no value for {names[0]!r}; add `{names[-1]}:` or `{DEFAULT_KEY}:` to it")
+
+
+class ModelConfig(_Section):
+    """Which pretrained model."""
+
+    name: str = Field(min_length=1, description="'embedded', a Hugging Face name or a local folder")
+    image_size: int | None = Field(
+        default=None, ge=1, description="side of the square input in pixels; None: the model's own"
+    )
+    revision: str | None = Field(default=None, description="commit, tag or branch of a Hugging Face name")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class TunerConfig(_Section):
+    """KeepLoRA's own settings. The keys of a mapping are towers ("vision", "text"), module prefixes or "default"."""
+
+    target_modules: Modules | None = Field(
+        default=None, description="suffixes of the linears to adapt, or one pattern; None: the family's q, k, v, o"
+    )
+    exclude_modules: Modules | None = Field(default=None, description="modules left out of the targets; same forms")
+    r: CountPer = Field(description="rank, at least 1")
+    lora_alpha: _Positive = Field(description="s = layer_scale * lora_alpha / r")
+    energy_weights: SharePer = Field(description="energy of W to protect (M1), 0 to 1")
+    energy_features: SharePer = Field(description="energy of the features to protect (M8), 0 to 1")
+    gamma: SharePer = Field(description="scale of the shallowest block (M6), 0 to 1; 1 is KeepLoRA")
+    schedule: SchedulePer = Field(description="linear (M6), constant, or a list with one scale per block")
+    memory: Literal["features", "gradients"] = Field(description="what is protected after a task: M8 or M8g")
+    gradient_samples: Annotated[Any, BeforeValidator(_samples)] | None = Field(
+        default=None, description="cap on the samples of G: a number, a share of the task's data, or None for all"
+    )
+    feature_samples: Annotated[Any, BeforeValidator(_samples)] | None = Field(
+        default=None, description="cap on the samples of C: a number, a share of the task's data, or None for all"
+    )
+
+    keep_covariance: bool = Field(default=False, description="keep C of each task for exact audits")
+
+    def samples(self, field: Literal["gradient_samples", "feature_samples"], available: int) -> int | None:
+        """The cap as a number of samples out of ``available`` (at least 1), or None for no cap."""
+        cap = getattr(self, field)
+        return max(1, math.ceil(cap * available - 1e-9)) if isinstance(cap, float) else cap
+
+
+class TrainingConfig(_Section):
+    """How a task is trained. epochs and learning_rate may be mappings from task names (or "default")."""
+
+    epochs: CountPer
+    learning_rate: PositivePer
+    batch_size: _Count
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["onecycle", "cosine", "constant"]
+    warmup: float | None = Field(
+        default=None, ge=0, lt=1, description="share of the steps; None: 0.3 for onecycle, 0 for the others"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; None: no clipping")
+    eval_batch_size: _Count = 64
+    workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
+
+    def for_task(self, task: str) -> TrainingConfig:
+        """The same settings with this task's own epochs (int) and learning_rate (float)."""
+        own = {key: pick(getattr(self, key), task, key=f"training.{key}") for key in ("epochs", "learning_rate")}
+        return self.model_copy(update=own)
+
+
+class EarlyStoppingConfig(_Section):
+    """Stop a task when its validation accuracy has not risen for ``patience`` epochs."""
+
+    patience: _Count
+
+
+class AcceptConfig(_Section):
+    """What to do when a new task costs an older task or a probe more than ``max_drop`` points on validation data."""
+
+    max_drop: float = Field(ge=0, le=100)
+    action: Literal["warn", "undo"] = "warn"
+
+
+class Overridden(NamedTuple):
+    """A value that differs from the preset's."""
+
+    key: str
+    preset: Any
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.value} (preset: {self.preset})"
+
+
+# A task's name becomes part of file names on every system, and a key on the command line.
+_SAFE_NAME = re.compile(r"\w(?:[\w .+-]{0,62}[\w+-])?")
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def _check_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    for key in ("name", "source"):
+        if key not in spec:
+            near = did_you_mean(key, [str(k) for k in spec]) if spec else ""
+            raise ValueError(f"has no `{key}:`{near.split(' (')[0] if 'mean' in near else ''}")
+        if not isinstance(spec[key], str) or not spec[key]:
+            raise ValueError(f"has `{key}: {spec[key]!r}`, which must be a word")
+    name = spec["name"]
+    if not _SAFE_NAME.fullmatch(name) or name.casefold().split(".")[0] in _DEVICE_NAMES:
+        raise ValueError(
+            f"has the name {name!r}, which is not safe as a file name; use at most 64 letters, digits, spaces or "
+            "any of '-', '_', '.', '+', beginning with a letter or digit"
+        )
+    if name == DEFAULT_KEY:
+        raise ValueError(f"is called {name!r}, a word that stands for all other tasks; choose another name")
+    return spec
+
+
+DataSpec = Annotated[dict[str, Any], AfterValidator(_check_spec)]
+
+
+class ExperimentConfig(_Section):
+    """A complete experiment: what to learn, in which order, with which method and settings.
+
+    Made by `keeplora.experiment.config.load_config`, which fills in preset and suite (its tasks included).
+    """
+
+    name: str | None = Field(default=None, description="shown in reports; None: the suite's name")
+    model: ModelConfig
+    suite: str | None = None
+    tasks: list[DataSpec]
+    probes: list[DataSpec] = Field(default_factory=list)
+    order: list[str] | None = Field(
+        default=None, description="names of the tasks in the order of learning; None: as listed"
+    )
+    method: str
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    preset: str = "default"
+    tuner: TunerConfig
+    training: TrainingConfig
+    validation: ValidationPer | None = Field(
+        default=None, description="a share of the training data, a path, or a mapping of those from task names"
+    )
+    early_stopping: EarlyStoppingConfig | None = None
+    best_epoch: bool = Field(default=False, description="keep the epoch with the best validation accuracy")
+    accept: AcceptConfig | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    output: str | None = Field(
+        default=None, min_length=1, description="the run directory; None: runs/NAME-METHOD-seedSEED"
+    )
+    base_dir: str = Field(default=".", description="the folder that relative paths in tasks and probes start from")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; None: torch's own choice")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        problems = [*self._name_problems(), *self._mapping_problems(), *self._validation_problems()]
+        if problems:
+            # One exception carries them all; config_errors takes it apart again.
+            summary = "; ".join(f"{key} {sentence}" for key, sentence in problems)
+            raise PydanticCustomError("problems", "{summary}", {"summary": summary, "problems": problems})
+        return self
+
+    def _name_problems(self) -> list[tuple[str, str]]:
+        if not self.tasks:
+            return [("tasks", "is empty; give at least one task")]
+        problems, seen = [], {}
+        for place, specs in (("tasks", self.tasks), ("probes", self.probes)):
+            for index, spec in enumerate(specs):
+                plain = unicodedata.normalize("NFC", spec["name"]).casefold()
+                if plain in seen:
+                    problems.append(
+                        (f"{place}.{index}", f"has the name {spec['name']!r}, which {seen[plain]} has already")
+                    )
+                seen.setdefault(plain, f"{place}.{index}")
+        if self.order is not None:
+            for name in dict.fromkeys(self.order):
+                if name not in self.task_names:
+                    problems.append(("order", f"names an unknown task {name!r}{did_you_mean(name, self.task_names)}"))
+                elif self.order.count(name) > 1:
+                    problems.append(("order", f"names task {name!r} more than once"))
+            missing = [name for name in self.task_names if name not in self.order]
+            if missing and not problems:
+                problems.append(("order", f"leaves out {', '.join(map(repr, missing))}; name every task once"))
+        return problems
+
+    def _mapping_problems(self) -> list[tuple[str, str]]:
+        problems = []
+        per_task = {"training.epochs": self.training.epochs, "training.learning_rate": self.training.learning_rate}
+        for key, value in {**per_task, "validation": self.validation}.items():
+            if not isinstance(value, Mapping):
+                continue
+            for name in value:
+                if name not in (*self.task_names, DEFAULT_KEY):
+                    choices = [*self.task_names, DEFAULT_KEY]
+                    problems.append((f"{key}.{name}", f"names an unknown task {name!r}{did_you_mean(name, choices)}"))
+            missing = [name for name in self.task_names if name not in value]
+            if missing and DEFAULT_KEY not in value and key in per_task:
+                hint = f"gives no value for task {missing[0]!r}; add it, or `{DEFAULT_KEY}:` for all others"
+                problems.append((key, hint))
+        return problems
+
+    def _validation_problems(self) -> list[tuple[str, str]]:
+        missing = [spec["name"] for spec in self.tasks if self.validation_for(spec["name"]) is None]
+        if not missing:
+            return []
+        wants = {
+            "early_stopping": self.early_stopping is not None,
+            "best_epoch": self.best_epoch,
+            "accept": self.accept is not None,
+        }
+        what = {
+            "early_stopping": "when training stops",
+            "best_epoch": "which epoch is kept",
+            "accept": "whether a task is kept",
+        }
+        return [
+            (
+                key,
+                f"needs validation data, and task {missing[0]!r} has none: test data may not decide {what[key]}; "
+                "add for example `validation: 0.1`",
+            )
+            for key in wants
+            if wants[key]
+        ]
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks as listed (not in ``order``)."""
+        return [spec["name"] for spec in self.tasks]
+
+    @property
+    def ordered_tasks(self) -> list[dict[str, Any]]:
+        """Data specs of the tasks in the order of learning."""
+        specs = {spec["name"]: spec for spec in self.tasks}
+        return [specs[name] for name in self.order or self.task_names]
+
+    def validation_for(self, task: str) -> float | str | None:
+        """A share of the training data, a path, or None; ``validation:`` in the task's own data spec comes first."""
+        own = next((spec.get("validation") for spec in self.tasks if spec["name"] == task), None)
+        if own is not None:
+            return own
+        if isinstance(self.validation, Mapping):
+            return self.validation.get(task, self.validation.get(DEFAULT_KEY))
+        return self.validation
+
+    @property
+    def variant(self) -> str | None:
+        """``method_options.variant``: "text", "cls", or None where the method has no variants."""
+        return self.method_options.get("variant")
+
+    @property
+    def overridden(self) -> list[Overridden]:
+        """Every value of the preset that this experiment changes, by key path."""
+        preset = preset_values(self.preset, self.task_names, self.variant)
+        mine = self.model_dump()
+        pairs = [("seed", preset["seed"], mine["seed"])]
+        for section in ("tuner", "training"):
+            pairs += [(f"{section}.{key}", value, mine[section][key]) for key, value in preset[section].items()]
+        return [Overridden(*pair) for pair in pairs if pair[1] != pair[2]]
+
+    @property
+    def label(self) -> str:
+        """The experiment's name, else its suite's, else "experiment"."""
+        return self.name or self.suite or "experiment"
+
+    @property
+    def output_path(self) -> Path:
+        """The run directory: ``output``, or runs/LABEL-METHOD-seedSEED below the current folder."""
+        if self.output:
+            return Path(self.output).expanduser()
+        variant = f"-{self.variant}" if self.variant not in (None, "text") else ""
+        folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}{variant}-seed{self.seed}")
+        return Path("runs") / folder
+
+    def resolved(self) -> dict[str, Any]:
+        """A plain mapping with every value spelt out, which `load_config` reads back as an equal configuration.
+
+        A suite's tasks are left to the suite: its name stands for them.
+        """
+        values = self.model_dump()
+        if self.suite is not None:
+            values.pop("tasks")
+        return values

@@ -1,0 +1,79 @@
+"""Pictures as tensors: decoded once where memory allows, in a fixed order, with the model family's own preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from keeplora.data import PictureSet
+from keeplora.models.dual_encoder import DualEncoder
+
+
+class TensorCache:
+    """Preprocessed pictures in memory, up to a number of bytes over all sets; what does not fit is decoded again."""
+
+    def __init__(self, max_bytes: int = 2 << 30) -> None:
+        self.left = max_bytes
+
+    def admit(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` may be kept; counts it if so."""
+        size = tensor.numel() * tensor.element_size()
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+class PictureTensors(Dataset[dict[str, Any]]):
+    """Items ``{"pixel_values": [3, H, W] float32, "labels": int, "index": int}`` of a `PictureSet`.
+
+    ``labels`` is what the statistics passes stratify by.
+    """
+
+    def __init__(self, pictures: PictureSet, family: DualEncoder, cache: TensorCache) -> None:
+        self.pictures = pictures
+        self.labels = pictures.labels
+        self._family = family
+        self._cache = cache
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self._kept.get(index)
+        if pixels is None:
+            pixels = self._family.preprocess(self.pictures.picture(index))
+            if self._cache.admit(pixels):
+                self._kept[index] = pixels
+        return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+
+
+class Collate:
+    """Stacks items and adds what every batch of a task shares (its tokenised class prompts)."""
+
+    def __init__(self, shared: Mapping[str, Tensor] | None = None) -> None:
+        self.shared = dict(shared or {})
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "labels": torch.tensor([item["labels"] for item in items]),
+            "index": torch.tensor([item["index"] for item in items]),
+            **self.shared,
+        }
+
+
+def loader(
+    data: PictureTensors, batch_size: int, collate: Collate, *, workers: int = 0, shuffle_seed: int | None = None
+) -> DataLoader[Any]:
+    """A loader in the set's order, or shuffled by a generator of its own when ``shuffle_seed`` is given."""
+    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    return DataLoader(
+        data, batch_size=batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate,
+        num_workers=workers,
+    )  # fmt: skip

@@ -1,0 +1,381 @@
+"""The folder of one run: who may write to it, and files that a crash leaves whole.
+
+Layout: config.yaml, environment.json, data.json, status.json, metrics.jsonl, results.json, ledger/, report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from keeplora.errors import ConfigError, KeepLoraError
+from keeplora.experiment.yaml_text import dump_yaml, read_yaml
+from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+
+FORMAT = "keeplora-run"
+VERSION = 0
+STATES = ("running", "finished", "failed", "interrupted")
+
+_held: set[Path] = set()  # locks of this process: a POSIX record lock does not see them
+
+
+class _Lock:
+    """One writer per folder. The system drops the lock when its process ends, so a killed run leaves nothing to clean up.
+
+    A record lock (lockf) and not flock: data-loading processes inherit flock's lock and would hold it past their parent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder.resolve() / ".lock"
+        self._fd: int | None = None
+        self._owner = 0
+
+    def acquire(self) -> None:
+        if self.path in _held:
+            raise KeepLoraError(
+                f"{self.path.parent} is already open in this process; close the first run before a second"
+            )
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte beyond the text, which others may read
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                os.lseek(fd, 0, os.SEEK_SET)
+            else:
+                import fcntl
+
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(fd, 64).decode("ascii", errors="replace").strip()
+            os.close(fd)
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise KeepLoraError(f"{self.path} cannot be locked: {error.strerror or error}") from None
+            who = f"process {holder}" if holder.isdigit() else "another process"
+            raise KeepLoraError(
+                f"{who} is writing to {self.path.parent}; wait until it ends or stop it, or choose another `output:`"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode("ascii"))
+        self._fd, self._owner = fd, os.getpid()
+        _held.add(self.path)
+
+    def release(self) -> None:
+        if self._fd is None or self._owner != os.getpid():  # a forked child does not own the lock
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)  # the name of the process that held it last would mislead
+        os.close(self._fd)
+        self._fd = None
+        _held.discard(self.path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: a loss that diverged is written as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise KeepLoraError(f"{path} is damaged ({error}); this file is written by keeplora alone") from None
+
+
+class RunDirectory:
+    """The folder of one run, locked against other writers until `close`; use it in a ``with`` block.
+
+    Open one with `create` (a new run) or `open_existing` (resume); reading needs no lock: ``RunDirectory(path)``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> with RunDirectory.create(folder) as run:
+    ...     run.write_config({"method": "lora"})
+    ...     run.append_event({"event": "task_finished", "task": "pets"})
+    ...     run.set_status(state="finished", tasks_done=1)
+    >>> RunDirectory(folder).read_status()["state"], len(RunDirectory(folder).read_events())
+    ('finished', 1)
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+        self._lock: _Lock | None = None
+        self._opened = time.monotonic()
+        self._earlier_seconds = 0.0
+
+    config_path = property(lambda self: self.path / "config.yaml")
+    environment_path = property(lambda self: self.path / "environment.json")
+    data_path = property(lambda self: self.path / "data.json")
+    status_path = property(lambda self: self.path / "status.json")
+    metrics_path = property(lambda self: self.path / "metrics.jsonl")
+    results_path = property(lambda self: self.path / "results.json")
+    report_path = property(lambda self: self.path / "report.html")
+    ledger_path = property(lambda self: self.path / "ledger")
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Make the folder (or take an empty one), lock it, and write its first status.
+
+        Raises
+        ------
+        KeepLoraError
+            The folder holds a run or other files, is a file, cannot be made, or another process writes to it.
+        """
+        run = cls(path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise KeepLoraError(f"{run.path} is a file; choose another `output:`") from None
+        except OSError as error:
+            raise KeepLoraError(
+                f"{run.path} cannot be made: {error.strerror or error}; choose another `output:`"
+            ) from None
+        # Look before locking, so that no lock file appears in a folder of someone else's; look again under the lock.
+        run._refuse_contents()
+        run._acquire()
+        try:
+            run._refuse_contents()
+            atomic_write_json(
+                run.status_path,
+                {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "state": "running",
+                    "tasks_done": 0,
+                    "error": None,
+                    "started": _now(),
+                    "updated": _now(),
+                    "seconds": 0.0,
+                },
+            )
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open_existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """Lock the folder of an earlier run, to go on with it.
+
+        Raises
+        ------
+        KeepLoraError
+            No such folder, no run in it, a run that stopped before it began, a later format, or another writer.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise KeepLoraError(f"no such run directory: {run.path}")
+        status = run.read_status()
+        if not run.config_path.is_file():
+            if status:
+                hint = "the run stopped before it began; start it again with `keeplora run`"
+            else:
+                hint = "is it the folder that `keeplora run` printed?"
+            raise KeepLoraError(f"{run.path} holds no config.yaml: {hint}")
+        run._acquire()
+        run._earlier_seconds = float(status.get("seconds") or 0.0)
+        return run
+
+    def _acquire(self) -> None:
+        lock = _Lock(self.path)
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise KeepLoraError(f"{self.path} cannot be written to: {error.strerror or error}") from None
+        self._lock = lock
+
+    def _refuse_contents(self) -> None:
+        names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+        if self.config_path.is_file() and self.status_path.is_file():
+            status = self.read_status()
+            raise KeepLoraError(
+                f"{self.path} already holds a run ({status['state']}, {status['tasks_done']} tasks done); go on with it by "
+                f"`keeplora resume {self.path}`, or choose another `output:`"
+            )
+        if names == ["status.json"] and self.read_status():
+            return  # a run that was killed before it wrote its configuration: nothing is lost
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise KeepLoraError(
+                f"{self.path} is not empty ({shown}) and not a run of keeplora; choose a new or empty folder as `output:`"
+            )
+
+    def close(self) -> None:
+        """Let other processes write; calling it twice does no harm."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise RuntimeError(f"{self.path} is open for reading; use RunDirectory.create or open_existing to write")
+
+    # --- configuration, environment, data ---
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml: ``ExperimentConfig.resolved()``."""
+        self._writable()
+        atomic_write_text(self.config_path, dump_yaml(dict(config)))
+
+    def read_config(self) -> dict[str, Any]:
+        """config.yaml as the mapping that was written."""
+        value, _ = read_yaml(self.config_path)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
+        return value
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write environment.json: what `collect_environment` returns."""
+        self._writable()
+        atomic_write_json(self.environment_path, dict(environment))
+
+    def write_data(self, tasks: Sequence[Mapping[str, Any]]) -> None:
+        """Write data.json: one entry per task and probe (name, kind, classes, sizes, fingerprint, licence, warnings)."""
+        self._writable()
+        atomic_write_json(self.data_path, {"tasks": [dict(task) for task in tasks]})
+
+    def read_data(self) -> list[dict[str, Any]]:
+        """The entries of data.json; empty where it is not written yet."""
+        return (_read_json(self.data_path) or {}).get("tasks", [])
+
+    # --- status and results ---
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json; empty where there is none.
+
+        Raises
+        ------
+        KeepLoraError
+            It is damaged, not keeplora's, or of a later version.
+        """
+        status = _read_json(self.status_path)
+        if status is None:
+            return {}
+        if not isinstance(status, dict) or status.get("format") != FORMAT:
+            raise KeepLoraError(f"{self.status_path} is not a run's status: its format is not {FORMAT!r}")
+        if status.get("version") != VERSION:
+            raise KeepLoraError(
+                f"{self.path} was written in version {status.get('version')} of the run format, this keeplora knows "
+                f"{VERSION}; use the keeplora that made it (see environment.json)"
+            )
+        return status
+
+    def set_status(self, **changes: Any) -> None:
+        """Change fields of status.json (state, tasks_done, error); updated and seconds are kept by themselves.
+
+        ``seconds`` counts the time that the run was open, over all its resumes.
+        """
+        self._writable()
+        if "state" in changes and changes["state"] not in STATES:
+            raise ValueError(f"state is {changes['state']!r}, but must be one of {', '.join(STATES)}")
+        seconds = round(self._earlier_seconds + time.monotonic() - self._opened, 3)
+        started = {"format": FORMAT, "version": VERSION, "started": _now(), "tasks_done": 0, "error": None}
+        status = {**started, **self.read_status(), **changes, "updated": _now(), "seconds": seconds}
+        atomic_write_json(self.status_path, _finite(status))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json; a value that is not finite becomes null."""
+        self._writable()
+        atomic_write_json(self.results_path, _finite(results))
+
+    def read_results(self) -> dict[str, Any] | None:
+        """results.json, or None where it is not written yet."""
+        return _read_json(self.results_path)
+
+    # --- events ---
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; it is in the file when this returns. Values that are not finite become null."""
+        self._writable()
+        line = json.dumps(_finite(event), allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        self._drop_torn_line()
+        with open(self.metrics_path, "ab", buffering=0) as handle:
+            handle.write(line)
+
+    def _drop_torn_line(self) -> None:
+        with contextlib.suppress(FileNotFoundError), open(self.metrics_path, "r+b") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            if size == 0:
+                return
+            handle.seek(size - 1)
+            if handle.read(1) != b"\n":
+                handle.seek(0)
+                handle.truncate(handle.read().rfind(b"\n") + 1)
+
+    def _lines(self) -> list[bytes]:
+        try:
+            # What follows the last newline is a line that a crash cut short: the event counts as not written.
+            return self.metrics_path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every whole event in metrics.jsonl, oldest first; a last line cut short by a crash is left out.
+
+        Raises
+        ------
+        KeepLoraError
+            A line within the file is not JSON: the sentence has its number.
+        """
+        events, lines = [], self._lines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                if number == len(lines):  # a crash of the machine can leave zeros before the newline
+                    break
+                raise KeepLoraError(f"{self.metrics_path}, line {number}: not an event; the file was changed") from None
+            events.append(event)
+        return events
+
+    def cut_events(self, tasks_done: int) -> None:
+        """Drop every event after the ``tasks_done``-th ``task_finished``, for a resume that repeats what followed.
+
+        Write an evaluation's events before ``task_finished``; with ``tasks_done`` 0 the file is emptied.
+
+        Raises
+        ------
+        KeepLoraError
+            Fewer tasks are finished in the file than ``tasks_done`` says.
+        """
+        self._writable()
+        events = self.read_events()
+        ends = [index for index, event in enumerate(events, start=1) if event.get("event") == "task_finished"]
+        if tasks_done > len(ends):
+            raise KeepLoraError(
+                f"{self.metrics_path} tells of {len(ends)} finished tasks where {tasks_done} are recorded; lines are missing"
+            )
+        keep = ends[tasks_done - 1] if tasks_done else 0
+        atomic_write_bytes(self.metrics_path, b"".join(line + b"\n" for line in self._lines()[:keep]))

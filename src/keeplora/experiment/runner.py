@@ -1,0 +1,299 @@
+"""Tasks × one method → a run directory, one finished task at a time; a crash loses the task under way and no other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.data import TaskData
+from keeplora.errors import CapacityError, KeepLoraError
+from keeplora.experiment.config import ExperimentConfig, load_config
+from keeplora.experiment.environment import collect_environment
+from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
+from keeplora.experiment.pictures import Collate, PictureTensors, loader
+from keeplora.experiment.progress import Progress
+from keeplora.experiment.results import Scores, build_results, comparison_key, data_entries, peak_memory
+from keeplora.experiment.run_directory import RunDirectory
+from keeplora.experiment.setup import Setup, prepare
+from keeplora.experiment.training import Selection, train_task
+from keeplora.methods import method_names
+from keeplora.tuner import ContinualLearner
+from keeplora.tuner.sampling import statistics_batches
+
+STOP_AFTER = "KEEPLORA_STOP_AFTER"
+"""Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
+
+
+class Experiment:
+    """An experiment from a YAML file, a mapping or an `ExperimentConfig`: the same thing as ``keeplora run``.
+
+    >>> experiment = Experiment({"suite": "demo-small", "method": "keeplora++"})   # doctest: +SKIP
+    >>> experiment.run()["metrics"]["last"]                                         # doctest: +SKIP
+    """
+
+    def __init__(
+        self, config: str | os.PathLike[str] | Mapping[str, Any] | ExperimentConfig,
+        overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(config, ExperimentConfig):
+            config = load_config(config, overrides, known_methods=method_names())
+        elif overrides:
+            config = load_config(config.resolved(), overrides, known_methods=method_names())
+        self.config = config
+        self.quiet = quiet
+        self._setup: Setup | None = None
+
+    @property
+    def setup(self) -> Setup:
+        """Model and data, loaded at the first use."""
+        if self._setup is None:
+            self._setup = prepare(self.config)
+        return self._setup
+
+    def run(self) -> dict[str, Any]:
+        """Run from the start in a new run directory; returns what results.json holds."""
+        setup = self.setup
+        with RunDirectory.create(self.config.output_path) as directory:
+            directory.write_environment(collect_environment())
+            directory.write_data(data_entries(setup.tasks, setup.probes))
+            learner = setup.method.learner(
+                setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=self.config.model.name
+            )
+            # Last: a directory with a config.yaml is one that can be resumed.
+            directory.write_config(self.config.resolved())
+            return _Run(setup, directory, learner, self.quiet).go()
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], *, quiet: bool | None = None) -> dict[str, Any]:
+        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way starts again."""
+        with RunDirectory.open_existing(path) as directory:
+            config = load_config(directory.read_config(), {"output": str(path)}, known_methods=method_names())
+            experiment = cls(config, quiet=quiet)
+            setup = experiment.setup
+            key = [(e["name"], e["fingerprint"]) for e in directory.read_data()]
+            now = [(e["name"], e["fingerprint"]) for e in data_entries(setup.tasks, setup.probes)]
+            if changed := [name for (name, was), (_, is_) in zip(key, now) if was != is_]:
+                raise KeepLoraError(
+                    f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
+                    "numbers would not belong together; restore them, or start a new run"
+                )
+            learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
+            return _Run(setup, directory, learner, quiet).go()
+
+
+class _Run:
+    """One pass over the tasks that are not learned yet."""
+
+    def __init__(self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.directory = directory
+        self.learner = learner
+        self.progress = Progress(quiet)
+        self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
+        self.key = comparison_key(setup.config, setup.tasks, setup.probes)
+        earlier = directory.read_results()
+        self.scores = Scores.from_results(earlier)
+        if earlier:
+            self.warnings += earlier["warnings"]
+        self.evaluation_seconds = 0.0
+
+    def go(self) -> dict[str, Any]:
+        done = len(self.learner.records)
+        try:
+            # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
+            self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
+            rows = len(self.scores.tasks)
+            self.directory.set_status(state="running", tasks_done=done, error=None)
+            with self.progress:
+                if rows == 0:
+                    self.directory.cut_events(0)
+                    self._evaluate(0)
+                    self._write()
+                else:
+                    self.directory.cut_events(max(0, rows - 1))
+                    if done == rows:  # killed between the ledger's record and its scores
+                        self._score_last(done)
+                for i in range(done + 1, len(self.setup.tasks) + 1):
+                    task = self.setup.tasks[i - 1]
+                    self.progress.task(task.name, i, len(self.setup.tasks))
+                    self._learn(task, i)
+                    self._score_last(i)
+                    if os.environ.get(STOP_AFTER) == str(i):
+                        raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            self.directory.set_status(state="interrupted", error="interrupted; go on with `keeplora resume`")
+            raise
+        except BaseException as error:
+            self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        self.directory.set_status(state="finished", tasks_done=len(self.learner.records))
+        return self._write()
+
+    def _score_last(self, i: int) -> None:
+        record = self.learner.records[i - 1]
+        self._evaluate(i)
+        record.info["seconds"]["evaluation"] = round(self.evaluation_seconds, 3)
+        self.directory.append_event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
+        self._write()
+        self.directory.set_status(tasks_done=i)
+
+    def _write(self) -> dict[str, Any]:
+        seconds = float(self.directory.read_status().get("seconds") or 0.0)
+        results = build_results(
+            self.config, self.setup.method, self.learner, self.setup.tasks, self.setup.probes, self.scores,
+            self.warnings, peak_memory(), seconds, self.key,
+        )  # fmt: skip
+        self.directory.write_results(results)
+        return results
+
+    @contextlib.contextmanager
+    def _noting_warnings(self) -> Iterator[None]:
+        """Warnings become lines of the log and of the report."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        for entry in caught:
+            if issubclass(entry.category, UserWarning) and "keeplora" in entry.filename:
+                self.warnings.append(str(entry.message))
+                self.progress.line(f"warning: {entry.message}")
+
+    def _heads(self) -> dict[tuple[str, ...], Tensor]:
+        """Trained class weights by the class list they belong to."""
+        return {
+            tuple(record.info["classes"]): record.tensors["head"]
+            for record in self.learner.records if "head" in record.tensors
+        }  # fmt: skip
+
+    def _accuracy(self, task: TaskData, data: PictureTensors) -> float:
+        head = self._heads().get(tuple(task.classes))
+        batch = self.config.training.eval_batch_size
+        return accuracy(self.setup.family, task, data, self.setup.precision, batch, head, self.progress.advance)
+
+    def _evaluate(self, after: int) -> None:
+        """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
+        started = time.perf_counter()
+        sets = self.setup.sets
+        size = self.config.training.eval_batch_size
+        groups = (("task", self.setup.tasks), ("probe", self.setup.probes))
+        self.progress.phase("evaluation", sum(-(-len(t.test) // size) for _, group in groups for t in group))
+        if not self.setup.method.trains and after > 0:  # nothing moved: the row is the row before
+            rows = {"task": list(self.scores.tasks[-1]), "probe": list(self.scores.probes[-1])}
+        else:
+            rows = {kind: [self._accuracy(t, sets[t.name].test) for t in group] for kind, group in groups}
+        for kind, group in groups:
+            for task, value in zip(group, rows[kind], strict=True):
+                event = {"event": "evaluation", "after": after, "set": task.name, "kind": kind}
+                self.directory.append_event({**event, "accuracy": value, "n": len(task.test)})
+        means = [sum(row) / len(row) for row in rows.values() if row]
+        self.progress.advance(0, accuracy=means[0])
+        self.scores.add(rows["task"], rows["probe"])
+        self.evaluation_seconds = time.perf_counter() - started
+
+    def _selection(self, task: TaskData, objective: TaskObjective) -> Selection | None:
+        validation = self.setup.sets[task.name].validation
+        stopping = self.config.early_stopping
+        if validation is None or not (self.config.best_epoch or stopping is not None):
+            return None
+
+        def validate() -> float:
+            head = objective.head.detach() if objective.head is not None else None
+            size = self.config.training.eval_batch_size
+            return accuracy(self.setup.family, task, validation, self.setup.precision, size, head)
+
+        return Selection(validate, self.config.best_epoch, stopping.patience if stopping else None)
+
+    def _guard_scores(self, upto: int) -> dict[str, float]:
+        """What `accept` may look at: validation pictures of earlier tasks, the held-out halves of the probes."""
+        out = {}
+        for record, task in zip(self.learner.records[:upto], self.setup.tasks, strict=False):
+            validation = self.setup.sets[task.name].validation
+            if validation is not None and not record.info.get("undone"):
+                out[task.name] = self._accuracy(task, validation)
+        for probe in self.setup.probes:
+            out[probe.name] = self._accuracy(probe, self.setup.guards[probe.name])
+        return out
+
+    def _learn(self, task: TaskData, index: int) -> None:
+        setup, training = self.setup, self.config.training.for_task(task.name)
+        seed = self.config.seed * 100_003 + index
+        torch.manual_seed(seed)
+        data = setup.sets[task.name].train
+        info: dict[str, Any] = {
+            "classes": task.classes, "templates": task.templates, "data": task.fingerprint, "seed": seed,
+            "model": self.config.model.name, "training": training.model_dump(), "seconds": {},
+        }  # fmt: skip
+        if not setup.method.trains:
+            self.learner.sit_out(task.name, info | {"trained_parameters": 0})
+            return
+        objective = TaskObjective(setup.family, task, setup.precision)
+        started = time.perf_counter()
+        with self._noting_warnings():
+            if setup.method.classifier:
+                objective.head = initial_head(objective, data, training.eval_batch_size)
+            self.learner.config = setup.tuner_config(task)
+            self.progress.phase("statistics")
+            batches = loader(data, training.batch_size, objective.collate, workers=training.workers)
+            pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
+            pictures = statistics_batches(pictures, self.learner.config.feature_samples, self.config.seed, data.labels)
+            accept = self.config.accept
+            try:
+                model = self.learner.start_task(
+                    task.name, batches, objective.loss, labels=data.labels,
+                    feature_batches=_Again(objective, pictures), forward_fn=objective.forward, mask_fn=objective.masks,
+                    accept=accept.model_dump() if accept else None,
+                    evaluate=(lambda: self._guard_scores(index - 1)) if accept else None,
+                )  # fmt: skip
+            except CapacityError as error:
+                self._sit_out(task, info, str(error))
+                return
+        try:
+            log = self._train(model, objective, data, training, seed, task)
+            info["seconds"] = {"training": round(log.seconds, 3)}
+            info |= {"epochs": log.epochs, "best_epoch": log.best_epoch}
+            tensors = {}
+            if objective.head is not None:
+                tensors["head"] = objective.head.detach().float()
+        except BaseException:
+            self.learner.abort_task()
+            raise
+        self.progress.phase("protecting")
+        info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
+        with self._noting_warnings():
+            record = self.learner.finish_task(tensors=tensors, info=info)
+        if record is None:
+            info["undone"] = True
+            self._sit_out(task, info, f"task {task.name!r} was undone by `accept`")
+            return
+        record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
+
+    def _train(
+        self, model: nn.Module, objective: TaskObjective, data: PictureTensors, training: Any, seed: int, task: TaskData
+    ) -> Any:
+        return train_task(
+            model, objective, data, training, seed=seed, progress=self.progress,
+            on_epoch=lambda entry: self.directory.append_event({"event": "epoch", "task": task.name, **entry}),
+            selection=self._selection(task, objective),
+        )  # fmt: skip
+
+    def _sit_out(self, task: TaskData, info: dict[str, Any], why: str) -> None:
+        self.warnings.append(why)
+        self.progress.line(f"warning: {why}")
+        self.learner.sit_out(task.name, {**info, "not_learned": why})
+
+
+class _Again:
+    """The feature pass's batches as an iterable that can be gone through more than once."""
+
+    def __init__(self, objective: TaskObjective, pictures: Any) -> None:
+        self._objective, self._pictures = objective, pictures
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self._objective.feature_batches(self._pictures)

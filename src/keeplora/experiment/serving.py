@@ -1,0 +1,125 @@
+"""Using a finished (or half-finished) run: predictions, exports, audits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
+from keeplora.experiment.config import ExperimentConfig, load_config
+from keeplora.experiment.device import choose_device
+from keeplora.experiment.objective import predict
+from keeplora.experiment.run_directory import RunDirectory
+from keeplora.experiment.setup import tuner_class
+from keeplora.models import load_model
+from keeplora.tuner import ContinualLearner
+from keeplora.tuner.persistence import concatenated, write_peft_adapter
+
+EXPORT_FORMATS = ("peft", "merged")
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One candidate class: its name, the task that taught it (None for a class named by the user), its probability."""
+
+    label: str
+    task: str | None
+    probability: float
+
+
+class TrainedModel:
+    """The model of a run with every learned task merged.
+
+    Args:
+        path: a run directory.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: str = "auto") -> None:
+        self.path = Path(path).expanduser()
+        if not (self.path / "config.yaml").is_file():
+            raise KeepLoraError(
+                f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
+            )
+        self.config: ExperimentConfig = load_config(RunDirectory(self.path).read_config())
+        model = self.config.model
+        self.family = load_model(
+            model.name, device=str(choose_device(device)), image_size=model.image_size, revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+        learner_class = tuner_class(self.config.method)
+        self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the learned tasks, in order."""
+        return [record.name for record in self.learner.records]
+
+    def _groups(self, classes: list[str] | None, task: str | None, template: str | None) -> list[dict[str, Any]]:
+        if classes is not None and task is not None:
+            raise ConfigError("give --classes or --task, not both")
+        if classes is not None:
+            if not classes or len(set(classes)) != len(classes):
+                raise ConfigError(f"the classes {classes!r} must be different names, at least one")
+            return [{"classes": classes, "templates": [template or DEFAULT_TEMPLATE], "head": None, "task": None}]
+        records = self.learner.records
+        if task is not None:
+            if task not in self.tasks:
+                raise ConfigError(f"no learned task is named {task!r}{did_you_mean(task, self.tasks)}")
+            records = [record for record in records if record.name == task]
+        if not records:
+            raise KeepLoraError(f"{self.path} has learned no task yet; name the candidates with --classes a,b,c")
+        return [
+            {
+                "classes": record.info["classes"], "templates": [template] if template else record.info["templates"],
+                "head": record.tensors.get("head"), "task": record.name,
+            }
+            for record in records
+        ]  # fmt: skip
+
+    def predict(
+        self, picture: Image, *, classes: list[str] | None = None, task: str | None = None, template: str | None = None
+    ) -> list[Prediction]:
+        """Candidates by falling probability: the named classes, one task's classes, or every class learned so far.
+
+        A class that several tasks share is one candidate, at its best logit.
+        """
+        groups = self._groups(classes, task, template)
+        pixels = self.family.preprocess(picture).unsqueeze(0)
+        best: dict[str, tuple[float, str | None]] = {}
+        with self.family.evaluating():
+            for group in groups:
+                logits = predict(self.family, group["classes"], group["templates"], pixels, group["head"])[0]
+                for label, logit in zip(group["classes"], logits.tolist(), strict=True):
+                    if label not in best or logit > best[label][0]:
+                        best[label] = (logit, group["task"])
+        names = list(best)
+        probabilities = torch.tensor([best[n][0] for n in names]).softmax(0).tolist()
+        out = [Prediction(n, best[n][1], p) for n, p in zip(names, probabilities, strict=True)]
+        return sorted(out, key=lambda item: -item.probability)
+
+    def export(self, target: str | os.PathLike[str], format: str) -> Path:
+        """Write the trained model: ``peft``, one stock adapter for the untouched base, or ``merged``, a whole checkpoint.
+
+        The adapter holds all tasks: A stacked, s·B side by side, alpha = rank, so that every server reads it alike. It is
+        free of rounding whatever the base's precision; a merged checkpoint in bf16 is not (`keeplora audit` tells).
+        """
+        target = Path(target).expanduser()
+        if format not in EXPORT_FORMATS:
+            raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
+        if target.exists():
+            raise KeepLoraError(f"{target} exists already; choose a new folder")
+        if format == "merged":
+            return self.family.save_pretrained(target)
+        factors = concatenated(self.learner.records)
+        if not factors:
+            raise KeepLoraError(
+                f"{self.path} holds no low-rank factors (method {self.config.method}); export it with --format merged"
+            )
+        return write_peft_adapter(target, factors, self.config.model.name)

@@ -1,0 +1,113 @@
+"""From a configuration to what a run works with: model, method, data, learner settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keeplora.data import TaskData, load_task, split_validation
+from keeplora.experiment.config import ExperimentConfig
+from keeplora.experiment.device import Precision, choose_device
+from keeplora.experiment.pictures import PictureTensors, TensorCache
+from keeplora.methods import Method, get_method
+from keeplora.models import load_model
+from keeplora.models.dual_encoder import DualEncoder
+from keeplora.tuner import ContinualLearner, KeepLoraConfig
+
+
+@dataclass
+class Sets:
+    """A task's pictures as tensors; ``validation`` is None unless asked for."""
+
+    train: PictureTensors
+    test: PictureTensors
+    validation: PictureTensors | None
+
+
+@dataclass
+class Setup:
+    """Everything a run needs, loaded and checked before anything is trained."""
+
+    config: ExperimentConfig
+    method: Method
+    family: DualEncoder
+    precision: Precision
+    tasks: list[TaskData]
+    probes: list[TaskData]
+    sets: dict[str, Sets]
+    guards: dict[str, PictureTensors] = field(default_factory=dict)
+    """Held-out half of each probe, which `accept` may look at; empty without `accept`."""
+
+    def tuner_config(self, task: TaskData | None = None) -> KeepLoraConfig:
+        """The learner's settings; shares of the data become counts for ``task``."""
+        values: dict[str, Any] = self.config.tuner.model_dump()
+        if values["target_modules"] is None:
+            values["target_modules"] = self.family.default_target_modules
+        for name in ("gradient_samples", "feature_samples"):
+            available = len(task.train) if task is not None else 1
+            values[name] = self.config.tuner.samples(name, available)
+        return self.method.make_config({**values, "seed": self.config.seed})
+
+
+def tuner_class(method: str) -> type[ContinualLearner]:
+    """The learner class of a method, for opening what it wrote."""
+    return get_method(method).learner
+
+
+def data_folder(config: ExperimentConfig) -> Path:
+    """Where relative paths of the task specs start."""
+    if config.suite is not None:
+        from keeplora.suites import suite_folder
+
+        return suite_folder()
+    return Path(config.base_dir)
+
+
+def load_tasks(config: ExperimentConfig) -> tuple[list[TaskData], list[TaskData]]:
+    """Tasks in learning order, with validation split off where asked for, and probes."""
+    base = data_folder(config)
+    tasks = []
+    for spec in config.ordered_tasks:
+        wanted = config.validation_for(spec["name"])
+        own: Mapping[str, Any] = {k: v for k, v in spec.items() if k != "validation"}
+        if isinstance(wanted, str):
+            own = {**own, "validation": wanted}
+        task = load_task(own, base)
+        if isinstance(wanted, float):
+            task.train, task.validation = split_validation(task.train, wanted, config.seed)
+        tasks.append(task)
+    return tasks, [load_task(spec, base, probe=True) for spec in config.probes]
+
+
+def prepare(config: ExperimentConfig) -> Setup:
+    """Load model and data. Everything that can be refused is refused here, before a run directory exists."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    method = get_method(config.method)
+    tasks, probes = load_tasks(config)
+    device = choose_device(config.device)
+    family = load_model(
+        config.model.name, device=str(device), image_size=config.model.image_size, revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    cache = TensorCache()
+    sets: dict[str, Sets] = {}
+    guards: dict[str, PictureTensors] = {}
+    for task in tasks:
+        family.tokenize(family.class_prompts(task.classes, task.templates))  # refuses prompts that are too long, now
+        sets[task.name] = Sets(
+            PictureTensors(task.train, family, cache), PictureTensors(task.test, family, cache),
+            PictureTensors(task.validation, family, cache) if task.validation is not None else None,
+        )  # fmt: skip
+    for probe in probes:
+        if config.accept is not None:
+            probe.test, guard = split_validation(probe.test, 0.5, config.seed)
+            guards[probe.name] = PictureTensors(guard, family, cache)
+        sets[probe.name] = Sets(
+            PictureTensors(probe.train, family, cache), PictureTensors(probe.test, family, cache), None
+        )
+    return Setup(config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards)

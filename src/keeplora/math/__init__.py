@@ -1,0 +1,40 @@
+"""The method as pure functions of tensors; imports torch and nothing of ours."""
+
+from keeplora.math.factor import (
+    backward_bound,
+    factor_leak,
+    layer_alpha,
+    lora_delta,
+    residual_factor,
+    rounding_floor,
+    weight_leak,
+)
+from keeplora.math.scales import SCHEDULES, layer_scales
+from keeplora.math.subspace import (
+    append_directions,
+    explained_share,
+    extend_basis,
+    extend_basis_with_gradient,
+    orthonormality_error,
+    project_out,
+    weight_basis,
+)
+
+__all__ = [
+    "SCHEDULES",
+    "append_directions",
+    "backward_bound",
+    "explained_share",
+    "extend_basis",
+    "extend_basis_with_gradient",
+    "factor_leak",
+    "layer_alpha",
+    "layer_scales",
+    "lora_delta",
+    "orthonormality_error",
+    "project_out",
+    "residual_factor",
+    "rounding_floor",
+    "weight_basis",
+    "weight_leak",
+]

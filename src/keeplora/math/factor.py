@@ -1,0 +1,101 @@
+"""The fixed factor A of a new task (M2–M4), its scaling (M6), and the numbers that prove it stays in the residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keeplora.math.subspace import EPS32, _matrix, fix_signs, project_out
+
+FACTOR_TOLERANCE = 1e-6
+"""max |A U| that `residual_factor` guarantees (M4)."""
+
+
+def residual_factor(G: Tensor, U: Tensor, rank: int) -> Tensor:
+    """A: the top directions of the residual gradient Ĝ = G (I − U Uᵀ) (M3, M4).
+
+    Args:
+        G: (out, in), the new task's gradient at the merged weights.
+        U: (in, k) orthonormal, the protected subspace; k may be 0 or in.
+        rank: r ≥ 1 as configured.
+
+    Returns:
+        A of shape (r', in) float32 with orthonormal rows and max |A U| ≤ 1e-6, where
+        r' = min(r, out, in − k, numerical rank of Ĝ), the rank taken relative to ‖G‖₂ and not to ‖Ĝ‖: what is left
+        when everything is protected is rounding noise, not a direction to learn in. r' may be 0.
+
+    A minimises ‖Ĝ − Ĝ AᵀA‖_F over all A with orthonormal rows and A U = 0 (Prop 3.2).
+
+    >>> G = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> residual_factor(G, torch.eye(3)[:, :1], 1)
+    tensor([[0., 1., 0.]])
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    G64 = _matrix("G", G)
+    n_out, n_in = G64.shape
+    if U.shape[0] != n_in:
+        raise ValueError(f"G has {n_in} input dimensions but U has {U.shape[0]}")
+    U64 = U.detach().to(torch.float64)
+    limit = min(rank, n_out, n_in - U.shape[1])
+    norm = float(torch.linalg.matrix_norm(G64, 2)) if G64.numel() else 0.0
+    if limit <= 0 or norm == 0.0:
+        return G64.new_zeros((0, n_in), dtype=torch.float32)
+    _, S, Yt = torch.linalg.svd(project_out(G64, U64), full_matrices=False)
+    r = min(limit, int((S > max(n_out, n_in) * EPS32 * norm).sum()))
+    V = Yt[:r].T
+    # One pass leaves A U at about ‖P G‖/‖Ĝ‖ · eps: 1e-2 in fp32 when the residual is 1e-5 of G. Twice removes it.
+    for _ in range(2):
+        V = torch.linalg.qr(project_out(V.T, U64).T).Q if r else V
+    A = fix_signs(V).T.contiguous().to(torch.float32)
+    overlap = float((A.to(torch.float64) @ U64).abs().max()) if r and U.shape[1] else 0.0
+    if overlap > FACTOR_TOLERANCE:
+        raise ArithmeticError(f"A leaves the residual space: max |A U| = {overlap:.2e} > {FACTOR_TOLERANCE:.0e}")
+    return A
+
+
+def layer_alpha(layer_scale: float, lora_alpha: float, r: int, r_layer: int) -> float:
+    """The `alpha` that PEFT must be given for a layer so that s = layer_scale · lora_alpha / r (METHOD.md, notation).
+
+    PEFT divides alpha by the layer's *own* rank ``r_layer``; without the correction a layer whose rank shrank would
+    learn faster in silence.
+
+    >>> layer_alpha(0.5, 16, 16, 4) / 4
+    0.5
+    """
+    return layer_scale * lora_alpha * r_layer / r
+
+
+def lora_delta(s: float, B: Tensor, A: Tensor) -> Tensor:
+    """ΔW = s · B A in float32, (out, in) (M7)."""
+    return s * (B.to(torch.float32) @ A.to(torch.float32))
+
+
+def factor_leak(B: Tensor, A: Tensor, U: Tensor) -> float:
+    """‖B A U‖_F / ‖B A‖_F: the share of an update that acts on protected inputs, from the factors; 0 when B A = 0."""
+    BA = B.detach().to(torch.float64) @ A.detach().to(torch.float64)
+    norm = float(BA.norm())
+    return float((BA @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
+
+
+def weight_leak(W: Tensor, W0: Tensor, U: Tensor) -> float:
+    """‖(W − W₀) U‖_F / ‖W − W₀‖_F of weights as they are stored, rounding included; 0 when nothing moved."""
+    D = W.detach().to(torch.float64) - W0.detach().to(torch.float64)
+    norm = float(D.norm())
+    return float((D @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
+
+
+def rounding_floor(W0: Tensor, delta: Tensor, U: Tensor, dtype: torch.dtype) -> float:
+    """The leak that rounding W₀ + ΔW once to ``dtype`` causes by itself, ‖(round(W) − W) U‖_F / ‖ΔW‖_F."""
+    exact = W0.detach().to(torch.float64) + delta.detach().to(torch.float64)
+    norm = float(delta.detach().to(torch.float64).norm())
+    error = exact.to(dtype).to(torch.float64) - exact
+    return float((error @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
+
+
+def backward_bound(s: float, B: Tensor, explained: float, trace: float) -> float:
+    """Upper bound s² ‖B‖₂² (1 − ε_t) tr C_t on Σ_x ‖s B A x‖² over the inputs of C_t, for a later task's B and A."""
+    if B.numel() == 0:
+        return 0.0
+    norm = float(torch.linalg.matrix_norm(B.detach().to(torch.float64), 2))
+    return s * s * norm * norm * (1.0 - explained) * trace

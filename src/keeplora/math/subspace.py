@@ -1,0 +1,196 @@
+"""Protected subspaces of a linear layer's input space: how U starts (M1) and how it grows (M8, M8g).
+
+Notation is METHOD.md's: a layer is y = W x with W of shape (out, in); U of shape (in, k) has orthonormal columns and
+P = U Uᵀ. Whatever dtype comes in, decompositions and sums run in float64 and bases come out in float32, so that a
+bf16 model gets the same subspace as its fp32 twin up to the rounding of its weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+RELATIVE_SLACK = 1e-6
+"""Slack of the energy comparison for energies below one (M1)."""
+
+
+def check_energy(energy: float) -> float:
+    """Return ``energy`` as a float if it lies in [0, 1]; ``ValueError`` otherwise."""
+    if not 0.0 <= float(energy) <= 1.0:
+        raise ValueError(f"energy must lie between 0 and 1, got {energy!r}")
+    return float(energy)
+
+
+def _matrix(name: str, M: Tensor) -> Tensor:
+    if M.ndim != 2:
+        raise ValueError(f"{name} must be a matrix, got shape {tuple(M.shape)}")
+    if not torch.isfinite(M).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return M.detach().to(torch.float64)
+
+
+def fix_signs(V: Tensor) -> Tensor:
+    """Flip columns so that each one's entry of largest magnitude is positive: one fixed sign, so results reproduce."""
+    if V.numel() == 0:
+        return V
+    pivot = V.abs().argmax(dim=0, keepdim=True)
+    sign = torch.sign(V.gather(0, pivot))
+    return V * torch.where(sign == 0, torch.ones_like(sign), sign)
+
+
+def smallest_rank(energies: Tensor, energy: float, *, total: float, already: float = 0.0) -> int:
+    """Smallest p with ``already + Σ_{i<p} energies[i] ≥ energy · total`` (relative slack 1e-6); all of them if none.
+
+    ``energies`` is a descending float64 vector, already cut at the numerical rank. ``energy = 1`` asks for all of it.
+    """
+    if energy <= 0 or energies.numel() == 0:
+        return 0
+    if energy >= 1:
+        return int(energies.numel())
+    goal = energy * total * (1 - RELATIVE_SLACK)
+    if already >= goal:
+        return 0
+    reached = already + torch.cumsum(energies, 0) >= goal
+    hits = torch.nonzero(reached)
+    return int(hits[0]) + 1 if hits.numel() else int(energies.numel())
+
+
+def weight_basis(W: Tensor, energy: float) -> Tensor:
+    """Principal input subspace of a weight (M1).
+
+    Args:
+        W: weight, shape (out, in), any float dtype.
+        energy: ε_w in [0, 1], the share of ‖W‖_F² that the basis must reach. 0 gives no direction; 1 gives the
+            numerical rank (σ_i > max(out, in) · eps(fp32) · σ_1).
+
+    Returns:
+        U₀ of shape (in, p), float32, orthonormal columns in order of falling singular value: the *right* singular
+        vectors. The reference's CLIP half takes the left ones, which only a square matrix hides.
+
+    >>> W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> weight_basis(W, 0.6).shape, weight_basis(W, 0.9).shape   # 9/14 = 0.64, 13/14 = 0.93
+    (torch.Size([3, 1]), torch.Size([3, 2]))
+    """
+    energy = check_energy(energy)
+    W64 = _matrix("W", W)
+    n_out, n_in = W64.shape
+    if energy == 0 or W64.numel() == 0:
+        return W64.new_zeros((n_in, 0), dtype=torch.float32)
+    _, sigma, Rt = torch.linalg.svd(W64, full_matrices=False)
+    rank = int((sigma > max(n_out, n_in) * EPS32 * sigma[0]).sum()) if sigma[0] > 0 else 0
+    squares = sigma.square()
+    p = smallest_rank(squares[:rank], energy, total=float(squares.sum()))
+    return fix_signs(Rt[:p].T).to(torch.float32)
+
+
+def project_out(X: Tensor, U: Tensor) -> Tensor:
+    """X (I − U Uᵀ): the rows of X without their part in span(U) (M3).
+
+    Args:
+        X: shape (..., in). U: shape (in, k), orthonormal columns, k ≥ 0.
+
+    >>> project_out(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]]))
+    tensor([[0., 2.]])
+    """
+    if X.shape[-1] != U.shape[0]:
+        raise ValueError(f"X has {X.shape[-1]} input dimensions but U has {U.shape[0]}")
+    if U.shape[1] == 0:
+        return X.clone()
+    U = U.to(X.dtype)
+    return X - (X @ U) @ U.T
+
+
+def orthonormality_error(U: Tensor) -> float:
+    """‖UᵀU − I‖_max, computed in float64; 0 for an empty basis."""
+    if U.shape[1] == 0:
+        return 0.0
+    U64 = U.detach().to(torch.float64)
+    return float((U64.T @ U64 - torch.eye(U64.shape[1], dtype=torch.float64, device=U64.device)).abs().max())
+
+
+def append_directions(U: Tensor, V: Tensor) -> Tensor:
+    """[U, V'] with V' = V made orthonormal and orthogonal to U. U's own columns come back untouched, bit for bit.
+
+    Args:
+        U: (in, k) float32 orthonormal. V: (in, m) directions, linearly independent of each other and of U.
+
+    Returns:
+        (in, k + m) float32 with ‖·ᵀ· − I‖_max ≤ 1e-5, asserted.
+    """
+    if V.shape[1] == 0:
+        return U.to(torch.float32)
+    U64 = U.detach().to(torch.float64)
+    V64 = V.detach().to(torch.float64)
+    # Twice is enough (Kahan/Parlett): the second pass removes what rounding brought back in the first.
+    for _ in range(2):
+        V64 = project_out(V64.T, U64).T
+        V64 = torch.linalg.qr(V64).Q
+    out = torch.cat([U64, fix_signs(V64)], dim=1).to(torch.float32)
+    error = orthonormality_error(out)
+    if error > 1e-5:
+        raise ArithmeticError(f"the extended basis is not orthonormal: max |UᵀU − I| = {error:.2e} > 1e-5")
+    return out
+
+
+def explained_share(U: Tensor, C: Tensor) -> float:
+    """Share of tr C that lies in span(U): tr(UᵀCU) / tr C in [0, 1]; 1 when C = 0."""
+    C64 = C.detach().to(torch.float64)
+    total = float(C64.diagonal().sum())
+    if total <= 0:
+        return 1.0
+    U64 = U.detach().to(torch.float64)
+    return min(1.0, max(0.0, float((U64 * (C64 @ U64)).sum()) / total))
+
+
+def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = None) -> tuple[Tensor, float]:
+    """Let a task's features join the protected subspace (M8).
+
+    Args:
+        U: (in, k), float32 orthonormal, the subspace so far (k may be 0 or in).
+        C: (in, in), Σ x xᵀ over the layer's inputs; any positive scale, symmetric positive semi-definite.
+        energy: ε_f in [0, 1], the share of tr C that [U, new] must explain.
+        max_dim: never grow beyond this many columns (a capacity budget); None means ``in``.
+
+    Returns:
+        (U', ε_t): U' of shape (in, k') float32 whose first k columns are U bit for bit, and the share actually
+        explained, which is below ``energy`` where capacity or the numerical rank stopped it.
+
+    Directions are the leading eigenvectors of (I − P) C (I − P), the fewest that reach the energy, none beyond C's
+    numerical rank (λ_i > in · eps(fp32) · λ_1(C)): rounding noise is not protected.
+
+    >>> U, share = extend_basis(torch.zeros(2, 0), torch.diag(torch.tensor([3.0, 1.0])), 0.7)
+    >>> U.shape, round(share, 2)
+    (torch.Size([2, 1]), 0.75)
+    """
+    energy = check_energy(energy)
+    C64 = _matrix("C", C)
+    n = U.shape[0]
+    if C64.shape != (n, n):
+        raise ValueError(f"C must be ({n}, {n}) to match U, got {tuple(C64.shape)}")
+    C64 = (C64 + C64.T) / 2
+    k = U.shape[1]
+    room = min(n, n if max_dim is None else max_dim) - k
+    total = float(C64.diagonal().sum())
+    if energy == 0 or room <= 0 or total <= 0:
+        return U.to(torch.float32), explained_share(U, C64)
+    U64 = U.detach().to(torch.float64)
+    inside = U64.T @ C64 @ U64
+    C_hat = project_out(project_out(C64, U64).T, U64)
+    eigenvalues, vectors = torch.linalg.eigh((C_hat + C_hat.T) / 2)
+    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+    largest = max(float(eigenvalues[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
+    rank = min(int((eigenvalues > n * EPS32 * largest).sum()), room)
+    m = smallest_rank(eigenvalues[:rank], energy, total=total, already=float(inside.diagonal().sum()))
+    U_new = append_directions(U, vectors[:, :m])
+    return U_new, explained_share(U_new, C64)
+
+
+def extend_basis_with_gradient(U: Tensor, G: Tensor, energy: float) -> tuple[Tensor, float]:
+    """Gradient memory (M8g), the reference's LLM code: as `extend_basis` with C = GᵀG of the merged model's gradient.
+
+    The leading right singular vectors of G (I − P) are the leading eigenvectors of (I − P) GᵀG (I − P), and tr C is
+    ‖G‖_F², so one rule serves both memories.
+    """
+    G64 = _matrix("G", G)
+    return extend_basis(U, G64.T @ G64, energy)

@@ -1,0 +1,67 @@
+"""Methods by name. A new one is a file that ends in a `register` call, and its module's name in `METHOD_MODULES`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from keeplora.errors import ConfigError, did_you_mean
+from keeplora.tuner import ContinualLearner, KeepLoraConfig
+
+METHOD_MODULES = ("zero_shot", "full_finetuning", "lora", "keeplora")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn tasks in sequence.
+
+    Attributes:
+        name: as in configs and on the command line. title: as in tables.
+        learner: the class that does it; its interface is `ContinualLearner`'s.
+        config: fields of `KeepLoraConfig` that define the method and win over what the user set.
+        classifier: the "cls" variant, a trained class-weight head beside the class texts.
+        trains: False for a method that learns nothing.
+        summary: one line for `keeplora methods`.
+    """
+
+    name: str
+    title: str
+    learner: type[ContinualLearner]
+    summary: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    classifier: bool = False
+    trains: bool = True
+
+    def make_config(self, values: Mapping[str, Any]) -> KeepLoraConfig:
+        """The learner's config: the user's values, then what defines the method."""
+        return KeepLoraConfig(**{**values, **self.config})
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method to the registry."""
+    _METHODS[method.name] = method
+    return method
+
+
+def _load() -> dict[str, Method]:
+    for module in METHOD_MODULES:
+        importlib.import_module(f"keeplora.methods.{module}")
+    return _METHODS
+
+
+def method_names() -> list[str]:
+    """All names, in the order in which tables show them."""
+    return list(_load())
+
+
+def get_method(name: str) -> Method:
+    """A method by name; `ConfigError` with a suggestion if there is none."""
+    methods = _load()
+    if name not in methods:
+        raise ConfigError(f"method: unknown name {name!r}{did_you_mean(name, methods)}")
+    return methods[name]

@@ -1,0 +1,28 @@
+"""Zero-shot: the untouched model, evaluated as if it had learned; the floor that nobody should fall below."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from keeplora.methods.registry import Method, register
+from keeplora.tuner.learner import ContinualLearner, OpenTask
+from keeplora.tuner.ledger import TaskRecord
+
+
+class ZeroShot(ContinualLearner):
+    """Learns nothing: tasks become records without factors."""
+
+    protects = False
+
+    def _attach(self, task: OpenTask) -> nn.Module:
+        task.info["trained_parameters"] = 0
+        return self.model
+
+    def _detach(self, task: OpenTask) -> TaskRecord:
+        return TaskRecord(task.name)
+
+    def _protect(self, task: OpenTask, record: TaskRecord) -> None:
+        pass
+
+
+register(Method("zero-shot", "Zero-shot", ZeroShot, "the untouched model; trains nothing", trains=False))

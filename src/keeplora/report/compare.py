@@ -1,0 +1,223 @@
+"""The run beside other methods: who is shown, under which name and colour, who is best, and the headline in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from keeplora.report.charts import number
+from keeplora.report.runs import Run
+
+# key in results["metrics"], short name, whether a larger value is better, what it is
+METRICS = [
+    (
+        "transfer",
+        "Transfer",
+        True,
+        "accuracy on tasks before they are learned: mean over j ≥ 2 of mean over i < j of acc[i][j]",
+    ),
+    ("average", "Avg", True, "mean of acc[i][j] over all i, j = 1…N"),
+    ("last", "Last", True, "mean over all tasks after the last one"),
+    ("probe", "Probe", True, "mean over the probe sets, never trained on, and over i = 1…N"),
+    ("forgetting", "Forgetting", False, "mean over j < N of the task's best over i < N less its value at the end"),
+    ("bwt", "BWT", True, "mean over j < N of acc[N][j] − acc[j][j]"),
+]
+BARS = [entry for entry in METRICS if entry[0] in ("transfer", "average", "last", "probe")]
+OTHER_COLOURS = [1, 2, 3, 4, 6, 7]
+GREY = 5
+MOST_RIVALS = 4  # in the words of the headline; the table has all
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison: a run, or the untouched model read off row 0 (``run`` is None)."""
+
+    label: str
+    run: Run | None
+    metrics: dict[str, float | None]
+    index: int = GREY
+    strong: bool = False
+    charted: bool = True
+
+    @property
+    def learns(self) -> bool:
+        """Whether it can forget at all; a model that never changes is no rival in forgetting."""
+        return self.run is not None and self.run.learns
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def untouched(run: Run) -> dict[str, float | None]:
+    """The metrics of a model that is never trained, from row 0: each accuracy holds at every moment."""
+    if not run.accuracy:
+        return {}
+    row = run.accuracy[0]
+    mean = _mean(row)
+    probe = _mean(run.probe_accuracy[0]) if run.probe_accuracy else None
+    return {"transfer": _mean(row[1:]), "average": mean, "last": mean, "probe": probe}
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The method; its seed where a method comes twice; the run's name where even that does."""
+    names = [run.label for run in runs]
+    for extra in (lambda run: f"seed {run.seed}", lambda run: run.name):
+        twice = Counter(names)
+        names = [f"{n}, {extra(run)}" if twice[n] > 1 else n for n, run in zip(names, runs, strict=True)]
+    return names
+
+
+def entries(run: Run, others: Sequence[Run]) -> list[Entry]:
+    """The run first, then the others, then the untouched model unless a zero-shot run already stands for it.
+
+    Charts show one run per method (the same seed as this run's if there is one) and at most six others; tables show all.
+    """
+    runs = [run, *others]
+    found = [Entry(n, r, r.metrics, charted=False) for n, r in zip(_labels(runs), runs, strict=True)]
+    found[0] = replace(found[0], index=0, strong=True, charted=True)
+    chosen: dict[str, int] = {}
+    for i, other in enumerate(others, start=1):
+        rank = (other.finished, other.seed == run.seed)
+        if other.label != run.label and other.label not in chosen:
+            chosen[other.label] = i
+        elif other.label in chosen:
+            held = runs[chosen[other.label]]
+            if rank > (held.finished, held.seed == run.seed):
+                chosen[other.label] = i
+    colours = iter(OTHER_COLOURS)
+    for i in chosen.values():
+        index = GREY if not runs[i].learns else next(colours, None)
+        if index is not None:
+            found[i] = replace(found[i], index=index, charted=True)
+    if run.accuracy and all(one.learns for one in runs):
+        found.append(Entry("Untouched model", None, untouched(run)))
+    return found
+
+
+def best(found: Sequence[Entry], key: str, higher: bool) -> set[int]:
+    """Indices of the entries with the best ``key``; empty where fewer than two have one."""
+    values = {
+        i: value
+        for i, entry in enumerate(found)
+        if (value := entry.metrics.get(key)) is not None and (entry.learns or key not in ("forgetting", "bwt"))
+    }
+    if len(values) < 2:
+        return set()
+    top = max(values.values()) if higher else min(values.values())
+    return {i for i, value in values.items() if number(value) == number(top)}
+
+
+def signed(value: float) -> str:
+    """A difference with its sign.
+
+    >>> signed(1.26), signed(-0.04)
+    ('+1.3', '0.0')
+    """
+    text = number(value)
+    return f"+{text}" if value > 0 and float(text) else text
+
+
+def tiles(run: Run) -> list[dict[str, Any]]:
+    """The big numbers: name, value, and one line that puts it in proportion."""
+    base, found = untouched(run), []
+    for key, name, _, meaning in METRICS:
+        value = run.metrics.get(key)
+        if value is None or key == "bwt":
+            continue
+        level = base.get(key)
+        note = "points below a task’s best, on average" if key == "forgetting" else ""
+        if level is not None and run.learns:
+            note = f"untouched model {number(level)} ({signed(value - level)})"
+        found.append(
+            {
+                "name": name,
+                "value": number(value),
+                "unit": "" if key == "forgetting" else "%",
+                "note": note,
+                "title": meaning,
+            }
+        )
+    return found
+
+
+def _strong(template: str, *values: str) -> Markup:
+    return Markup(template).format(*(Markup("<strong>{}</strong>").format(value) for value in values))
+
+
+def _against(run: Run, entry: Entry) -> Markup | None:
+    parts = []
+    for key, name, _, _ in METRICS:
+        mine, theirs = run.metrics.get(key), entry.metrics.get(key)
+        if key != "bwt" and mine is not None and theirs is not None and (key != "forgetting" or entry.learns):
+            parts.append(f"{name} {signed(mine - theirs)}")
+    if not parts:
+        return None
+    return Markup("Against <strong>{}</strong> on the same tasks, in points: {}.").format(entry.label, ", ".join(parts))
+
+
+def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
+    """What came out, in sentences with the numbers in them; only what the run has reached."""
+    n, metrics, base = len(run.tasks), run.metrics, untouched(run)
+    said: list[Markup] = []
+    value, level = metrics.get("last"), base.get("last")
+    if not run.accuracy:
+        return [Markup("Nothing has been evaluated yet.")]
+    if not run.finished:
+        said.append(
+            _strong("{} of {} tasks are finished; the summary metrics follow when all are.", str(run.done), str(n))
+        )
+    if not run.learns and value is not None:
+        said.append(
+            _strong(
+                "The untouched model names {} of the test pictures right, averaged over {} tasks.",
+                f"{number(value)}\u00a0%",
+                str(n),
+            )
+        )
+    elif value is not None:
+        tasks = f"{n} tasks one after another" if n > 1 else "one task"
+        after = "After the last one" if n > 1 else "After it"
+        text = "{} learned {}. " + after + " it names {} of the test pictures right, averaged over the tasks (Last)"
+        said.append(
+            _strong(text, run.label, tasks, f"{number(value)}\u00a0%") + Markup("" if level is not None else ".")
+        )
+        if level is not None:
+            said[-1] += _strong("; before the first it was {}.", f"{number(level)}\u00a0%")
+    if run.learns:
+        said += _kept(run, base)
+    rivals = [e for e in found if e.run is not None and e.charted and not e.strong]
+    rivals.sort(key=lambda e: -(e.metrics.get("last") or 0.0))
+    said += [line for e in rivals[:MOST_RIVALS] if (line := _against(run, e))]
+    if len(said) > 1 and rivals:
+        said.append(Markup("One run of each method: a few points can be chance. Several seeds give an interval."))
+    return said
+
+
+def _kept(run: Run, base: dict[str, float | None]) -> list[Markup]:
+    said: list[Markup] = []
+    drop, metrics = run.metrics.get("forgetting"), run.metrics
+    if drop is not None:
+        first = run.column(run.tasks[0])
+        direction = "below" if drop >= 0 else "above"
+        text = _strong("On average a task ended {} its earlier best.", f"{number(abs(drop))} points {direction}")
+        if first[1] is not None and first[-1] is not None:
+            text += _strong(
+                " The first task, {}, stood at {} when it was learned and at {} at the end.",
+                run.tasks[0], f"{number(first[1])}\u00a0%", f"{number(first[-1])}\u00a0%",
+            )  # fmt: skip
+        said.append(text)
+    for key, text in (
+        ("transfer", "Tasks not yet learned stood at {} (Transfer); the untouched model has {} on them."),
+        ("probe", "The probe sets, never trained on, stood at {} over the sequence; the untouched model has {}."),
+    ):
+        value, level = metrics.get(key), base.get(key)
+        if value is not None and level is not None:
+            said.append(_strong(text, f"{number(value)}\u00a0%", f"{number(level)}\u00a0%"))
+    return said

@@ -1,0 +1,233 @@
+"""Read a run directory, and find the runs beside it that may stand in one table with it.
+
+The reader is lenient where a run can be young or cut short (no results yet, a half-written last line of
+``metrics.jsonl``) and strict where a file says something that cannot be true.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keeplora.errors import KeepLoraError
+
+RESULTS_FORMAT = "keeplora-results"
+RESULTS_VERSION = 0
+
+METHOD_LABELS = {
+    "zero-shot": "Zero-shot",
+    "full-ft": "Full fine-tuning",
+    "lora": "Sequential LoRA",
+    "keeplora": "KeepLoRA (γ = 1)",
+    "keeplora++": "KeepLoRA++",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says about itself; every part may be missing except its path."""
+
+    path: Path
+    results: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    events: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.results.get("name") or self.path.name)
+
+    @property
+    def method(self) -> str:
+        return str(self.results.get("method") or "unknown method")
+
+    @property
+    def seed(self) -> Any:
+        return self.results.get("seed")
+
+    @property
+    def tasks(self) -> list[str]:
+        known = self.results.get("tasks") or [s.get("name") for s in self.sets if s.get("kind") != "probe"]
+        return [str(name) for name in known]
+
+    @property
+    def probes(self) -> list[str]:
+        known = self.results.get("probes") or [s.get("name") for s in self.sets if s.get("kind") == "probe"]
+        return [str(name) for name in known]
+
+    @property
+    def sets(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.data.get("tasks") or [] if isinstance(entry, dict)]
+
+    @property
+    def accuracy(self) -> list[list[float | None]]:
+        return self.results.get("accuracy") or []
+
+    @property
+    def probe_accuracy(self) -> list[list[float | None]]:
+        return self.results.get("probe_accuracy") or []
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        return self.results.get("metrics") or {}
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        return self.results.get("cost") or {}
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        return self.results.get("layers") or []
+
+    @property
+    def tasks_info(self) -> list[dict[str, Any]]:
+        return self.results.get("tasks_info") or []
+
+    @property
+    def done(self) -> int:
+        """Tasks whose row is in the matrix."""
+        return max(0, len(self.accuracy) - 1)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.tasks) and self.done == len(self.tasks)
+
+    @property
+    def learns(self) -> bool:
+        """Whether training changes the model at all."""
+        return self.method != "zero-shot"
+
+    @property
+    def label(self) -> str:
+        """The method as a person writes it, with the classifier variant named."""
+        return method_label(self.method, self.results.get("variant"))
+
+    def column(self, name: str) -> list[float | None]:
+        """Accuracy on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""
+        for names, matrix in ((self.tasks, self.accuracy), (self.probes, self.probe_accuracy)):
+            if name in names:
+                j = names.index(name)
+                return [row[j] if j < len(row) else None for row in matrix]
+        return []
+
+
+def method_label(method: str, variant: str | None = None) -> str:
+    """The method's name as written in prose; an unknown one is left as it is.
+
+    >>> method_label("keeplora++-cls", "cls"), method_label("my-method")
+    ('KeepLoRA++, cls', 'my-method')
+    """
+    if variant in (None, "", "text"):
+        return METHOD_LABELS.get(method, method)
+    plain = method.removesuffix(f"-{variant}")
+    return f"{METHOD_LABELS.get(plain, plain)}, {variant}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise KeepLoraError(f"{path} is not readable JSON ({error}); restore it or remove the run") from error
+    if not isinstance(value, dict):
+        raise KeepLoraError(f"{path} holds a {type(value).__name__} where an object is expected")
+    return value
+
+
+def _events(path: Path) -> tuple[dict[str, Any], ...]:
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # A run that was killed while it wrote leaves half a line; the rest still counts.
+            if isinstance(event, dict):
+                found.append(event)
+    return tuple(found)
+
+
+def _check_results(results: dict[str, Any], path: Path) -> None:
+    if not results:
+        return
+    if results.get("format") != RESULTS_FORMAT:
+        raise KeepLoraError(f"{path}: 'format' is {results.get('format')!r}, expected {RESULTS_FORMAT!r}")
+    version = results.get("version")
+    if not isinstance(version, int) or version > RESULTS_VERSION:
+        raise KeepLoraError(f"{path}: version {version!r} is later than {RESULTS_VERSION}; update keeplora to read it")
+    for key, names in (("accuracy", "tasks"), ("probe_accuracy", "probes")):
+        width = len(results.get(names) or [])
+        for i, row in enumerate(results.get(key) or []):
+            if len(row) != width:
+                raise KeepLoraError(f"{path}: {key}[{i}] has {len(row)} values for {width} {names}")
+
+
+def load_results(run_dir: Path) -> dict[str, Any]:
+    """``results.json`` of a run directory, checked; empty where the run has none yet."""
+    path = Path(run_dir) / "results.json"
+    results = _json(path)
+    _check_results(results, path)
+    return results
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read a run directory; raises `KeepLoraError` where there is none, or where one of its files is damaged."""
+    run_dir = Path(run_dir)
+    if not any((run_dir / name).is_file() for name in ("results.json", "status.json", "config.yaml")):
+        raise KeepLoraError(f"{run_dir} is not a run directory: it has no results.json, status.json or config.yaml")
+    config = run_dir / "config.yaml"
+    return Run(
+        path=run_dir,
+        results=load_results(run_dir),
+        data=_json(run_dir / "data.json"),
+        status=_json(run_dir / "status.json"),
+        environment=_json(run_dir / "environment.json"),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        events=_events(run_dir / "metrics.jsonl"),
+    )
+
+
+def find_comparable(run_dir: Path) -> list[Path]:
+    """Sibling run directories with the same ``comparison_key``: same model, tasks, order, data and image size.
+
+    Sorted by name, without ``run_dir`` itself. A sibling that cannot be read is passed over: it is another run's fault.
+    """
+    run_dir = Path(run_dir).resolve()
+    key = load_results(run_dir).get("comparison_key")
+    found = []
+    for path in sorted(run_dir.parent.iterdir()) if key else []:
+        if path.resolve() == run_dir or not (path / "results.json").is_file():
+            continue
+        try:
+            if load_results(path).get("comparison_key") == key:
+                found.append(path)
+        except KeepLoraError:
+            continue
+    return found
+
+
+def load_others(run: Run, against: Sequence[Path] = ()) -> list[Run]:
+    """The runs to show beside ``run``: those named, which must be comparable, then the comparable siblings."""
+    others: dict[Path, Run] = {}
+    for path in against:
+        other = load_run(Path(path))
+        if other.results.get("comparison_key") != run.results.get("comparison_key"):
+            raise KeepLoraError(
+                f"{path} cannot be compared with {run.path}: their comparison keys differ, so the model, the tasks, "
+                "their order, the data or the image size is not the same"
+            )
+        others[Path(path).resolve()] = other
+    for path in find_comparable(run.path):
+        if path.resolve() not in others:
+            try:
+                others[path.resolve()] = load_run(path)
+            except KeepLoraError:
+                continue
+    others.pop(run.path.resolve(), None)
+    return list(others.values())

@@ -1,0 +1,81 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keeplora.report.charts import number
+from keeplora.report.compare import METRICS, best, entries
+from keeplora.report.runs import Run
+from keeplora.report.tables import duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+
+def _runs(results: Sequence[Mapping[str, Any]]) -> list[Run]:
+    return [Run(path=Path(str(one.get("name") or "run")), results=dict(one)) for one in results]
+
+
+def _value(value: float | None, best: bool) -> Text:
+    from rich.text import Text
+
+    return Text(f"{number(value)} ★" if best else number(value), style="bold" if best else "")
+
+
+def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = None) -> Table:
+    """Methods x Transfer, Avg, Last, Probe, forgetting, BWT and seconds, the best of each column starred.
+
+    ``results`` are the contents of ``results.json`` files that share a ``comparison_key``. The last row is the untouched
+    model, read off row 0, unless a zero-shot run is among them. Values are percent (forgetting and BWT: points); "–" is
+    a value that does not exist (yet).
+
+    Example::
+
+        rich.print(results_table([load_results(path) for path in paths]))
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for _, name, higher, _ in METRICS:
+        table.add_column(f"{name} {'↑' if higher else '↓'}", justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    runs = _runs(results)
+    if not runs:
+        return table
+    found = entries(runs[0], runs[1:])
+    winners = {key: best(found, key, higher) for key, _, higher, _ in METRICS}
+    for i, entry in enumerate(found):
+        label = entry.label
+        if entry.run is not None and not entry.run.finished:
+            label += f" ({entry.run.done} of {len(entry.run.tasks)} tasks)"
+        # Text, not markup: a name may hold square brackets.
+        row = [Text(label, style="dim" if entry.run is None else "")]
+        row += [_value(entry.metrics.get(k), i in winners[k]) for k, *_ in METRICS]
+        table.add_row(*row, Text(duration(entry.run.cost.get("seconds")) if entry.run else "–"))
+    return table
+
+
+def matrix_table(results: Mapping[str, Any]) -> Table:
+    """One run's accuracy matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    run = _runs([results])[0]
+    table = Table(title=Text(f"{run.label}: accuracy in percent"), title_justify="left", header_style="bold")
+    table.add_column("moment", no_wrap=True)
+    for name in run.tasks:
+        table.add_column(Text(name), justify="right")
+    for name in run.probes:
+        table.add_column(Text(f"{name} (probe)"), justify="right", style="dim")
+    for i, row in enumerate(run.accuracy):
+        moment = "before" if i == 0 else f"after {run.tasks[i - 1]}" if i <= len(run.tasks) else f"after {i}"
+        probes = run.probe_accuracy[i] if i < len(run.probe_accuracy) else [None] * len(run.probes)
+        cells = [Text(number(value), style="bold" if j == i - 1 else "") for j, value in enumerate(row)]
+        table.add_row(Text(moment), *cells, *(Text(number(value)) for value in probes))
+    return table

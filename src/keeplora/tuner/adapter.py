@@ -1,0 +1,126 @@
+"""A task's adapter: stock PEFT, put in and taken out, with A held still while it is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from keeplora.errors import KeepLoraError
+from keeplora.math import lora_delta
+from keeplora.tuner.targets import Target
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW = s B A of one layer: A (r', in), B (out, r'), float32 on the CPU."""
+
+    A: Tensor
+    B: Tensor
+    s: float
+
+    @property
+    def delta(self) -> Tensor:
+        return lora_delta(self.s, self.B, self.A)
+
+
+def random_factor(target: Target, generator: torch.Generator) -> Tensor:
+    """A as plain LoRA starts it: Kaiming-uniform with a = √5, that is U(−1/√in, 1/√in), (min(r, in, out), in)."""
+    rank = min(target.r, target.n_in, target.n_out)
+    bound = 1 / math.sqrt(target.n_in)
+    return torch.empty(rank, target.n_in).uniform_(-bound, bound, generator=generator)
+
+
+def lora_config(targets: Sequence[Target], ranks: Mapping[str, int]) -> LoraConfig:
+    """The stock config of an adapter: a rank and an alpha per layer (keys are full names: both CLIP towers end alike)."""
+    adapted = [t for t in targets if ranks.get(t.name, 0) > 0]
+    r = max(ranks[t.name] for t in adapted)
+    return LoraConfig(
+        r=r, lora_alpha=r, target_modules=[t.name for t in adapted], lora_dropout=0.0, bias="none",
+        init_lora_weights=True, rank_pattern={t.name: ranks[t.name] for t in adapted if ranks[t.name] != r},
+        alpha_pattern={t.name: t.alpha(ranks[t.name]) for t in adapted},
+    )  # fmt: skip
+
+
+class TaskAdapter:
+    """One task's adapter while it is in the model.
+
+    ``trainable_A = False`` (KeepLoRA, M4–M5) freezes A, freezes it again before every optimiser step of the process
+    (PEFT thaws it on `set_adapter` and `disable_adapter`), and refuses the step when its values have changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], A: Mapping[str, Tensor], *, trainable_A: bool = False
+    ) -> None:
+        self.targets = {t.name: t for t in targets if A.get(t.name) is not None and A[t.name].shape[0] > 0}
+        self.A0 = {name: A[name].to(torch.float32) for name in self.targets}
+        self.trainable_A = trainable_A
+        self.model = model
+        self._flags = {p: p.requires_grad for p in model.parameters()}
+        self._grads = {p: p.grad for p in model.parameters()}
+        ranks = {name: a.shape[0] for name, a in self.A0.items()}
+        peft_model = get_peft_model(model, lora_config(targets, ranks), adapter_name=ADAPTER)
+        assert isinstance(peft_model, PeftModel)
+        self.peft_model = peft_model
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.targets}
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                layer.lora_A[ADAPTER].weight.copy_(self.A0[name])
+                scaling, s = layer.scaling[ADAPTER], self.targets[name].s
+                if not math.isclose(scaling, s, rel_tol=1e-9, abs_tol=1e-12):
+                    raise RuntimeError(f"PEFT scales {name} by {scaling}, not by s = {s}")
+        self._versions = {name: self._weight_A(name)._version for name in self._layers}
+        self._handle = None
+        if not trainable_A:
+            self.freeze_A()
+            self._handle = register_optimizer_step_pre_hook(lambda *_: self.freeze_A())
+
+    def _weight_A(self, name: str) -> Tensor:
+        return self._layers[name].lora_A[ADAPTER].weight
+
+    def freeze_A(self) -> None:
+        """Freeze every A; `KeepLoraError` if one of them no longer holds the values it was set to."""
+        for name in self._layers:
+            A = self._weight_A(name)
+            A.requires_grad_(False)
+            A.grad = None
+            if A._version != self._versions[name] and not torch.equal(A.detach().cpu().float(), self.A0[name]):
+                raise KeepLoraError(
+                    f"A of {name} was changed during the task: it must stay as it was set, or the update leaves the "
+                    "residual space; train only the parameters that require a gradient"
+                )
+            self._versions[name] = A._version
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.peft_model.parameters() if p.requires_grad]
+
+    def factors(self) -> dict[str, Factors]:
+        """Trained factors per layer; checks that a frozen A is still what it was."""
+        if not self.trainable_A:
+            self.freeze_A()
+        out = {}
+        for name, layer in self._layers.items():
+            A = self._weight_A(name).detach().to("cpu", torch.float32, copy=True)
+            B = layer.lora_B[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True)
+            if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+                raise FloatingPointError(f"the trained factors of {name} hold NaN or infinity; nothing is merged")
+            out[name] = Factors(A, B, self.targets[name].s)
+        return out
+
+    def remove(self) -> None:
+        """Take the adapter out; modules, ``requires_grad`` flags and gradients are as they were before."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self.peft_model.unload()
+        for p, flag in self._flags.items():
+            p.requires_grad_(flag)
+            p.grad = self._grads[p]

@@ -1,0 +1,129 @@
+"""What leaked: for every task's update, how much of it acts on directions that were protected at the time."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from keeplora.math import factor_leak, rounding_floor, weight_leak
+
+if TYPE_CHECKING:
+    from keeplora.tuner.learner import ContinualLearner
+
+FACTOR_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class LeakRow:
+    """One layer and task.
+
+    Attributes:
+        factor_leak: ‖B A U‖_F / ‖B A‖_F against U as it was when the task began; asserted ≤ 1e-5 for KeepLoRA.
+        weight_leak: ‖(W − W₀) U₀‖_F / ‖W − W₀‖_F of the running weights after all tasks, against M1's basis; the same
+            for all tasks of a layer.
+        weight_floor: what rounding W₀ + Σ sBA once to the running dtype leaks by itself.
+    """
+
+    layer: str
+    task: str
+    factor_leak: float
+    weight_leak: float
+    weight_floor: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All rows; `print(audit)` shows them as a table."""
+
+    rows: list[LeakRow]
+
+    @property
+    def factor_leak_max(self) -> float:
+        """The worst factor leak over layers and tasks; 0 without tasks."""
+        return max((row.factor_leak for row in self.rows), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every factor leak is within METHOD.md's 1e-5."""
+        return self.factor_leak_max <= FACTOR_LIMIT
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"factor_leak_max": self.factor_leak_max, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        layers: dict[str, list[LeakRow]] = {}
+        for row in self.rows:
+            layers.setdefault(row.layer, []).append(row)
+        table = Table(box=box.SIMPLE_HEAD, title="Leak audit: share of the updates that acts on protected inputs")
+        for header in ("layer", "factors, worst task (limit 1e-5)", "weights", "rounding floor of the dtype"):
+            table.add_column(header, justify="left" if header == "layer" else "right")
+        for layer, rows in layers.items():
+            worst = max(row.factor_leak for row in rows)
+            table.add_row(layer, f"{worst:.1e}", f"{rows[-1].weight_leak:.1e}", f"{rows[-1].weight_floor:.1e}")
+        return _render(table)
+
+
+def _render(table: Table) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=130, color_system=None).print(table)
+    return stream.getvalue()
+
+
+def audit_learner(learner: ContinualLearner) -> Audit:
+    """Audit every layer and task of a learner that protects subspaces."""
+    rows: list[LeakRow] = []
+    bases = learner.start_bases()
+    for t in learner.targets:
+        W = learner.store.module(t.name).weight
+        U0, W0 = bases[t.name], learner.store.W0[t.name]
+        delta = learner.store.delta.get(t.name)
+        weights = weight_leak(W.cpu(), W0, U0)
+        floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
+        k = U0.shape[1]
+        for record in learner.records:
+            f = record.factors.get(t.name)
+            leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
+            rows.append(LeakRow(t.name, record.name, leak, weights, floor))
+            k += record.basis[t.name].shape[1] if t.name in record.basis else 0
+    return Audit(rows)
+
+
+def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
+    """Per target, as JSON: where it sits, its scale, and columns of U (``used``) and ranks after each task."""
+    bases = learner.start_bases() if learner.records or learner._U is not None else {}
+    rows = []
+    for t in learner.targets:
+        start = bases[t.name].shape[1] if t.name in bases else 0
+        used, ranks = [start], []
+        for record in learner.records:
+            used.append(record.used.get(t.name, used[-1]))
+            ranks.append(record.factors[t.name].A.shape[0] if t.name in record.factors else 0)
+        rows.append(
+            {
+                "layer": t.name, "tower": t.tower, "depth": t.depth, "blocks": t.blocks, "in": t.n_in, "out": t.n_out,
+                "scale": t.scale, "used": used, "rank": ranks,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def summary_table(learner: ContinualLearner) -> str:
+    """The table behind `ContinualLearner.summary`."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{len(learner.targets)} targets, {len(learner.records)} tasks learned")
+    for header in ("tower", "block", "layer", "in → out", "scale", "r", "s", "protected"):
+        table.add_column(header, justify="left" if header in ("tower", "layer") else "right")
+    used = {name: U.shape[1] for name, U in learner.U.items()}
+    for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
+        block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
+        short = t.name.removeprefix(t.tower).lstrip(".")
+        table.add_row(
+            t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
+            f"{used.get(t.name, 0)}/{t.n_in}",
+        )  # fmt: skip
+    return _render(table)

@@ -1,0 +1,341 @@
+"""The learner: one task after another on one model, with what was learned before protected."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from keeplora.errors import CapacityError, KeepLoraError, LedgerError
+from keeplora.math import (
+    extend_basis,
+    extend_basis_with_gradient,
+    orthonormality_error,
+    residual_factor,
+    weight_basis,
+)
+from keeplora.tuner.acceptance import Acceptance
+from keeplora.tuner.adapter import TaskAdapter
+from keeplora.tuner.audit import Audit, audit_learner, summary_table
+from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.ledger import Ledger, TaskRecord
+from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_features, collect_gradients
+from keeplora.tuner.persistence import apply_records, create_ledger, open_ledger, save_learner
+from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.weights import WeightStore
+
+
+@dataclass
+class OpenTask:
+    """A task between `start_task` and `finish_task`."""
+
+    name: str
+    batches: Iterable[Any]
+    loss_fn: LossFn
+    labels: Sequence[int] | None = None
+    feature_batches: Iterable[Any] | None = None
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    mask_fn: MaskFn = attention_masks
+    acceptance: Acceptance | None = None
+    adapter: TaskAdapter | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    statistics_seconds: float = 0.0
+
+
+class ContinualLearner:
+    """Teach ``model`` one task after another (KeepLoRA++, arXiv 2606.16256).
+
+    Args:
+        model: any `nn.Module` whose targets are `nn.Linear`. It is changed in place, target weights alone.
+        config: a `KeepLoraConfig`; its ``target_modules`` must be set.
+        ledger: a folder that does not exist yet; if given, every finished task is written there at once.
+        base_name: how the base model is called in the ledger.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> learner = ContinualLearner(model, KeepLoraConfig(r=1, target_modules=["0"], energy_weights=0.5))
+    >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    >>> loss = lambda m, batch: torch.nn.functional.cross_entropy(m(batch[0]), batch[1])
+    >>> with learner.task("first", [(x, y)], loss) as peft_model:
+    ...     trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    ...     optimizer = torch.optim.SGD(trainable, lr=0.1)
+    ...     loss(peft_model, (x, y)).backward()
+    ...     optimizer.step()
+    >>> [record.name for record in learner.records]
+    ['first']
+    """
+
+    trains_A = False
+    """Whether A trains as well (plain LoRA)."""
+    protects = True
+    """Whether the method keeps protected subspaces at all."""
+
+    def __init__(
+        self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = ""
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.base_name = base_name
+        self.targets: list[Target] = resolve_targets(model, config)
+        self.store = WeightStore(model, [t.name for t in self.targets])
+        self.records: list[TaskRecord] = []
+        self._U: dict[str, Tensor] | None = None
+        self._open: OpenTask | None = None
+        self._ledger: Ledger | None = None
+        if ledger is not None:
+            self._ledger = create_ledger(self, ledger)
+
+    # ---- the state of the method -------------------------------------------------------------------------------
+
+    @property
+    def U(self) -> dict[str, Tensor]:
+        """The protected subspace of each target, (in, k) float32 on the CPU; starts as M1's basis of W₀."""
+        if self._U is None:
+            self._U = {}
+            for t in self.targets if self.protects else ():
+                self._U[t.name] = weight_basis(self.store.W0[t.name], self.config.for_tower("energy_weights", t.tower))
+        return self._U
+
+    def start_bases(self) -> dict[str, Tensor]:
+        """U₀ per target (M1)."""
+        U = self.U
+        grown = {t.name: sum(r.basis[t.name].shape[1] for r in self.records if t.name in r.basis) for t in self.targets}
+        return {name: U[name][:, : U[name].shape[1] - grown[name]] for name in U}
+
+    # ---- tasks -------------------------------------------------------------------------------------------------
+
+    def start_task(
+        self,
+        name: str,
+        batches: Iterable[Any],
+        loss_fn: LossFn,
+        *,
+        labels: Sequence[int] | None = None,
+        feature_batches: Iterable[Any] | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        mask_fn: MaskFn | None = None,
+        accept: Mapping[str, Any] | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> PeftModel | nn.Module:
+        """Take the statistics of a new task and return the model to train.
+
+        Args:
+            name: unique among the learned tasks.
+            batches: the task's training data, a `DataLoader` or any iterable that can be gone through more than once.
+            loss_fn: ``loss_fn(model, batch)``, the loss that the task trains with: a scalar (mean over the batch),
+                a 1-D tensor (one loss per sample or answer token), or a pair (sum, count).
+            labels: class of each sample of the loader's dataset, to stratify ``gradient_samples`` / ``feature_samples``.
+            feature_batches, forward_fn: data and forward call of the feature pass (M8) where they differ from
+                ``batches`` and ``loss_fn``: a dual encoder feeds pictures first and each class prompt once. They are
+                taken whole: ``feature_samples`` caps ``batches`` alone.
+            mask_fn: per tower, which positions count (METHOD.md point 5); default: the batch's ``attention_mask``.
+            accept: ``{"max_drop": points, "action": "warn" | "undo"}``: how far what ``evaluate`` returns may fall.
+            evaluate: returns a number per old task or probe, higher is better; called now and after the merge.
+            info: JSON values to keep in the task's record.
+
+        Returns:
+            A stock `peft.PeftModel` around the same model: A set and frozen, B = 0, an alpha per layer.
+        """
+        if self._open is not None:
+            raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
+        if any(record.name == name for record in self.records):
+            raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
+        acceptance = Acceptance.begin(accept, evaluate)
+        task = OpenTask(
+            name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
+            info=dict(info or {}),
+        )  # fmt: skip
+        model = self._attach(task)
+        self._open = task
+        return model
+
+    def finish_task(
+        self, *, tensors: Mapping[str, Tensor] | None = None, info: Mapping[str, Any] | None = None
+    ) -> TaskRecord | None:
+        """Merge what was trained (M7), protect the task's features (M8), and enter it into the ledger.
+
+        Returns:
+            The record; None if ``accept`` undid the task. Whatever raises in here undoes the task before it leaves.
+        """
+        task = self._require_open()
+        task.tensors.update({k: v.detach().cpu() for k, v in (tensors or {}).items()})
+        task.info.update(info or {})
+        before = self.store.snapshot()
+        U_before = dict(self._U) if self._U is not None else None
+        try:
+            record = self._detach(task)
+            self.store.add(record.deltas)
+            record.info = task.info
+            record.tensors = task.tensors
+            if task.acceptance is not None and not task.acceptance.passes(task.name):
+                self._undo(before, U_before)
+                return None
+            started = time.perf_counter()
+            self._protect(task, record)
+            task.statistics_seconds += time.perf_counter() - started
+            record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
+            if self._ledger is not None:
+                self._ledger.append(record)
+        except BaseException:
+            self._undo(before, U_before)
+            raise
+        self.records.append(record)
+        self._open = None
+        return record
+
+    def abort_task(self) -> None:
+        """Drop the open task: adapter, hooks and gradients go, weights are bit-identical to before it started."""
+        self._require_open()
+        self._undo(self.store.snapshot(), dict(self._U) if self._U is not None else None)
+
+    @contextlib.contextmanager
+    def task(self, name: str, batches: Iterable[Any], loss_fn: LossFn, **kwargs: Any) -> Iterator[Any]:
+        """`start_task` … `finish_task` as a block; an exception inside undoes everything and goes on upwards."""
+        model = self.start_task(name, batches, loss_fn, **kwargs)
+        try:
+            yield model
+        except BaseException:
+            self.abort_task()
+            raise
+        self.finish_task()
+
+    def sit_out(self, name: str, info: Mapping[str, Any] | None = None) -> TaskRecord:
+        """Enter a task that could not be learned (no capacity left) as a record without factors, so that counts agree."""
+        record = TaskRecord(name, used={n: U.shape[1] for n, U in self.U.items()}, info=dict(info or {}))
+        if self._ledger is not None:
+            self._ledger.append(record)
+        self.records.append(record)
+        return record
+
+    def _require_open(self) -> OpenTask:
+        if self._open is None:
+            raise KeepLoraError("no task is open: call start_task() first")
+        return self._open
+
+    def _undo(self, snapshot: dict[str, Tensor], U: dict[str, Tensor] | None) -> None:
+        task, self._open = self._open, None
+        if task is not None and task.adapter is not None:
+            task.adapter.remove()
+            task.adapter = None
+        self.store.restore(snapshot)
+        self._U = U
+
+    # ---- what a method decides: overridden by the baselines ------------------------------------------------------
+
+    def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
+        """A per target: the top directions of the residual gradient (M2–M4)."""
+        started = time.perf_counter()
+        batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
+        G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
+        A = {t.name: residual_factor(G[t.name].cpu(), self.U[t.name], t.r) for t in self.targets}
+        task.statistics_seconds += time.perf_counter() - started
+        shrunk = [t.name for t in self.targets if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
+        out = [t.name for t in self.targets if A[t.name].shape[0] == 0]
+        if len(out) == len(self.targets):
+            raise CapacityError(
+                f"task {task.name!r} cannot be learned: no target has residual space left (the protected subspaces hold "
+                "every input direction that its gradient uses); lower energy_features or energy_weights, or add targets"
+            )
+        task.info["rank_shrunk"], task.info["not_adapted"] = shrunk, out
+        if out:
+            warnings.warn(
+                f"task {task.name!r}: no residual space is left in {len(out)} of {len(self.targets)} targets, which sit "
+                f"this task out: {', '.join(out[:3])}{', …' if len(out) > 3 else ''}",
+                stacklevel=4,
+            )
+        return A
+
+    def _attach(self, task: OpenTask) -> nn.Module:
+        task.adapter = TaskAdapter(self.model, self.targets, self._initial_A(task), trainable_A=self.trains_A)
+        task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
+        return task.adapter.peft_model
+
+    def _detach(self, task: OpenTask) -> TaskRecord:
+        assert task.adapter is not None
+        record = TaskRecord(task.name, factors=task.adapter.factors())
+        task.adapter.remove()
+        task.adapter = None
+        return record
+
+    def _protect(self, task: OpenTask, record: TaskRecord) -> None:
+        """The task's features (M8) or gradients (M8g) join U."""
+        config = self.config
+        U = self.U
+        if config.memory == "gradients":
+            batches = statistics_batches(task.batches, config.gradient_samples, config.seed, task.labels)
+            G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
+            source = {t.name: G[t.name].cpu() for t in self.targets}
+        else:
+            batches = task.feature_batches
+            if batches is None:
+                batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
+            observer = collect_features(
+                self.model, self.targets, self.store, batches, task.forward_fn or task.loss_fn, task.mask_fn
+            )
+            source = {t.name: observer.C(t.name).cpu() for t in self.targets}
+        extend = extend_basis_with_gradient if config.memory == "gradients" else extend_basis
+        grown = dict(U)
+        for t in self.targets:
+            k = U[t.name].shape[1]
+            M = source[t.name]
+            grown[t.name], share = extend(U[t.name], M, config.for_tower("energy_features", t.tower))
+            record.basis[t.name] = grown[t.name][:, k:].contiguous()
+            record.explained[t.name] = share
+            record.trace[t.name] = float(M.square().sum() if config.memory == "gradients" else M.diagonal().sum())
+            record.used[t.name] = grown[t.name].shape[1]
+            if config.keep_covariance:
+                record.covariance[t.name] = M.to(torch.float32)
+        self._U = grown
+
+    # ---- looking and keeping -------------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """Targets by tower and depth with scales, ranks and dimensions used, as a printable table."""
+        return summary_table(self)
+
+    def audit(self) -> Audit:
+        """Leaks per layer and task, factors and weights (METHOD.md point 6)."""
+        return audit_learner(self)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
+        return save_learner(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False) -> ContinualLearner:
+        """Open a saved learner on the untouched base ``model``.
+
+        Args:
+            append: write further tasks into the same ledger.
+        """
+        ledger = open_ledger(directory)
+        learner = cls(model, KeepLoraConfig(**ledger.head["config"]), base_name=ledger.head["base"]["name"])
+        apply_records(learner, ledger)
+        if append:
+            learner._ledger = ledger
+        return learner
+
+    def restore_bases(self, bases: Mapping[str, Tensor], records: Sequence[TaskRecord]) -> None:
+        """U = [U₀, increments of the records in order], as it was when they were learned."""
+        if not bases:
+            return
+        U = {name: bases[name] for name in bases}
+        for record in records:
+            for name, V in record.basis.items():
+                U[name] = torch.cat([U[name], V], dim=1)
+        for name, basis in U.items():
+            if (error := orthonormality_error(basis)) > 1e-5:
+                raise LedgerError(f"the stored basis of {name} is not orthonormal: max |UᵀU − I| = {error:.1e}")
+        self._U = U

@@ -1,0 +1,247 @@
+"""Hooks on the targets that collect the gradient G (M2) and the feature covariance C (M8), and touch nothing else.
+
+No weight ever gets ``requires_grad``: a target's output is made to require a gradient, so autograd runs from the loss
+back to the shallowest target, and G = Σ g xᵀ is formed from what passes by (g the output's gradient, x the input).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.errors import TargetError
+from keeplora.tuner.sampling import batch_size, to_device
+from keeplora.tuner.targets import Target
+from keeplora.tuner.weights import WeightStore
+
+LossFn = Callable[[nn.Module, Any], Any]
+"""``loss_fn(model, batch)``: a scalar (mean over the batch), a 1-D tensor (one loss per sample or answer token), or a
+pair (sum of losses, how many)."""
+MaskFn = Callable[[Any], Mapping[str, Tensor]]
+"""``mask_fn(batch)``: per tower, a boolean tensor shaped like that tower's inputs without their last dimension."""
+
+
+def attention_masks(batch: Any) -> dict[str, Tensor]:
+    """The default `MaskFn`: a batch's ``attention_mask`` serves every tower that is not a vision tower."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return {"": mask.bool()} if isinstance(mask, Tensor) else {}
+
+
+@contextlib.contextmanager
+def quiet_model(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no weight gradients inside; every flag as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.eval()
+        for p in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+
+
+class _Observer:
+    """Shared: hook handles, the mask of the batch under way, and the record of which targets fired."""
+
+    def __init__(self, targets: Sequence[Target], store: WeightStore) -> None:
+        self.targets = list(targets)
+        self.store = store
+        self.masks: Mapping[str, Tensor] = {}
+        self.fired: set[str] = set()
+        self._handles: list[Any] = []
+
+    def _attach(self, target: Target, module: nn.Linear) -> Any:
+        raise NotImplementedError
+
+    def __enter__(self):
+        self._handles = [self._attach(t, self.store.module(t.name)) for t in self.targets]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _rows(self, target: Target, x: Tensor) -> Tensor:
+        """x as (rows, in) in float32, padding rows dropped to zero."""
+        mask = self._mask_for(target, x)
+        x = x.detach().to(torch.float32)
+        if mask is not None:
+            x = x * mask.to(x.device, torch.float32).unsqueeze(-1)
+        return x.reshape(-1, x.shape[-1])
+
+    def _mask_for(self, target: Target, x: Tensor) -> Tensor | None:
+        if (mask := self.masks.get(target.tower)) is not None:
+            if mask.shape != x.shape[:-1]:
+                raise TargetError(
+                    f"the mask of tower {target.tower!r} has shape {tuple(mask.shape)} but {target.name} was given "
+                    f"inputs of shape {tuple(x.shape)}: it must match all but the last dimension"
+                )
+            return mask
+        mask = self.masks.get("")
+        if mask is None or "vis" in target.tower or mask.shape != x.shape[:-1]:
+            return None
+        return mask
+
+    def require_all_fired(self, what: str) -> None:
+        silent = [t.name for t in self.targets if t.name not in self.fired]
+        if silent:
+            more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+            raise TargetError(
+                f"{', '.join(silent[:3])}{more}: no {what} reached {'it' if len(silent) == 1 else 'them'} in the first "
+                "batch, so nothing could be learned or protected there; take what the loss does not use out of "
+                "target_modules"
+            )
+
+
+class GradientObserver(_Observer):
+    """Accumulates Σ_n ∂ℓ_n/∂W of every target into ``G[name]``, float64, (out, in)."""
+
+    def __init__(self, targets: Sequence[Target], store: WeightStore) -> None:
+        super().__init__(targets, store)
+        self.G: dict[str, Tensor] = {}
+
+    def _attach(self, target: Target, module: nn.Linear) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():  # the first half of a checkpointed block; it comes again with gradients
+                return None
+            x: Tensor = args[0]
+            version = x._version
+            changed = None
+            if not y.requires_grad:
+                # A leaf may not be changed in place by what follows; its copy may.
+                y = changed = y.detach().requires_grad_(True).clone()
+
+            def collect(g: Tensor) -> None:
+                if x._version != version:
+                    raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
+                with torch.autocast(g.device.type, enabled=False):
+                    rows = self._rows(target, x)
+                    G = g.detach().to(torch.float32).reshape(-1, g.shape[-1]).T @ rows
+                self.fired.add(target.name)
+                if target.name in self.G:
+                    self.G[target.name] += G
+                else:
+                    self.G[target.name] = G.to(torch.float64)
+
+            y.register_hook(collect)
+            return changed
+
+        return module.register_forward_hook(hook)
+
+
+class FeatureObserver(_Observer):
+    """Accumulates C = Σ x xᵀ over the inputs of every target, float64, (in, in); targets with one input share one C."""
+
+    def __init__(self, targets: Sequence[Target], store: WeightStore) -> None:
+        super().__init__(targets, store)
+        self.leader: dict[str, str] = {}
+        """Target name → the target whose C it shares: q, k and v of a block read the same tensor."""
+        self._C: dict[str, Tensor] = {}
+        self._last: dict[str, weakref.ref[Tensor]] = {}
+        self._block = {t.name: (t.tower, t.depth) for t in targets}
+
+    def C(self, name: str) -> Tensor:
+        """Covariance of a target's inputs, (in, in), float64."""
+        return self._C[self.leader[name]]
+
+    def _find_leader(self, name: str, x: Tensor) -> str:
+        for other, reference in self._last.items():
+            if self._block[other] == self._block[name] and reference() is x:
+                return other
+        return name
+
+    def _attach(self, target: Target, module: nn.Linear) -> Any:
+        name = target.name
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            leader = self.leader.get(name)
+            if leader is None:
+                leader = self.leader[name] = self._find_leader(name, x)
+            self.fired.add(name)
+            if leader != name:
+                if self._last[leader]() is not x:
+                    raise TargetError(
+                        f"{name} shared its input with {leader} in an earlier batch but not in this one; "
+                        "their covariances cannot be kept as one"
+                    )
+                return
+            self._last[name] = weakref.ref(x)
+            with torch.autocast(x.device.type, enabled=False):
+                rows = self._rows(target, x)
+                C = rows.T @ rows
+            if name in self._C:
+                self._C[name] += C
+            else:
+                self._C[name] = C.to(torch.float64)
+
+        return module.register_forward_pre_hook(hook)
+
+
+def sum_and_count(loss: Any, batch: Any) -> tuple[Tensor, int]:
+    """(Σ ℓ_n, N) from what a `LossFn` returned."""
+    if isinstance(loss, (tuple, list)) and len(loss) == 2:
+        return loss[0], int(loss[1])
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}: return a scalar tensor (mean over the batch), a 1-D tensor "
+            "(one loss per sample), or a pair (sum, count)"
+        )
+    if loss.ndim == 0:
+        n = batch_size(batch)
+        return loss * n, n
+    return loss.sum(), loss.numel()
+
+
+def collect_gradients(
+    model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
+    mask_fn: MaskFn = attention_masks,
+) -> dict[str, Tensor]:  # fmt: skip
+    """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
+
+    Raises:
+        TargetError: a target that no gradient reached in the first batch.
+        FloatingPointError: a loss that is not finite.
+    """
+    device = store.module(targets[0].name).weight.device
+    total = 0
+    with quiet_model(model), GradientObserver(targets, store) as observer:
+        for batch in batches:
+            batch = to_device(batch, device)
+            observer.masks = mask_fn(batch)
+            loss, n = sum_and_count(loss_fn(model, batch), batch)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {float(loss)} in the gradient pass, after {total} samples")
+            loss.backward()
+            if total == 0:
+                observer.require_all_fired("gradient")
+            total += n
+    if total == 0:
+        raise ValueError("the gradient pass was given no sample: the loader is empty")
+    return {name: G / total for name, G in observer.G.items()}
+
+
+@torch.no_grad()
+def collect_features(
+    model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn = attention_masks,
+) -> FeatureObserver:  # fmt: skip
+    """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired."""
+    device = store.module(targets[0].name).weight.device
+    with quiet_model(model), FeatureObserver(targets, store) as observer:
+        for batch in batches:
+            batch = to_device(batch, device)
+            observer.masks = mask_fn(batch)
+            forward_fn(model, batch)
+    observer.require_all_fired("input")
+    return observer
