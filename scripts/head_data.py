@@ -1,14 +1,13 @@
 """The captioned pictures that the alignment head is trained on, and the pictures that it is judged on.
 
-Training: Debian's openclipart (public domain) and coloured or filled icon sets from npm (MIT, Apache-2.0, CC0).
-Judging: reserved openclipart items and Google's emoji; neither they nor near-duplicates of them are trained on.
+Training: Debian's openclipart (public domain). Judging: reserved openclipart items and Google's emoji; neither they
+nor near-duplicates of them are trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import html
-import io
 import json
 import re
 import struct
@@ -24,23 +23,10 @@ from PIL import Image
 
 OPENCLIPART = ("openclipart-png", "openclipart-svg")
 OPENCLIPART_VERSION = "1:0.18+dfsg"
-ICON_SETS = {
-    "flat-color-icons": "1.2.3",
-    "fluent-color": "1.2.21",
-    "healthicons": "1.2.13",
-    "icon-park": "1.2.4",
-    "maki": "1.2.5",
-    "marketeq": "1.2.2",
-    "medical-icon": "1.2.0",
-    "meteocons": "1.2.4",
-    "temaki": "1.2.6",
-}
 EMOJI = "emoji-datasource-google@16.0.0"
 MAX_PIXELS = 4_000_000  # one openclipart PNG has 623 million: the header decides before anything is decoded
 MAX_SAME_TITLE, MAX_SAME_CAPTION = 8, 20
-HASH_SIDE, HASH_BITS = 16, 16  # near-duplicate: at most 16 of 256 difference-hash bits apart
-_SIZE = re.compile(r"-(?:\d\d|24px|15|11)$")
-_STYLE = re.compile(r"-(?:outline|fill|duo|flat|svg|filled|solid)$")
+HASH_SIDE, HASH_OVERLAP = 16, 0.6  # at 0.6 pairs are the same drawing or layout in other colours; at 0.5 many are not
 _NOISE = {"unsorted", "clip art", "clipart", "image", "svg", "png", "media", "public domain", "contour", "outline", "hash", ""}
 
 
@@ -51,7 +37,7 @@ class Item:
     key: str
     source: str
     names: tuple[str, ...]
-    image: Path | bytes
+    image: Path
     title: str
     keywords: list[str] = field(default_factory=list)
 
@@ -97,12 +83,10 @@ def download(work: Path) -> None:
                 raise SystemExit(f"{archive.name}: the head was made from version {OPENCLIPART_VERSION}-*")
             _run(["dpkg-deb", "-x", str(archive), "deb.part"], work)
         (work / "deb.part").rename(work / "deb")
-    for package in [*(f"@iconify-json/{name}@{version}" for name, version in ICON_SETS.items()), EMOJI]:
-        folder = work / package.replace("/", "-").lstrip("@")
-        if not folder.is_dir():
-            archive = work / _run(["npm", "pack", "--silent", package], work).split()[-1]
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+    if not (work / EMOJI).is_dir():
+        archive = work / _run(["npm", "pack", "--silent", EMOJI], work).split()[-1]
+        with tarfile.open(archive) as tar:
+            tar.extractall(work / EMOJI, filter="data")
 
 
 def _words(name: str) -> str:
@@ -160,39 +144,6 @@ def clipart(work: Path) -> list[Item]:
     return sorted(kept, key=lambda i: i.key)
 
 
-def icons(work: Path) -> list[Item]:
-    """One picture per icon name of the icon sets, in colour where the set has it, on white."""
-    import resvg_py
-
-    items = []
-    for name, version in ICON_SETS.items():
-        folder = work / f"iconify-json-{name}@{version}" / "package"
-        data = json.loads((folder / "icons.json").read_text())
-        chosen: dict[str, str] = {}
-        for icon in data["icons"]:  # of sizes and styles, the plain name or else the last (largest, filled)
-            base = _STYLE.sub("", _SIZE.sub("", icon))
-            if base not in chosen or icon == base or chosen[base] != base:
-                chosen[base] = icon
-        for base, icon in sorted(chosen.items()):
-            title = re.sub(r"\s*\d+$", "", _words(base))
-            entry = data["icons"][icon]
-            if len(title) < 3 or entry.get("hidden"):
-                continue
-            width, height = (entry.get(k, data.get(k, 16)) for k in ("width", "height"))
-            left, top = (entry.get(k, data.get(k, 0)) for k in ("left", "top"))
-            body = entry["body"].replace("currentColor", "#111111")
-            svg = (
-                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                f'viewBox="{left} {top} {width} {height}">{body}</svg>'
-            )
-            try:
-                png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=160, height=160, background="white"))
-            except ValueError:
-                continue
-            items.append(Item(f"{name}/{base}", name, (base,), png, title))
-    return items
-
-
 def emoji(work: Path, categories: int = 20) -> tuple[list[Item], list[str]]:
     """Google's emoji (without skin-tone variants) of the most populous subcategories; title = subcategory."""
     folder = work / EMOJI / "package"
@@ -209,8 +160,7 @@ def emoji(work: Path, categories: int = 20) -> tuple[list[Item], list[str]]:
 
 def picture(item: Item) -> Image.Image:
     """Decode to RGB; transparency becomes white."""
-    source = io.BytesIO(item.image) if isinstance(item.image, bytes) else item.image
-    with Image.open(source) as opened:
+    with Image.open(item.image) as opened:
         rgba = opened.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
@@ -225,14 +175,22 @@ def squared(image: Image.Image) -> Image.Image:
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
-    """256 signs of horizontal grey differences, as ±1 float32 [256]."""
-    grey = np.asarray(squared(image).convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), np.int16)
-    return np.where(grey[:, 1:] > grey[:, :-1], 1.0, -1.0).astype(np.float32).ravel()
+    """Where grey rises and where it falls, left to right and top to bottom: float32 of 0 and 1, [4 × 256].
+
+    Flat areas give 0 in both, so that two different small drawings on white do not count as alike.
+    """
+    side = HASH_SIDE + 1
+    grey = np.asarray(squared(image).convert("L").resize((side, side), Image.Resampling.BOX), np.int16)
+    steps = (np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1])
+    return np.concatenate([(sign * step > 4).ravel() for step in steps for sign in (1, -1)]).astype(np.float32)
 
 
-def near_duplicates(hashes: np.ndarray, of: np.ndarray, bits: int = HASH_BITS) -> np.ndarray:
-    """Which rows of `hashes` [N, 256] are within `bits` of any row of `of` [M, 256]; bool [N]."""
-    return (hashes @ of.T >= hashes.shape[1] - 2 * bits).any(axis=1)
+def near_duplicates(hashes: np.ndarray, of: np.ndarray, overlap: float = HASH_OVERLAP) -> np.ndarray:
+    """Which rows of `hashes` [N, K] share at least `overlap` of the set bits (intersection over union) with any row
+    of `of` [M, K]; bool [N]. Pictures without any set bit are alike."""
+    both = hashes @ of.T
+    either = hashes.sum(axis=1)[:, None] + of.sum(axis=1)[None] - both
+    return ((either == 0) | (both >= overlap * either)).any(axis=1)
 
 
 def list_hash(keys: Iterable[str]) -> str:

@@ -15,8 +15,9 @@ SIDE = 112
 LOSSLESS_LIMIT, QUALITY = 4500, 90
 """Flat art is kept exactly where that takes at most so many bytes; the rest is WebP at this quality."""
 
-THUMB, NEAR_BITS, NEAR_GREY = 16, 12, 6.0
-"""Near-duplicates: at most 12 of 256 difference-hash bits apart and 6 of 255 grey levels on 16 x 16 thumbnails."""
+THUMB, NEAR_BITS, NEAR_GREY, NEAR_CORRELATION = 16, 12, 6.0, 0.04
+"""Near-duplicates: at most 12 of 256 difference-hash bits apart, 16 x 16 thumbnails that differ by at most 6 of 255 grey
+levels and are correlated to at least 1 - 0.04: thin strokes on white agree in most pixels without being alike."""
 
 
 @dataclass
@@ -52,8 +53,8 @@ def squared(image: Image.Image, background: str | tuple[int, int, int] = "white"
 def encode(image: Image.Image) -> bytes:
     """WebP bytes: lossless where small, else quality 90."""
     exact, lossy = io.BytesIO(), io.BytesIO()
-    image.save(exact, "WEBP", lossless=True, quality=100, method=6)
-    image.save(lossy, "WEBP", quality=QUALITY, method=6)
+    image.save(exact, "WEBP", lossless=True, quality=60, method=4)
+    image.save(lossy, "WEBP", quality=QUALITY, method=4)
     small = exact.tell() <= max(LOSSLESS_LIMIT, lossy.tell())
     return exact.getvalue() if small else lossy.getvalue()
 
@@ -76,9 +77,12 @@ def near_pairs(images: list[Image.Image], slack: float = 1.0) -> list[tuple[int,
     """All pairs (i < j) of exact or near-duplicates; both limits are multiplied by `slack`."""
     prints = [fingerprint(image) for image in images]
     signs, thumbs = np.stack([p[0] for p in prints]), np.stack([p[1] for p in prints])
+    shapes = thumbs - thumbs.mean(axis=1, keepdims=True)
+    shapes /= np.linalg.norm(shapes, axis=1, keepdims=True).clip(1e-6)
     pairs = []
     for i in range(len(images) - 1):
         close = np.flatnonzero(signs[i + 1 :] @ signs[i] >= signs.shape[1] - 2 * NEAR_BITS * slack) + i + 1
         difference = np.abs(thumbs[close] - thumbs[i]).mean(axis=1)
-        pairs += [(i, int(j)) for j in close[difference <= NEAR_GREY * slack]]
+        alike = shapes[close] @ shapes[i] >= 1 - NEAR_CORRELATION * slack
+        pairs += [(i, int(j)) for j in close[(difference <= NEAR_GREY * slack) & alike]]
     return pairs

@@ -53,7 +53,7 @@ def test_mtil():
     assert (training.schedule, training.precision, loaded.seed) == ("onecycle", "auto", 42)
     assert epochs("mtil", ORDER_I) == [10] * 10 + [5]
     assert epochs("mtil-order-ii", ORDER_II) == [5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10]
-    assert epochs("mtil", ORDER_I, method_options={"variant": "cls"}) == [5] * 11
+    assert epochs("mtil", ORDER_I, method="lora-cls") == [5] * 11
     assert epochs("mtil", ["pets", "sun 397"]) == [10, 5]  # the same data under the user's spelling
 
 

@@ -24,7 +24,10 @@ document.querySelectorAll('details').forEach(d => d.open = true);
 const width = document.documentElement.clientWidth, wide = [];
 document.querySelectorAll('body *').forEach(e => {
   const box = e.getBoundingClientRect();
-  if (box.right > width + 1 && !e.closest('.scroll, .skip')) wide.push(e.tagName + '.' + e.className);
+  // An element's text may stick out of its box.
+  const text = e instanceof HTMLElement && e.clientWidth ? box.left + e.scrollWidth : 0;
+  const right = Math.max(box.right, text);
+  if (right > width + 1 && !e.closest('.scroll, .skip')) wide.push(e.tagName + '.' + e.className);
 });
 const heights = [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height);
 const small = heights.filter(h => h && h < 10).length;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def results(path: Path) -> dict:
 
 def row(text: str, name: str) -> list[str]:
     line = next(line for line in text.splitlines() if f" {name} " in line)
-    return [cell.strip() for cell in line.strip("│┃").split("│")]
+    return re.split(r" {2,}", line.strip())
 
 
 def test_results_table(runs: dict[str, Path]) -> None:
@@ -41,7 +42,7 @@ def test_results_table(runs: dict[str, Path]) -> None:
     assert cells[1:5] == [f"{metrics[k]:.1f}" for k in ("transfer", "average", "last", "probe")]
     assert cells[5] == f"{metrics['forgetting']:.1f}"
     assert cells[7] == "3 min 52 s"
-    assert row(text, "KeepLoRA++")[3] == f"{found['keeplora++']['metrics']['last']:.1f} ★"
+    assert row(text, "KeepLoRA++")[3] == f"{found['keeplora++']['metrics']['last']:.1f}★"
     assert row(text, "Untouched model")[5:] == ["–", "–", "–"]
 
 

@@ -6,11 +6,25 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from keeplora.cli import assets, audit, export, listing, predict, report, resume, run
 from keeplora.errors import KeepLoraError
 
+
+class _Commands(TyperGroup):
+    """typer leaves in silence at Ctrl-C, and older ones with status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Teach a pretrained vision-language model one task after another without forgetting.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
@@ -62,9 +76,6 @@ def main(arguments: list[str] | None = None) -> Any:
         print(f"Error: {error}", file=sys.stderr)
     except FloatingPointError as error:
         print(f"Error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`.", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise

@@ -56,12 +56,14 @@ def finish(path: Path, against: list[Path]) -> None:
     from rich.console import Console
 
     from keeplora.report import find_comparable, load_results, render_report
-    from keeplora.report.terminal import results_table, run_table
+    from keeplora.report.terminal import matrix_table, results_table
 
     report = render_report(path, against)
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
     results = load_results(path)
-    console.print(run_table(results))
+    console.print(matrix_table(results))
     others = [load_results(other) for other in dict.fromkeys([*against, *find_comparable(path)])]
     console.print(results_table([results, *others]))
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)

@@ -29,6 +29,7 @@ from keeplora.experiment.config_schema import (
     Overridden,
     TrainingConfig,
     TunerConfig,
+    variant_of,
 )
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
 from keeplora.experiment.yaml_text import KeyPath, parse_yaml, read_yaml
@@ -206,9 +207,8 @@ def _per_method_problems(values: Any, merged: Mapping[str, Any], known: Sequence
     return problems
 
 
-def _variant_of(options: Any) -> str | None:
-    variant = options.get("variant") if isinstance(options, Mapping) else None
-    return variant if isinstance(variant, str) else None
+def _variant_of(method: Any) -> str | None:
+    return variant_of(method) if isinstance(method, str) else None
 
 
 def _names_of(tasks: Any) -> list[str]:
@@ -287,7 +287,7 @@ def load_config(
     if preset_name not in preset_names():
         hint = did_you_mean(str(preset_name), preset_names())
         raise ConfigError(f"{where(('preset',))}: unknown preset {preset_name!r}{hint}")
-    preset = preset_values(preset_name, _names_of(tasks), _variant_of(user.get("method_options")))
+    preset = preset_values(preset_name, _names_of(tasks), _variant_of(method))
 
     merged: dict[str, Any] = {"base_dir": str(folder)}
     for layer in (preset, suite, _per_method(suite, method), file.values, _per_method(user, method)):

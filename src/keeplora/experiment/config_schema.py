@@ -21,6 +21,15 @@ T = TypeVar("T")
 DEFAULT_KEY = "default"
 
 
+def variant_of(method: str) -> str | None:
+    """The variant that a method's name ends in.
+
+    >>> variant_of("keeplora++-cls"), variant_of("keeplora++")
+    ('cls', None)
+    """
+    return "cls" if method.endswith("-cls") else None
+
+
 class _Section(BaseModel):
     # strict: `r: true` is not 1 and `epochs: "3"` is not 3; a configuration says what it means.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -238,7 +247,6 @@ class ExperimentConfig(_Section):
         default=None, description="names of the tasks in the order of learning; None: as listed"
     )
     method: str
-    method_options: dict[str, Any] = Field(default_factory=dict)
     preset: str = "default"
     tuner: TunerConfig
     training: TrainingConfig
@@ -350,8 +358,8 @@ class ExperimentConfig(_Section):
 
     @property
     def variant(self) -> str | None:
-        """``method_options.variant``: "text", "cls", or None where the method has no variants."""
-        return self.method_options.get("variant")
+        """"cls" for a method with a class-weight head, else None."""
+        return variant_of(self.method)
 
     @property
     def overridden(self) -> list[Overridden]:
@@ -373,8 +381,7 @@ class ExperimentConfig(_Section):
         """The run directory: ``output``, or runs/LABEL-METHOD-seedSEED below the current folder."""
         if self.output:
             return Path(self.output).expanduser()
-        variant = f"-{self.variant}" if self.variant not in (None, "text") else ""
-        folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}{variant}-seed{self.seed}")
+        folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}-seed{self.seed}")
         return Path("runs") / folder
 
     def resolved(self) -> dict[str, Any]:

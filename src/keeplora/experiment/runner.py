@@ -24,6 +24,7 @@ from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.training import Selection, train_task
 from keeplora.methods import method_names
+from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner
 from keeplora.tuner.sampling import statistics_batches
 
@@ -135,7 +136,9 @@ class _Run:
             self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
             raise
         self.directory.set_status(state="finished", tasks_done=len(self.learner.records))
-        return self._write()
+        results = self._write()
+        render_report(self.directory.path)
+        return results
 
     def _score_last(self, i: int) -> None:
         record = self.learner.records[i - 1]
@@ -144,6 +147,7 @@ class _Run:
         self.directory.append_event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
         self.directory.set_status(tasks_done=i)
+        render_report(self.directory.path)
 
     def _write(self) -> dict[str, Any]:
         seconds = float(self.directory.read_status().get("seconds") or 0.0)

@@ -168,8 +168,12 @@ def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = N
     n = U.shape[0]
     if C64.shape != (n, n):
         raise ValueError(f"C must be ({n}, {n}) to match U, got {tuple(C64.shape)}")
-    C64 = (C64 + C64.T) / 2
-    k = U.shape[1]
+    return _extend(U, (C64 + C64.T) / 2, energy, max_dim=max_dim, tolerance=n * EPS32)
+
+
+def _extend(U: Tensor, C64: Tensor, energy: float, *, max_dim: int | None, tolerance: float) -> tuple[Tensor, float]:
+    """M8 for a symmetric float64 C; eigenvalues up to ``tolerance`` · λ_1(C) count as rounding noise."""
+    n, k = U.shape
     room = min(n, n if max_dim is None else max_dim) - k
     total = float(C64.diagonal().sum())
     if energy == 0 or room <= 0 or total <= 0:
@@ -180,7 +184,7 @@ def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = N
     eigenvalues, vectors = torch.linalg.eigh((C_hat + C_hat.T) / 2)
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     largest = max(float(eigenvalues[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
-    rank = min(int((eigenvalues > n * EPS32 * largest).sum()), room)
+    rank = min(int((eigenvalues > tolerance * largest).sum()), room)
     m = smallest_rank(eigenvalues[:rank], energy, total=total, already=float(inside.diagonal().sum()))
     U_new = append_directions(U, vectors[:, :m])
     return U_new, explained_share(U_new, C64)
@@ -190,7 +194,11 @@ def extend_basis_with_gradient(U: Tensor, G: Tensor, energy: float) -> tuple[Ten
     """Gradient memory (M8g), the reference's LLM code: as `extend_basis` with C = GᵀG of the merged model's gradient.
 
     The leading right singular vectors of G (I − P) are the leading eigenvectors of (I − P) GᵀG (I − P), and tr C is
-    ‖G‖_F², so one rule serves both memories.
+    ‖G‖_F², so one rule serves both memories. The numerical rank is that of G itself (σ_i > max(out, in) · eps(fp32) ·
+    σ_1, as in M1), so eigenvalues, being squares, are compared with the square of that.
     """
+    energy = check_energy(energy)
     G64 = _matrix("G", G)
-    return extend_basis(U, G64.T @ G64, energy)
+    if G64.shape[1] != U.shape[0]:
+        raise ValueError(f"G has {G64.shape[1]} input dimensions but U has {U.shape[0]}")
+    return _extend(U, G64.T @ G64, energy, max_dim=None, tolerance=(max(G64.shape) * EPS32) ** 2)

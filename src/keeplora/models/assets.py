@@ -162,7 +162,7 @@ def verify() -> dict[str, Any]:
         rows.append({"what": what, "expected": digest, "found": found, "ok": found == digest})
     vision = _wheels_dir() / VISION.file
     if not rows[0]["ok"]:
-        raise KeepLoraError(f"{vision} is {rows[0]['found']}, so the tower cannot be compared: run `keeplora assets fetch --force`")
+        raise KeepLoraError(f"{vision} is missing or damaged: run `keeplora assets fetch --force`")
     model = EmbeddedDualEncoder.from_pretrained(folder, local_files_only=True)
     difference = _convert.onnx_difference(model, vision, HEAD)
     close = difference <= _convert.TOLERANCE

@@ -36,7 +36,7 @@ class EmbeddedDualEncoderConfig(PretrainedConfig):
     """
 
     model_type = "keeplora_embedded"
-    sub_configs = {"vision_config": Dinov2Config, "text_config": BertConfig}  # noqa: RUF012 (transformers' own form)
+    sub_configs = {"vision_config": Dinov2Config, "text_config": BertConfig}  # noqa: RUF012 # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class EmbeddedDualEncoder(PreTrainedModel):
     config_class = EmbeddedDualEncoderConfig
     base_model_prefix = "embedded"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ("Dinov2Layer", "BertLayer")
+    _no_split_modules = ["Dinov2Layer", "BertLayer"]  # noqa: RUF012
 
     def __init__(self, config: EmbeddedDualEncoderConfig) -> None:
         super().__init__(config)
@@ -157,11 +157,11 @@ class EmbeddedDualEncoder(PreTrainedModel):
 def image_processor(image_size: int = 112) -> Any:
     """The processor whose `preprocessor_config.json` the folder carries: RGB, shortest side to `image_size`
     (bicubic), centre crop, ImageNet mean and deviation."""
-    import transformers
-
-    # transformers' default CLIP processor needs torchvision; the PIL one gives the same file and never warns.
-    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    return kind(
+    try:  # the PIL one: the other needs torchvision, and warns without it
+        from transformers import CLIPImageProcessorPil as Processor
+    except ImportError:
+        from transformers import CLIPImageProcessor as Processor
+    return Processor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(IMAGENET_MEAN),

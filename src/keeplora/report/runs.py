@@ -105,7 +105,7 @@ class Run:
     @property
     def label(self) -> str:
         """The method as a person writes it, with the classifier variant named."""
-        return method_label(self.method, self.results.get("variant"))
+        return self.results.get("method_title") or method_label(self.method, self.results.get("variant"))
 
     def column(self, name: str) -> list[float | None]:
         """Accuracy on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""

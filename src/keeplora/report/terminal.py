@@ -23,7 +23,7 @@ def _runs(results: Sequence[Mapping[str, Any]]) -> list[Run]:
 def _value(value: float | None, best: bool) -> Text:
     from rich.text import Text
 
-    return Text(f"{number(value)} ★" if best else number(value), style="bold" if best else "")
+    return Text(f"{number(value)}★" if best else number(value), style="bold" if best else "")
 
 
 def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = None) -> Table:
@@ -37,13 +37,14 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = N
 
         rich.print(results_table([load_results(path) for path in paths]))
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for _, name, higher, _ in METRICS:
-        table.add_column(f"{name} {'↑' if higher else '↓'}", justify="right", no_wrap=True)
+    for _, name, _, _ in METRICS:  # a star marks the best, so no arrow is needed, and 80 columns are enough
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     runs = _runs(results)
     if not runs:
@@ -63,11 +64,13 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = N
 
 def matrix_table(results: Mapping[str, Any]) -> Table:
     """One run's accuracy matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     run = _runs([results])[0]
-    table = Table(title=Text(f"{run.label}: accuracy in percent"), title_justify="left", header_style="bold")
+    title = Text(f"{run.label}: accuracy in percent")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("moment", no_wrap=True)
     for name in run.tasks:
         table.add_column(Text(name), justify="right")

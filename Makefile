@@ -1,0 +1,77 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer (with venv) and make; see `make help`.
+
+# The first of these that is new enough; name another with `make demo PYTHON=/path/to/python3.12`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SUITE ?= demo
+RUNS ?= runs
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help demo test lint format types imports wheel python clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
+	@echo "make test     the whole test suite"
+	@echo "make lint     ruff check and ruff format --check (make format mends)"
+	@echo "make types    pyright"
+	@echo "make imports  which way imports may go (import-linter)"
+	@echo "make wheel    build sdist and wheel into dist/, install and try them outside the checkout"
+	@echo "make clean    remove $(VENV), dist and caches; runs stay"
+
+python:
+	@test -n "$(PYTHON)" || { echo "Error: keeplora needs Python 3.11 or newer, and none of python3, python3.13, python3.12," \
+	    "python3.11 is; install one, or name it: make demo PYTHON=/path/to/python3.12 (python3 here: $$(python3 --version 2>&1))" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Error: keeplora needs Python 3.11 or newer," \
+	    "$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Error: $(PYTHON) cannot make virtual environments;" \
+	    "on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+
+# One environment, made anew whenever what it is made from changes. A stamp is written last, so one that was interrupted
+# is made again.
+$(BIN)/.assets: pyproject.toml constraints.txt | python
+	@echo "== virtual environment $(VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(INSTALL) -e '.[assets]'
+	@touch $@
+
+$(BIN)/.test: $(BIN)/.assets
+	@$(INSTALL) -e '.[assets,test]'
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/.test
+	@$(INSTALL) -e '.[assets,test,dev]'
+	@touch $@
+
+demo: $(BIN)/.assets
+	@echo "== pretrained towers (174 MB, once)"
+	@$(BIN)/keeplora assets fetch
+	@$(BIN)/python scripts/demo.py --suite $(SUITE) --runs $(RUNS)
+
+# Without a network the tests that need the real towers are skipped with a reason; in CI they must not be.
+test: $(BIN)/.test
+	@$(BIN)/keeplora assets fetch || test -z "$$CI"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+
+format: $(BIN)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(BIN)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(BIN)/.dev
+	$(BIN)/lint-imports
+
+wheel: $(BIN)/.dev
+	$(BIN)/python scripts/check_wheel.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

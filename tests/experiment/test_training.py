@@ -1,0 +1,207 @@
+"""The training loop on a model of one linear layer: what it trains, what it keeps, when it stops."""
+
+from __future__ import annotations
+
+import io
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from keeplora.experiment.config import load_config
+from keeplora.experiment.device import Precision
+from keeplora.experiment.pictures import Collate
+from keeplora.experiment.progress import Progress
+from keeplora.experiment.training import Selection, train_task
+
+N = 20
+
+
+class Points(Dataset):
+    """Pictures are points of a plane; the class is the sign of the first coordinate."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(N, 2, generator=generator)
+        self.labels = (self.x[:, 0] > 0).long().tolist()
+        self.pictures = SimpleNamespace(where=lambda i: f"point-{i}.png")
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> dict:
+        return {"pixel_values": self.x[i], "labels": self.labels[i], "index": i}
+
+
+class Plane:
+    """Stands for a TaskObjective: logits of a linear model, and a head that adds to them."""
+
+    def __init__(self, model: nn.Module, head: nn.Parameter | None = None) -> None:
+        self.model, self.head = model, head
+        self.precision = Precision("fp32", torch.device("cpu"))
+        self.collate = Collate()
+        self.task = SimpleNamespace(name="plane")
+        self.order: list[int] = []
+        self.broken_at: int | None = None
+        self.modes: set[bool] = set()
+
+    def logits(self, batch) -> torch.Tensor:
+        self.order += batch["index"].tolist()
+        self.modes.add(self.model.training)
+        out = self.model(batch["pixel_values"])
+        if self.head is not None:
+            out = out + batch["pixel_values"] @ self.head.T
+        return out * math.inf if self.broken_at is not None and len(self.order) > self.broken_at else out
+
+
+def training(**changes):
+    values = {
+        "epochs": 3, "batch_size": 8, "learning_rate": 0.05, "schedule": "constant", "precision": "fp32", **changes
+    }  # fmt: skip
+    config = load_config(
+        {"tasks": [{"name": "plane", "source": "folder"}], "model": "m", "method": "lora", "training": values}
+    )
+    return config.training
+
+
+def run(*, head=False, selection=None, seed=3, frozen=(), broken_at=None, **changes):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    objective = Plane(model, nn.Parameter(torch.zeros(2, 2)) if head else None)
+    objective.broken_at = broken_at
+    told: list[dict] = []
+    stream = io.StringIO()
+    log = train_task(
+        model, objective, Points(), training(**changes), seed=seed, progress=Progress(True, stream),  # type: ignore[arg-type]
+        on_epoch=told.append, selection=selection(model) if selection else None,
+    )  # fmt: skip
+    return SimpleNamespace(model=model, objective=objective, log=log, told=told, text=stream.getvalue())
+
+
+def scores(values: list[float], *, best_epoch=True, patience=None):
+    """A selection that returns ``values`` and keeps the weight that each of them was measured on."""
+
+    def make(model: nn.Linear) -> Selection:
+        states.clear()
+
+        def validate() -> float:
+            states.append(model.weight.detach().clone())
+            return values[len(states) - 1]
+
+        return Selection(validate, best_epoch, patience)
+
+    states: list[torch.Tensor] = []
+    make.states = states  # type: ignore[attr-defined]
+    return make
+
+
+def test_it_learns_and_tells_every_epoch():
+    done = run(epochs=20)
+    assert [e["epoch"] for e in done.told] == list(range(1, 21))
+    assert done.told == done.log.epochs
+    assert done.told[-1]["loss"] < 0.5 * done.told[0]["loss"]
+    assert done.told[-1]["train_accuracy"] > 90
+    assert done.log.best_epoch is None
+    assert done.log.seconds > 0
+    assert done.objective.modes == {False}  # evaluation mode: no dropout
+
+
+def test_first_epoch_is_plain_adamw():
+    done = run(epochs=1, batch_size=N)
+    torch.manual_seed(0)
+    model, data = nn.Linear(2, 2), Points()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+    loss = nn.functional.cross_entropy(model(data.x), torch.tensor(data.labels))
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(done.model.weight, model.weight)
+    assert done.told[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_every_epoch_sees_every_picture_once_in_an_order_of_the_seed():
+    a, b, c = run(seed=3).objective.order, run(seed=3).objective.order, run(seed=4).objective.order
+    assert a == b != c
+    epochs = [a[i : i + N] for i in range(0, 3 * N, N)]
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != list(range(N))
+
+
+def test_only_what_requires_a_gradient_is_trained():
+    done = run(frozen=["bias"], weight_decay=0.1)
+    torch.manual_seed(0)
+    start = nn.Linear(2, 2)
+    assert torch.equal(done.model.bias, start.bias)
+    assert not torch.equal(done.model.weight, start.weight)
+
+
+def test_head_is_trained_with_the_model():
+    done = run(head=True)
+    assert done.objective.head.abs().max() > 0
+
+
+def test_nothing_to_train_is_no_epoch():
+    done = run(frozen=["weight", "bias"])
+    assert (done.log.epochs, done.told, done.objective.order) == ([], [], [])
+
+
+def test_the_best_epoch_is_kept_and_not_the_last():
+    choice = scores([40, 70, 70])
+    done = run(selection=choice)
+    assert done.log.best_epoch == 2  # the first of equals
+    assert torch.equal(done.model.weight, choice.states[1])
+    assert not torch.equal(choice.states[1], choice.states[2])
+    assert [e["validation_accuracy"] for e in done.told] == [40, 70, 70]
+
+
+def test_the_best_epoch_of_a_head_is_kept_too():
+    short = run(head=True, selection=scores([9]), epochs=1)
+    best = run(head=True, selection=scores([9, 1, 1]))
+    last = run(head=True)
+    assert torch.equal(best.objective.head, short.objective.head)
+    assert not torch.equal(last.objective.head, short.objective.head)
+
+
+def test_early_stopping_counts_epochs_without_a_rise():
+    done = run(epochs=9, selection=scores([10, 20, 20, 15, 30], patience=2))
+    assert len(done.told) == 4
+    assert done.log.best_epoch == 2
+    assert "stopped early: no better validation accuracy for 2 epochs" in done.text
+    patient = run(epochs=5, selection=scores([10, 20, 20, 15, 30], patience=3))
+    assert (len(patient.told), patient.log.best_epoch) == (5, 5)
+
+
+def test_early_stopping_alone_keeps_the_last_weights():
+    choice = scores([50, 40], best_epoch=False, patience=1)
+    done = run(epochs=9, selection=choice)
+    assert len(done.told) == 2
+    assert done.log.best_epoch is None
+    assert torch.equal(done.model.weight, choice.states[1])
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pictures():
+    with pytest.raises(FloatingPointError) as caught:
+        run(broken_at=N + 8)
+    order = run().objective.order[N + 8 : N + 11]
+    told = str(caught.value)
+    assert "task 'plane', epoch 2, step 2: the loss is" in told
+    assert f"point-{order[0]}.png, point-{order[1]}.png, point-{order[2]}.png, …" in told
+    assert "nothing of this task is kept" in told
+
+
+def test_gradients_are_clipped():
+    # AdamW does not see the length of a constant gradient; a clip that shrinks it to 1e-9 falls below its epsilon.
+    torch.manual_seed(0)
+    start = nn.Linear(2, 2).weight
+    free, clipped = (run(epochs=1, batch_size=N, grad_clip=clip).model.weight - start for clip in (None, 1e-9))
+    assert free.abs().min() > 0.9 * 0.05
+    assert clipped.abs().max() < 0.1 * 0.05
+
+
+def test_schedule_is_stepped_once_per_batch():
+    done = run(schedule="cosine", epochs=2)  # 3 batches an epoch, 6 steps
+    assert [e["lr"] for e in done.told] == pytest.approx([0.05 * 0.5, 0.0], abs=1e-12)
