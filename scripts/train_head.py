@@ -37,7 +37,7 @@ class Settings:
     batch: int = 1024
     lr: float = 3e-3
     weight_decay: float = 0.1
-    dropout: float = 0.5
+    dropout: float = 0.3
     log_scale: float = 3.0
     full_caption: float = 0.8  # share of steps that use title and keywords; the others draw any caption
 

@@ -33,6 +33,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """``cli("run", path, "--dry-run")`` in this process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # as in a process of its own, where the command line is there before transformers
 
     def call(*words: object) -> Answer:
         capsys.readouterr()

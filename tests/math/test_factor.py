@@ -116,6 +116,11 @@ def test_nothing_left_means_rank_zero_not_a_direction_of_noise(shape: tuple[int,
     assert residual_factor(inside, Q[:, :k], rank).shape == (0, n_in)  # a gradient that only touches protected inputs
 
 
+def test_a_full_basis_leaves_nothing_although_it_is_orthonormal_only_to_its_tolerance() -> None:
+    U = torch.eye(3) * (1 - 4e-6)  # ‖UᵀU − I‖ = 8e-6 is allowed; I − U Uᵀ is then more than rounding noise
+    assert residual_factor(torch.eye(3), U, 2).shape == (0, 3)
+
+
 @PROPERTY
 @given(st.data(), st.integers(1, 9))
 def test_residual_factor_is_deterministic_with_a_fixed_sign(data: st.DataObject, rank: int) -> None:
@@ -228,7 +233,9 @@ def test_leaks_by_hand() -> None:
     W0 = torch.ones(2, 2)
     assert weight_leak(W0 + torch.tensor([[3.0, 4.0], [0.0, 0.0]]), W0, U) == pytest.approx(0.6)
     assert weight_leak(W0, W0, U) == 0
-    assert rounding_floor(W0, torch.zeros(2, 2), U, torch.bfloat16) == 0
+    W0, W = torch.tensor([[1.0, 0.0]]).bfloat16(), torch.tensor([[512.0, 512.0]]).bfloat16()
+    assert weight_leak(W, W0, U) == pytest.approx(511 / math.hypot(511, 512))  # bf16 itself cannot hold 512 − 1
+    assert rounding_floor(torch.ones(2, 2), torch.zeros(2, 2), U, torch.bfloat16) == 0
     # 1 + 2^-9 rounds down to 1 in bf16: all of the first entry is lost, half of it lies on the protected input.
     tiny = torch.full((1, 2), 2.0**-9)
     assert rounding_floor(torch.ones(1, 2), tiny, U, torch.bfloat16) == pytest.approx(math.sqrt(0.5))

@@ -62,14 +62,8 @@ class Experiment:
         """Run from the start in a new run directory; returns what results.json holds."""
         setup = self.setup
         with RunDirectory.create(self.config.output_path) as directory:
-            directory.write_environment(collect_environment())
-            directory.write_data(data_entries(setup.tasks, setup.probes))
-            learner = setup.method.learner(
-                setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=self.config.model.name
-            )
-            # Last: a directory with a config.yaml is one that can be resumed.
-            directory.write_config(self.config.resolved())
-            return _Run(setup, directory, learner, self.quiet).go()
+            directory.write_config(self.config.resolved())  # first: from here on the run can be resumed
+            return _begin(setup, directory, self.quiet).go()
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], *, quiet: bool | None = None) -> dict[str, Any]:
@@ -85,8 +79,20 @@ class Experiment:
                     f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
                     "numbers would not belong together; restore them, or start a new run"
                 )
+            if not directory.ledger_path.is_dir():  # killed before anything was learned
+                return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             return _Run(setup, directory, learner, quiet).go()
+
+
+def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> _Run:
+    """A run from its very start: what it runs on, its data, an empty ledger."""
+    directory.write_environment(collect_environment())
+    directory.write_data(data_entries(setup.tasks, setup.probes))
+    learner = setup.method.learner(
+        setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=setup.config.model.name
+    )
+    return _Run(setup, directory, learner, quiet)
 
 
 class _Run:

@@ -38,7 +38,9 @@ def residual_factor(G: Tensor, U: Tensor, rank: int) -> Tensor:
         raise ValueError(f"G has {n_in} input dimensions but U has {U.shape[0]}")
     U64 = U.detach().to(torch.float64)
     limit = min(rank, n_out, n_in - U.shape[1])
-    norm = float(torch.linalg.matrix_norm(G64, 2)) if G64.numel() else 0.0
+    # ‖G‖₂ from the smaller Gram matrix: a tenth of another SVD's time, and only a tolerance is taken from it.
+    gram = G64 @ G64.T if n_out <= n_in else G64.T @ G64
+    norm = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) if G64.numel() else 0.0
     if limit <= 0 or norm == 0.0:
         return G64.new_zeros((0, n_in), dtype=torch.float32)
     _, S, Yt = torch.linalg.svd(project_out(G64, U64), full_matrices=False)

@@ -36,9 +36,16 @@ class LeakRow:
     weight_floor: float
 
 
-@dataclass(frozen=True)
+class TableText(str):
+    """A table as text that an interactive session shows as it is, not as a quoted string."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True, repr=False)
 class Audit:
-    """All rows; `print(audit)` shows them as a table."""
+    """All rows; printing it, or ending an interactive line with it, shows them as a table."""
 
     rows: list[LeakRow]
 
@@ -56,6 +63,9 @@ class Audit:
         """JSON values."""
         return {"factor_leak_max": self.factor_leak_max, "rows": [asdict(row) for row in self.rows]}
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         layers: dict[str, list[LeakRow]] = {}
         for row in self.rows:
@@ -69,10 +79,10 @@ class Audit:
         return _render(table)
 
 
-def _render(table: Table) -> str:
+def _render(table: Table) -> TableText:
     stream = io.StringIO()
     Console(file=stream, width=130, color_system=None).print(table)
-    return stream.getvalue()
+    return TableText(stream.getvalue())
 
 
 def audit_learner(learner: ContinualLearner) -> Audit:
@@ -113,7 +123,7 @@ def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
     return rows
 
 
-def summary_table(learner: ContinualLearner) -> str:
+def summary_table(learner: ContinualLearner) -> TableText:
     """The table behind `ContinualLearner.summary`."""
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(learner.targets)} targets, {len(learner.records)} tasks learned")
     for header in ("tower", "block", "layer", "in → out", "scale", "r", "s", "protected"):

@@ -302,7 +302,7 @@ class ContinualLearner:
     # ---- looking and keeping -------------------------------------------------------------------------------------
 
     def summary(self) -> str:
-        """Targets by tower and depth with scales, ranks and dimensions used, as a printable table."""
+        """Targets by tower and depth with scales, ranks and dimensions used; shown as a table in an interactive session."""
         return summary_table(self)
 
     def audit(self) -> Audit:

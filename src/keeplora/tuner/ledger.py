@@ -9,7 +9,8 @@ Layout::
                              (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads)
 
 A record is written into a hidden folder and renamed, so it is there whole or not at all. ``parent`` is the SHA-256 of
-the previous record.json (of ledger.json for the first), and each record names the SHA-256 of its tensors.
+the previous record.json (of ledger.json for the first), each record names the SHA-256 of its tensors, and each JSON
+file's ``seal`` is the SHA-256 of its other keys: nothing points at the last record, so it must vouch for itself.
 """
 
 from __future__ import annotations
@@ -105,7 +106,17 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         raise LedgerError(f"{path} is not a readable safetensors file ({error})") from None
 
 
-def _check_version(value: Any, path: Path) -> None:
+def _seal(value: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in value.items() if k != "seal"}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _write_sealed(path: Path, value: dict[str, Any]) -> None:
+    value = json.loads(json.dumps(value, allow_nan=False))  # as a reader will see it: keys as strings, tuples as lists
+    atomic_write_json(path, {**value, "seal": _seal(value)})
+
+
+def _check_head(value: Any, path: Path) -> None:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise LedgerError(f"{path} is not a keeplora ledger: its 'format' is not {FORMAT!r}")
     version = value.get("version")
@@ -113,6 +124,8 @@ def _check_version(value: Any, path: Path) -> None:
         raise LedgerError(
             f"{path} has format version {version!r}; this keeplora reads up to version {VERSION}: upgrade keeplora"
         )
+    if value.get("seal") != _seal(value):
+        raise LedgerError(f"{path} was changed after it was written: its 'seal' does not fit; restore it from a copy")
 
 
 def _file_hash(path: Path) -> str:
@@ -145,7 +158,7 @@ class Ledger:
             file = part / "base.safetensors"
             save_file({f"basis/{n}": U.contiguous() for n, U in bases.items()}, file)
             head["tensors_sha256"] = sha256_file(file)
-            atomic_write_json(part / "ledger.json", head)
+            _write_sealed(part / "ledger.json", head)
         return cls(path, head)
 
     @classmethod
@@ -153,7 +166,7 @@ class Ledger:
         """Open a ledger's folder; `LedgerError` names what is missing, damaged or too new."""
         path = Path(path)
         head = _read_json(path / "ledger.json")
-        _check_version(head, path / "ledger.json")
+        _check_head(head, path / "ledger.json")
         return cls(path, head)
 
     def bases(self) -> dict[str, Tensor]:
@@ -183,7 +196,7 @@ class Ledger:
         with atomic_dir(target) as part:
             file = part / "tensors.safetensors"
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
-            atomic_write_json(
+            _write_sealed(
                 part / "record.json",
                 {
                     "format": FORMAT, "version": VERSION, "index": len(folders) + 1, "name": record.name,
@@ -200,7 +213,7 @@ class Ledger:
         for i, folder in enumerate(self.folders(), 1):
             file = folder / "record.json"
             value = _read_json(file)
-            _check_version(value, file)
+            _check_head(value, file)
             if value["index"] != i or value["parent"] != parent:
                 raise LedgerError(
                     f"{file} does not follow the record before it: the ledger was reordered or changed by hand"
