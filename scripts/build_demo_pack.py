@@ -74,7 +74,9 @@ def enough(pack_set: PackSet, sides: Split) -> Split:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/pack"), help="where packages are downloaded to and kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/pack"), help="where packages are downloaded to and kept"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="the pack's folder")
     args = parser.parse_args()
 

@@ -70,7 +70,9 @@ def fail(sentence: str) -> None:
 def run(*command: str, cwd: Path) -> str:
     # A checkout on the path would hide what the wheel lacks.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    result = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if result.returncode:
         fail(f"{' '.join(command)[:200]} ended with status {result.returncode}:\n{result.stdout[-4000:]}")
     return result.stdout
@@ -115,7 +117,19 @@ def check_installed(wheel: Path, folder: Path) -> None:
     venv.create(home, with_pip=False, symlinks=os.name != "nt")
     binaries = home / ("Scripts" if os.name == "nt" else "bin")
     python = str(binaries / "python")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", str(wheel), cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        str(wheel),
+        cwd=folder,
+    )
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
     # A .pth file adds the other environment's packages, but none of its .pth files, and so not its editable keeplora.
     Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")

@@ -22,12 +22,16 @@ levels and are correlated to at least 1 - 0.04: thin strokes on white agree in m
 
 @dataclass
 class Picture:
-    """One picture with its class: pictures of one `item` never stand on both sides of a split."""
+    """One picture with its class: pictures of one `item` never stand on both sides of a split.
+
+    `side` is "train" or "test" where the source decides it, else the split does.
+    """
 
     class_name: str
     item: str
     origin: str
     image: Image.Image
+    side: str = ""
 
 
 def draw(text: str) -> int:

@@ -6,7 +6,10 @@ import re
 
 # The first pattern that fits a name decides; "" leaves the sign out, since it belongs to two groups or to none.
 GROUPS: tuple[tuple[str, str], ...] = (
-    ("", r"texts?$|street-name|^complementary--(except|when|including|distance|time)|--end-of-(?!.*speed)|minimum-speed"),
+    (
+        "",
+        r"texts?$|street-name|^complementary--(except|when|including|distance|time)|--end-of-(?!.*speed)|minimum-speed",
+    ),
     ("the end of a speed limit", r"--end-of-.*speed"),
     ("a speed limit", r"(maximum|night|truck|advisory-maximum)-speed-limit|speed-limit-zone"),
     (
@@ -14,26 +17,26 @@ GROUPS: tuple[tuple[str, str], ...] = (
         r"animals$|(bear|camel|elephant|emu|frog|horse|kangaloo|kiwi|koala|monkey|panda|rabbit|raccoon|wombat|equestrians)"
         r"-crossing",
     ),
-    ("a railway or tram", r"railroad|trams?|train|light-rail|rails$|subway"),
-    ("no parking or stopping", r"no-(parking|stopping)|tow-away"),
-    ("parking", r"parking|park-and-ride"),
+    ("", r"railroad|trams?\b|train|light-rail|rails$|subway"),
+    ("", r"no-(parking|stopping)|tow-away"),
+    ("", r"parking|park-and-ride"),
     ("", r"no-overtaking|no-passing|do-not-pass"),
-    ("no turning", r"no-.*turn|no-straight|no-go-straight"),
+    ("", r"no-.*turn|no-straight|no-go-straight"),
     ("vehicles forbidden", r"--no-(?!pedestrians|horn|hawkers|cargo|passenger|lane|skiing|learner|equestrians|two)"),
     (
-        "pedestrians or children",
+        "",
         r"pedestrian|children|playground|school|crosswalk|trail-crossing|disabled-persons-crossing|hiking|stairs"
         r"|living-street",
     ),
     ("bicycles", r"bicycl|cycl|bike"),
     ("", r"roadworks|construction|flaggers|road-works|dead-end|steep|descent|ascent"),
     (
-        "a bad road surface",
+        "",
         r"bump|dip$|uneven|slippery|icy|pavement|loose|gravel|soft-|ruts|fresh-oil|sand|snow-|snowy|rainy",
     ),
-    ("a weight or size limit", r"(weight|height|width|length|axle)-(limit|restriction)|low-ground-clearance"),
+    ("", r"(weight|height|width|length|axle)-(limit|restriction)|low-ground-clearance"),
     (
-        "a bend in the road",
+        "",
         r"^warning--.*(curve|hairpin|winding|sharp-turn|horizontal-alignment|loop|turn-first)|^warning--turn-(left|right)",
     ),
     (

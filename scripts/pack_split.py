@@ -49,6 +49,9 @@ def split(task: PackSet, pictures: list[Picture]) -> Split:
             group = sorted(items[item], key=lambda p: draw(f"{p.origin} {p.item} {p.image.tobytes().hex()}"))
             room = wanted - len(test)
             # an item of many pictures would fill a test set alone
+            if group[0].side:
+                (test if group[0].side == "test" else train).extend(group)
+                continue
             (test if room > 0 and len(group) <= max(room, 2) else train).extend(group)
         if not task.train:
             train = []

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from keeplora.experiment.run_directory import RunDirectory
-from tests.cli.tiny_world import events_of, ledger_tensors, results_of, same_tensors, status_of
+from tests.cli.tiny_world import ledger_tensors, results_of, same_tensors, status_of
 
 SLOW = {"epochs": {"default": 2, "stripes": 60}}  # task 2 lasts long enough to be hit
 
@@ -84,12 +84,6 @@ def test_killed_between_the_record_and_its_scores(world, cli, process, tmp_path)
     assert answer.code == 0, answer.err
     assert "task 2/3" not in answer.err
     assert "task 3/3: dots" in answer.err
-    epochs = [e for e in events_of(path, "epoch") if e["task"] == "stripes"]
-    assert [e["epoch"] for e in epochs] in ([], [1, 2])
-    one, other = results_of(path), results_of(straight)
-    assert one["accuracy"] == other["accuracy"]
-    assert one["probe_accuracy"] == other["probe_accuracy"]
-    assert same_tensors(ledger_tensors(path), ledger_tensors(straight))
     assert_as_undisturbed(path, straight)
 
 

@@ -25,7 +25,7 @@ def test_run_in_a_pipe_is_quiet_and_ends_with_tables_and_the_report(world, proce
     assert child.returncode == 0, err
     assert "\x1b" not in out + err  # no colours, no cursor moves
     assert "\r" not in out + err  # no bars
-    assert [line for line in err.splitlines() if line.startswith("task ")][0] == "task 1/3: paint"
+    assert next(line for line in err.splitlines() if line.startswith("task ")) == "task 1/3: paint"
     assert len(re.findall(r"^  epoch \d/2: loss [\d.]+, accuracy [\d.]+", err, re.MULTILINE)) == 6
     assert "task 1/3" not in out  # progress goes to standard error alone
     last = results_of(tmp_path / "run")["metrics"]["last"]
@@ -43,7 +43,8 @@ def test_options_win_over_the_file(world, cli, tmp_path):
     file = world.yaml(tmp_path / "e.yaml", seed=5, output=str(tmp_path / "elsewhere"))
     answer = cli(
         "run", file, "--method", "lora", "--seed", "3", "--output", tmp_path / "run",
-        "-o", "training.epochs=1", "--set", "tuner.r=2", "-o", "order=[dots, paint, stripes]", "-o", "training.learning_rate=2e-3",
+        "-o", "training.epochs=1", "--set", "tuner.r=2", "-o", "order=[dots, paint, stripes]",
+        "-o", "training.learning_rate=2e-3",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     config = RunDirectory(tmp_path / "run").read_config()
@@ -75,7 +76,12 @@ def test_runs_of_other_methods_beside_it_join_the_tables(world, cli, tmp_path):
 @pytest.mark.parametrize(
     ("method", "parameters"),
     # 12 vision targets of 32 x 32 and 8 text targets of 24 x 24, rank 4: B alone, A and B, everything, nothing.
-    [("keeplora++", 4 * (12 * 32 + 8 * 24)), ("lora", 8 * (12 * 32 + 8 * 24)), ("full-ft", 12 * 32**2 + 8 * 24**2), ("zero-shot", 0)],  # fmt: skip  # noqa: E501
+    [
+        ("keeplora++", 4 * (12 * 32 + 8 * 24)),
+        ("lora", 8 * (12 * 32 + 8 * 24)),
+        ("full-ft", 12 * 32**2 + 8 * 24**2),
+        ("zero-shot", 0),
+    ],
 )
 def test_dry_run_tells_the_plan_and_writes_nothing(world, cli, tmp_path, monkeypatch, method, parameters):
     monkeypatch.chdir(tmp_path)
@@ -87,7 +93,14 @@ def test_dry_run_tells_the_plan_and_writes_nothing(world, cli, tmp_path, monkeyp
     assert files_below(world.root) == shared
     assert f"trained parameters per task: {parameters:,}" in answer.out
     row = next(line for line in answer.out.splitlines() if "dots" in line)
-    assert [int(n) for n in re.findall(r"\d+", row)] == [2, 20, 0, 12, 5, 15]  # classes, train, val., test, epochs, steps
+    assert [int(n) for n in re.findall(r"\d+", row)] == [
+        2,
+        20,
+        0,
+        12,
+        5,
+        15,
+    ]  # classes, train, val., test, epochs, steps
     assert "12 in vision_model" in answer.out
     assert "8 in text_model" in answer.out
     assert f"probe {PROBE}: 12 pictures" in answer.out

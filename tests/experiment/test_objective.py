@@ -66,7 +66,10 @@ def test_head_adds_thirty_cosines():
     torch.manual_seed(0)
     logits, x, head = torch.randn(5, 3), nn.functional.normalize(torch.randn(5, 8), dim=1), 7 * torch.randn(3, 8)
     expected = torch.tensor(
-        [[logits[n, c] + 30 * nn.functional.cosine_similarity(x[n], head[c], dim=0) for c in range(3)] for n in range(5)]
+        [
+            [logits[n, c] + 30 * nn.functional.cosine_similarity(x[n], head[c], dim=0) for c in range(3)]
+            for n in range(5)
+        ]
     )
     torch.testing.assert_close(add_head(logits, x, head), expected, rtol=1e-5, atol=1e-5)
 

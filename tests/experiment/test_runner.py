@@ -12,7 +12,7 @@ from PIL import Image
 
 from keeplora.errors import KeepLoraError
 from keeplora.experiment import Experiment, TrainedModel
-from keeplora.experiment.objective import TaskObjective
+from keeplora.experiment.objective import TaskObjective, initial_head
 from keeplora.experiment.runner import _Run
 from tests.cli.tiny_world import (
     METHODS,
@@ -290,6 +290,16 @@ def test_trained_heads_decide_the_evaluation(world, tmp_path):
     assert results["accuracy"][0] == world.run(method="keeplora++")[1]["accuracy"][0]
 
 
+def test_head_in_the_ledger_is_the_trained_one(world):
+    """It left the class means of the untouched model, by no more than its few steps of AdamW allow."""
+    path, _ = world.run(method="keeplora++-cls")
+    setup = Experiment(world.config(method="keeplora++-cls"), quiet=True).setup
+    objective = TaskObjective(setup.family, setup.tasks[0], setup.precision)
+    start = initial_head(objective, setup.sets["paint"].train, 64).detach()
+    moved = (ledger_tensors(path)["0001-paint/extra/head"] - start).abs().max().item()
+    assert 1e-4 < moved < 8 * 0.01
+
+
 # ---- validation ----------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +352,8 @@ def test_validation_pictures_are_neither_trained_on_nor_tested(world):
     assert task.validation is not None
     keys = [set(part.keys) for part in (task.train, task.validation, task.test)]
     assert [len(k) for k in keys] == [21, 9, 18]
-    assert not (keys[0] & keys[1] or keys[1] & keys[2])
+    assert not keys[0] & keys[1]
+    assert not keys[1] & keys[2]
     assert other.validation is None
 
 
@@ -359,7 +370,7 @@ def test_accept_undoes_a_task_in_a_run(world, tmp_path, monkeypatch):
         calls.append((upto, merged))
         # "stripes" costs 30 points; the others nothing.
         drop = 30.0 if upto == 1 and len([c for c in calls if c[0] == 1]) == 2 else 0.0
-        return {name: 80.0 - drop for name in real}
+        return dict.fromkeys(real, 80.0 - drop)
 
     calls: list[tuple[int, bool]] = []
     monkeypatch.setattr(_Run, "_guard_scores", guard)
@@ -399,8 +410,10 @@ def nan_in_stripes(monkeypatch):
 
     def logits(self, batch):
         out = original(self, batch)
-        if self.task.name == "stripes" and torch.is_grad_enabled() and any(
-            "lora_B" in n and p.requires_grad for n, p in self.family.model.named_parameters()
+        if (
+            self.task.name == "stripes"
+            and torch.is_grad_enabled()
+            and any("lora_B" in n and p.requires_grad for n, p in self.family.model.named_parameters())
         ):
             seen[0] += 1
             if seen[0] == 2:

@@ -59,7 +59,9 @@ def test_prediction_among_named_classes_is_the_model_s_softmax(world, picture):
         logits = model.family.model(**stock_inputs(world, picture, classes)).logits_per_image[0]
     found = model.predict(picture, classes=classes)
     assert [p.probability for p in found] == sorted((p.probability for p in found), reverse=True)
-    assert {p.label: p.probability for p in found} == pytest.approx(dict(zip(classes, logits.softmax(0).tolist())), abs=1e-5)
+    assert {p.label: p.probability for p in found} == pytest.approx(
+        dict(zip(classes, logits.softmax(0).tolist())), abs=1e-5
+    )
     assert {p.task for p in found} == {None}
 
 
@@ -117,6 +119,12 @@ def test_class_of_two_tasks_is_one_candidate_at_its_best_logit(world, picture):
     for name in ("paint", "again"):
         odds = merged["red"].probability / merged[other[name]].probability
         assert odds == pytest.approx(ratio[name], rel=1e-3) if name == winner else odds > ratio[name]
+    model.learner.records.reverse()  # whichever task comes first
+    turned = {p.label: p for p in model.predict(picture)}
+    assert turned["red"].task == winner
+    assert {label: p.probability for label, p in turned.items()} == pytest.approx(
+        {label: p.probability for label, p in merged.items()}, abs=1e-6
+    )
 
 
 def test_template_of_the_caller_is_used(world, picture):

@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 seeds = st.integers(0, 2**31 - 1)
 dtypes = st.sampled_from(DTYPES)
-energies = st.one_of(st.sampled_from([0.0, 0.2, 0.5, 0.85, 0.99, 1.0]), st.floats(0.0, 1.0))
+energies = st.one_of(st.sampled_from([0.0, 0.2, 0.5, 0.85, 0.99, 1.0]), st.floats(1e-6, 1.0))
 inner_energies = st.one_of(st.sampled_from([0.2, 0.5, 0.85, 0.99]), st.floats(0.01, 0.9999))
 
 

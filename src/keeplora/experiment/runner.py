@@ -110,6 +110,9 @@ class _Run:
         self.scores = Scores.from_results(earlier)
         if earlier:
             self.warnings += earlier["warnings"]
+            # A record is written before its evaluation: what that took is known to results.json alone.
+            for record, told in zip(learner.records, earlier["tasks_info"], strict=False):
+                record.info["seconds"] |= told["seconds"]
         self.evaluation_seconds = 0.0
 
     def go(self) -> dict[str, Any]:
@@ -127,6 +130,7 @@ class _Run:
                 else:
                     self.directory.cut_events(max(0, rows - 1))
                     if done == rows:  # killed between the ledger's record and its scores
+                        self._log_epochs(done)
                         self._score_last(done)
                 for i in range(done + 1, len(self.setup.tasks) + 1):
                     task = self.setup.tasks[i - 1]
@@ -145,6 +149,12 @@ class _Run:
         results = self._write()
         render_report(self.directory.path)
         return results
+
+    def _log_epochs(self, i: int) -> None:
+        """The epochs of task ``i`` from its record: those in metrics.jsonl were cut with everything unfinished."""
+        record = self.learner.records[i - 1]
+        for entry in record.info.get("epochs", []):
+            self.directory.append_event({"event": "epoch", "task": record.name, **entry})
 
     def _score_last(self, i: int) -> None:
         record = self.learner.records[i - 1]

@@ -15,8 +15,7 @@ from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.setup import tuner_class
-from keeplora.models import load_model
+from keeplora.experiment.setup import open_model, tuner_class
 from keeplora.tuner import ContinualLearner
 from keeplora.tuner.persistence import concatenated, write_peft_adapter
 
@@ -48,11 +47,7 @@ class TrainedModel:
                 f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
             )
         self.config: ExperimentConfig = load_config(RunDirectory(self.path).read_config())
-        model = self.config.model
-        self.family = load_model(
-            model.name, device=str(choose_device(device)), image_size=model.image_size, revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-        )  # fmt: skip
+        self.family = open_model(self.config, choose_device(device))
         learner_class = tuner_class(self.config.method)
         self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
 
@@ -122,4 +117,4 @@ class TrainedModel:
             raise KeepLoraError(
                 f"{self.path} holds no low-rank factors (method {self.config.method}); export it with --format merged"
             )
-        return write_peft_adapter(target, factors, self.config.model.name)
+        return write_peft_adapter(target, factors, self.family.name)

@@ -58,6 +58,16 @@ def tuner_class(method: str) -> type[ContinualLearner]:
     return get_method(method).learner
 
 
+def open_model(config: ExperimentConfig, device: torch.device) -> DualEncoder:
+    """The untouched model. A relative folder starts where the task specs' paths start, whatever the current folder."""
+    model = config.model
+    beside = Path(config.base_dir, model.name)
+    return load_model(
+        beside if beside.is_dir() else model.name, device=str(device), image_size=model.image_size,
+        revision=model.revision, trust_remote_code=model.trust_remote_code,
+    )  # fmt: skip
+
+
 def data_folder(config: ExperimentConfig) -> Path:
     """Where relative paths of the task specs start."""
     if config.suite is not None:
@@ -90,10 +100,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     method = get_method(config.method)
     tasks, probes = load_tasks(config)
     device = choose_device(config.device)
-    family = load_model(
-        config.model.name, device=str(device), image_size=config.model.image_size, revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )  # fmt: skip
+    family = open_model(config, device)
     cache = TensorCache()
     sets: dict[str, Sets] = {}
     guards: dict[str, PictureTensors] = {}

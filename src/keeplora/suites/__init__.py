@@ -66,6 +66,9 @@ def _check(suite: Any, name: str, file: Path) -> None:
         raise ConfigError(f"{file}: `{missing[0]}` is missing; add it")
     if suite["name"] != name:
         raise ConfigError(f"{file}: `name` is {suite['name']!r}; it must be the file's own name, {name!r}")
+    for spec in (*suite["tasks"], *suite["probes"]):
+        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+            raise ConfigError(f"{file}: the task or probe {spec!r} has no `name`; add it")
     names = [spec["name"] for spec in (*suite["tasks"], *suite["probes"])]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"{file}: two tasks or probes are called {twice[0]!r}; rename one")

@@ -32,7 +32,7 @@ class Acceptance:
             if key not in ("max_drop", "action"):
                 raise ConfigError(f"accept: unknown key {key!r}{did_you_mean(key, ['max_drop', 'action'])}")
         max_drop, action = accept.get("max_drop"), accept.get("action", "warn")
-        if not isinstance(max_drop, (int, float)) or isinstance(max_drop, bool) or max_drop < 0:
+        if not isinstance(max_drop, (int, float)) or isinstance(max_drop, bool) or not max_drop >= 0:
             raise ConfigError(f"accept: max_drop must be a number of points, 0 or more, got {max_drop!r}")
         if action not in ACTIONS:
             raise ConfigError(f"accept: unknown action {action!r}{did_you_mean(str(action), ACTIONS)}")
@@ -46,7 +46,7 @@ class Acceptance:
         """Measure again; False when the task is to be undone."""
         after = self.evaluate()
         drops = {name: before - after[name] for name, before in self.before.items()}
-        bad = {name: drop for name, drop in drops.items() if drop > self.max_drop}
+        bad = {name: drop for name, drop in drops.items() if not drop <= self.max_drop}  # NaN does not pass
         if not bad:
             return True
         told = ", ".join(f"{name} by {drop:.1f}" for name, drop in sorted(bad.items(), key=lambda item: -item[1]))

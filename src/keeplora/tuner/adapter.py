@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +41,21 @@ def random_factor(target: Target, generator: torch.Generator) -> Tensor:
 
 
 def lora_config(targets: Sequence[Target], ranks: Mapping[str, int]) -> LoraConfig:
-    """The stock config of an adapter: a rank and an alpha per layer (keys are full names: both CLIP towers end alike)."""
+    """The stock config of an adapter: a rank and an alpha per layer.
+
+    Patterns match whole names alone: PEFT takes a listed name, and an unanchored key, as a suffix of longer names too.
+    """
     adapted = [t for t in targets if ranks.get(t.name, 0) > 0]
     r = max(ranks[t.name] for t in adapted)
     return LoraConfig(
-        r=r, lora_alpha=r, target_modules=[t.name for t in adapted], lora_dropout=0.0, bias="none",
-        init_lora_weights=True, rank_pattern={t.name: ranks[t.name] for t in adapted if ranks[t.name] != r},
-        alpha_pattern={t.name: t.alpha(ranks[t.name]) for t in adapted},
+        r=r, lora_alpha=r, target_modules="|".join(re.escape(t.name) for t in adapted), lora_dropout=0.0, bias="none",
+        init_lora_weights=True, rank_pattern={f"^{t.name}": ranks[t.name] for t in adapted if ranks[t.name] != r},
+        alpha_pattern={f"^{t.name}": t.alpha(ranks[t.name]) for t in adapted},
     )  # fmt: skip
+
+
+def _forward_hooks(model: nn.Module) -> set[tuple[nn.Module, int]]:
+    return {(module, key) for module in model.modules() for key in module._forward_hooks}
 
 
 class TaskAdapter:
@@ -67,9 +75,12 @@ class TaskAdapter:
         self._flags = {p: p.requires_grad for p in model.parameters()}
         self._grads = {p: p.grad for p in model.parameters()}
         ranks = {name: a.shape[0] for name, a in self.A0.items()}
+        hooks = _forward_hooks(model)
         peft_model = get_peft_model(model, lora_config(targets, ranks), adapter_name=ADAPTER)
         assert isinstance(peft_model, PeftModel)
         self.peft_model = peft_model
+        # Where gradient checkpointing is on, PEFT hooks the embeddings and `unload` leaves the hooks there.
+        self._peft_hooks = _forward_hooks(model) - hooks
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.targets}
         with torch.no_grad():
             for name, layer in self._layers.items():
@@ -86,13 +97,17 @@ class TaskAdapter:
     def _weight_A(self, name: str) -> Tensor:
         return self._layers[name].lora_A[ADAPTER].weight
 
-    def freeze_A(self) -> None:
-        """Freeze every A; `KeepLoraError` if one of them no longer holds the values it was set to."""
+    def freeze_A(self, *, thorough: bool = False) -> None:
+        """Freeze every A; `KeepLoraError` if one of them no longer holds the values it was set to.
+
+        Values are compared where torch counted a write, and with ``thorough`` everywhere (``A.data`` is not counted).
+        """
         for name in self._layers:
             A = self._weight_A(name)
             A.requires_grad_(False)
             A.grad = None
-            if A._version != self._versions[name] and not torch.equal(A.detach().cpu().float(), self.A0[name]):
+            written = thorough or A._version != self._versions[name]
+            if written and not torch.equal(A.detach().cpu().float(), self.A0[name]):
                 raise KeepLoraError(
                     f"A of {name} was changed during the task: it must stay as it was set, or the update leaves the "
                     "residual space; train only the parameters that require a gradient"
@@ -105,7 +120,7 @@ class TaskAdapter:
     def factors(self) -> dict[str, Factors]:
         """Trained factors per layer; checks that a frozen A is still what it was."""
         if not self.trainable_A:
-            self.freeze_A()
+            self.freeze_A(thorough=True)
         out = {}
         for name, layer in self._layers.items():
             A = self._weight_A(name).detach().to("cpu", torch.float32, copy=True)
@@ -121,6 +136,8 @@ class TaskAdapter:
             self._handle.remove()
             self._handle = None
         self.peft_model.unload()
+        for module, key in self._peft_hooks:
+            module._forward_hooks.pop(key, None)
         for p, flag in self._flags.items():
             p.requires_grad_(flag)
             p.grad = self._grads[p]

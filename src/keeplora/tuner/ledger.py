@@ -107,7 +107,7 @@ def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _seal(value: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in value.items() if k != "seal"}, sort_keys=True, allow_nan=False)
+    text = json.dumps({k: v for k, v in value.items() if k != "seal"}, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

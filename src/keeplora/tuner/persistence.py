@@ -74,7 +74,7 @@ def write_peft_adapter(path: Path, factors: dict[str, Factors], base_name: str) 
     """
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
     r = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != r}
+    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
     config = LoraConfig(
         r=r, lora_alpha=r, target_modules=sorted(factors), init_lora_weights=True, rank_pattern=pattern,
         alpha_pattern=dict(pattern), base_model_name_or_path=base_name or None, inference_mode=True,

@@ -61,9 +61,11 @@ def statistics_batches(
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels has {len(labels)} entries but the loader's dataset has {n}")
         chosen = stratified_indices(labels if labels is not None else [0] * n, samples, seed)
+        # A loader without a generator of its own draws from torch's global state whenever it is gone through.
         return DataLoader(
-            Subset(dataset, chosen), batch_size=batches.batch_size or 1, shuffle=False, drop_last=False,
-            collate_fn=batches.collate_fn, num_workers=batches.num_workers,
+            Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
+            shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
+            worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     return batches if samples is None else _first(batches, samples)
 
