@@ -6,6 +6,7 @@ A run that is there and finished is read, one that was interrupted goes on, and 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def bring_up(suite: str, method: str, path: Path) -> None:
     # Where the demo was started from and how its folder was written make no difference to the numbers.
     keys = (resolved.keys() | earlier.keys()) - {"base_dir", "output"}
     changed = sorted(key for key in keys if resolved.get(key) != earlier.get(key))
-    if False:
+    if changed:
         raise KeepLoraError(
             f"{path} was made with other settings ({', '.join(changed)}); move it away, or choose another folder: "
             "make demo RUNS=runs/again"
@@ -61,6 +62,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # As `keeplora` itself does: other libraries' progress bars would tear ours apart.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         main()
     except KeepLoraError as error:

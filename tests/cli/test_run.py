@@ -21,7 +21,7 @@ def files_below(folder):
 def test_run_in_a_pipe_is_quiet_and_ends_with_tables_and_the_report(world, process, tmp_path):
     file = world.yaml(tmp_path / "e.yaml")
     child = process("-m", "keeplora", "run", file, "--output", tmp_path / "run")
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=600)
     assert child.returncode == 0, err
     assert "\x1b" not in out + err  # no colours, no cursor moves
     assert "\r" not in out + err  # no bars

@@ -100,6 +100,11 @@ def gram_error(U: Tensor) -> float:
     return float(np.abs(u.T @ u - np.eye(u.shape[1])).max()) if u.shape[1] else 0.0
 
 
+def signs_are_fixed(columns: Tensor) -> bool:
+    """Each column's entry of largest magnitude is positive; of several that fp32 cannot tell apart, one of them."""
+    return all(float(c[c.abs() >= c.abs().max() * (1 - 1e-6)].max()) > 0 for c in columns.T)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype

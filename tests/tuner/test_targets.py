@@ -72,8 +72,8 @@ def test_one_block_is_not_scaled():
 
 
 def test_nothing_matches():
-    with pytest.raises(TargetError, match=r"no module is named 'up_proj'; did you mean 'up'\?"):
-        names(make_net(), target_modules=["q", "up_proj"])
+    with pytest.raises(TargetError, match=r"no module is named 'dwn'; did you mean 'down'\?"):
+        names(make_net(), target_modules=["q", "dwn"])
     with pytest.raises(TargetError, match="target_modules is not set"):
         names(make_net(), target_modules=None)
 

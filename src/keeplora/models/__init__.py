@@ -82,6 +82,10 @@ def load_model(
     from transformers import AutoImageProcessor, AutoTokenizer
 
     model = _load_weights(name, source, options)
+    if str(device).startswith("cpu"):
+        # torch's fused CPU attention is quick forwards and slow backwards: a training step of the embedded model takes
+        # less than half the time with plain products (docs/results.md). The numbers agree to rounding.
+        model.set_attn_implementation("eager")
     tokenizer = _load_part(name, "tokenizer", AutoTokenizer, source, options)
     # PIL whether torchvision is there or not: the two resize differently, and results must not depend on that.
     images = _load_part(name, "image processor", AutoImageProcessor, source, options | {"backend": "pil"})

@@ -221,7 +221,7 @@ def collect_gradients(
             observer.masks = mask_fn(batch)
             loss, n = sum_and_count(loss_fn(model, batch), batch)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {float(loss)} in the gradient pass, after {total} samples")
+                raise FloatingPointError(f"the loss is {loss.item()} in the gradient pass, after {total} samples")
             loss.backward()
             if total == 0:
                 observer.require_all_fired("gradient")
