@@ -144,7 +144,11 @@ def table(folder: Path, setting: str) -> str:
             half = mean_interval(v)
             cells.append(f"{half['mean']:.1f} ± {half['mean'] - half['low']:.1f}" if len(v) > 1 else f"{v[0]:.1f}")
         lines.append(f"| {method} | {len(found[method])} | " + " | ".join(cells) + " |")
-    lines += ["", "| paired difference | n | last | mean of transfer and probe | average | forgetting |", "|--|--|--|--|--|--|"]
+    lines += [
+        "",
+        "| paired difference | n | last | mean of transfer and probe | average | forgetting |",
+        "|--|--|--|--|--|--|",
+    ]
     pairs = [(m, "lora") for m in ("keeplora++", "keeplora", "full-ft")] + [("keeplora++", "keeplora")]
     for a, b in pairs:
         if a not in found or b not in found:

@@ -53,10 +53,14 @@ def accuracy(loader):
 
 
 train, test = ({task: make_loader(classes) for task, classes in tasks.items()} for _ in range(2))
-learner = ContinualLearner(model, KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]))
+learner = ContinualLearner(
+    model, KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+)
 for task, loader in train.items():
     before = accuracy(test[task])
-    with learner.task(task, loader, loss_fn) as peft_model:  # leaving the block merges the adapter and protects the task
+    with learner.task(
+        task, loader, loss_fn
+    ) as peft_model:  # leaving the block merges the adapter and protects the task
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=5e-3)
         wrapped, optimizer, batches = accelerator.prepare(peft_model, optimizer, loader)
         for _epoch in range(5):

@@ -27,7 +27,20 @@ EMOJI = "emoji-datasource-google@16.0.0"
 MAX_PIXELS = 4_000_000  # one openclipart PNG has 623 million: the header decides before anything is decoded
 MAX_SAME_TITLE, MAX_SAME_CAPTION = 8, 20
 HASH_SIDE, HASH_OVERLAP = 16, 0.6  # at 0.6 pairs are the same drawing or layout in other colours; at 0.5 many are not
-_NOISE = {"unsorted", "clip art", "clipart", "image", "svg", "png", "media", "public domain", "contour", "outline", "hash", ""}
+_NOISE = {
+    "unsorted",
+    "clip art",
+    "clipart",
+    "image",
+    "svg",
+    "png",
+    "media",
+    "public domain",
+    "contour",
+    "outline",
+    "hash",
+    "",
+}
 
 
 @dataclass
@@ -129,7 +142,9 @@ def clipart(work: Path) -> list[Item]:
         folders = [w for part in reversed(relative.parts[:-1]) if (w := _words(part.lower())) not in _NOISE]
         stems = tuple(sorted({stem_key(p.name) for p in paths} | {stem_key(real.name)}))
         keywords = list(dict.fromkeys([*keywords, *folders[:1]]))
-        items.append(Item(f"openclipart/{relative}", "openclipart", stems, real, re.sub(r"\s*\d+$", "", title), keywords))
+        items.append(
+            Item(f"openclipart/{relative}", "openclipart", stems, real, re.sub(r"\s*\d+$", "", title), keywords)
+        )
     common = Counter(i.title for i in items)
     for item in items:
         if common[item.title] > MAX_SAME_TITLE or len(item.title) < 3:
@@ -151,7 +166,13 @@ def emoji(work: Path, categories: int = 20) -> tuple[list[Item], list[str]]:
     entries = [e for e in entries if e["has_img_google"] and e["category"] != "Component"]
     classes = sorted(c for c, _ in Counter(e["subcategory"] for e in entries).most_common(categories))
     items = [
-        Item(f"emoji/{e['short_name']}", "emoji", (e["short_name"],), folder / "img/google/64" / e["image"], e["subcategory"])
+        Item(
+            f"emoji/{e['short_name']}",
+            "emoji",
+            (e["short_name"],),
+            folder / "img/google/64" / e["image"],
+            e["subcategory"],
+        )
         for e in entries
         if e["subcategory"] in classes
     ]

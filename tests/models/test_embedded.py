@@ -59,9 +59,14 @@ def test_outputs_are_normalised_and_have_clips_shapes(model, batch):
 
 def test_padding_does_not_change_a_text(model, batch):
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    padded = torch.cat([ids, torch.full((4, 5), 7)], dim=1), torch.cat([mask, torch.zeros(4, 5, dtype=torch.long)], dim=1)
+    padded = (
+        torch.cat([ids, torch.full((4, 5), 7)], dim=1),
+        torch.cat([mask, torch.zeros(4, 5, dtype=torch.long)], dim=1),
+    )
     with torch.no_grad():
-        torch.testing.assert_close(model.get_text_features(*padded), model.get_text_features(ids, mask), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.get_text_features(*padded), model.get_text_features(ids, mask), rtol=1e-4, atol=1e-5
+        )
         assert not torch.allclose(model.get_text_features(padded[0]), model.get_text_features(ids), atol=1e-3)
 
 
@@ -127,7 +132,9 @@ def test_real_model_tells_a_red_square_from_a_dog():
 
     folder = assets.embedded_path()
     real = EmbeddedDualEncoder.from_pretrained(folder, local_files_only=True).eval()
-    texts = AutoTokenizer.from_pretrained(folder)(["a green circle", "a flag of a country"], padding=True, return_tensors="pt")
+    texts = AutoTokenizer.from_pretrained(folder)(
+        ["a green circle", "a flag of a country"], padding=True, return_tensors="pt"
+    )
     flag = Image.new("RGB", (120, 120), "white")
     flag.paste("blue", (0, 20, 40, 100))
     flag.paste("red", (80, 20, 120, 100))

@@ -79,7 +79,9 @@ def test_no_item_on_both_sides(pack):
 
 
 def test_no_letter_of_a_script_on_both_sides(pack):
-    letters = {side: {c for row in pack["scripts"] if row["split"] == side for c in row["item"]} for side in ("train", "test")}
+    letters = {
+        side: {c for row in pack["scripts"] if row["split"] == side for c in row["item"]} for side in ("train", "test")
+    }
     assert not letters["train"] & letters["test"]
 
 

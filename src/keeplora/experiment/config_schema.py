@@ -358,7 +358,7 @@ class ExperimentConfig(_Section):
 
     @property
     def variant(self) -> str | None:
-        """"cls" for a method with a class-weight head, else None."""
+        """ "cls" for a method with a class-weight head, else None."""
         return variant_of(self.method)
 
     @property

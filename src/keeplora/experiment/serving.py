@@ -16,7 +16,7 @@ from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import open_model, tuner_class
-from keeplora.tuner import ContinualLearner
+from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.persistence import concatenated, write_peft_adapter
 
 EXPORT_FORMATS = ("peft", "merged")
@@ -53,8 +53,12 @@ class TrainedModel:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the learned tasks, in order."""
-        return [record.name for record in self.learner.records]
+        """Names of the learned tasks, in order; one that `accept` undid is not among them."""
+        return [record.name for record in self._learned]
+
+    @property
+    def _learned(self) -> list[TaskRecord]:
+        return [record for record in self.learner.records if not record.info.get("undone")]
 
     def _groups(self, classes: list[str] | None, task: str | None, template: str | None) -> list[dict[str, Any]]:
         if classes is not None and task is not None:
@@ -63,7 +67,7 @@ class TrainedModel:
             if not classes or len(set(classes)) != len(classes):
                 raise ConfigError(f"the classes {classes!r} must be different names, at least one")
             return [{"classes": classes, "templates": [template or DEFAULT_TEMPLATE], "head": None, "task": None}]
-        records = self.learner.records
+        records = self._learned
         if task is not None:
             if task not in self.tasks:
                 raise ConfigError(f"no learned task is named {task!r}{did_you_mean(task, self.tasks)}")

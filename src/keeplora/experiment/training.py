@@ -63,7 +63,7 @@ def train_task(
     for epoch in range(1, epochs + 1):
         progress.phase(f"epoch {epoch}/{epochs}", len(batches))
         epoch_started = time.perf_counter()
-        total, right, seen = 0.0, 0, 0
+        total, right, seen, lr = 0.0, 0, 0, 0.0
         for step, batch in enumerate(batches, 1):
             optimizer.zero_grad(set_to_none=True)
             with objective.precision.autocast():
@@ -80,6 +80,7 @@ def train_task(
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
+            lr = float(optimizer.param_groups[0]["lr"])  # the rate of this step, not of the one that the schedule sets next
             scheduler.step()
             n = len(labels)
             total, seen = total + loss.item() * n, seen + n
@@ -87,7 +88,7 @@ def train_task(
             progress.advance(loss=total / seen, accuracy=100.0 * right / seen)
         entry: dict[str, Any] = {
             "epoch": epoch, "loss": total / seen, "train_accuracy": 100.0 * right / seen,
-            "lr": float(optimizer.param_groups[0]["lr"]), "seconds": round(time.perf_counter() - epoch_started, 3),
+            "lr": lr, "seconds": round(time.perf_counter() - epoch_started, 3),
         }  # fmt: skip
         if selection is not None:
             entry["validation_accuracy"] = score = selection.validate()

@@ -157,7 +157,9 @@ def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = N
         explained, which is below ``energy`` where capacity or the numerical rank stopped it.
 
     Directions are the leading eigenvectors of (I − P) C (I − P), the fewest that reach the energy, none beyond C's
-    numerical rank (λ_i > in · eps(fp32) · λ_1(C)): rounding noise is not protected.
+    numerical rank: rounding noise is not protected. For ε = 1 that is λ_i > in · eps(fp32) · λ_1(C) (M1's rule); for
+    ε < 1, where the energy itself sets the end, λ_i > eps(fp32) · λ_1(C), or a wide layer with one dominant direction
+    would lose its whole tail.
 
     >>> U, share = extend_basis(torch.zeros(2, 0), torch.diag(torch.tensor([3.0, 1.0])), 0.7)
     >>> U.shape, round(share, 2)
@@ -168,7 +170,7 @@ def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = N
     n = U.shape[0]
     if C64.shape != (n, n):
         raise ValueError(f"C must be ({n}, {n}) to match U, got {tuple(C64.shape)}")
-    return _extend(U, (C64 + C64.T) / 2, energy, max_dim=max_dim, tolerance=n * EPS32)
+    return _extend(U, (C64 + C64.T) / 2, energy, max_dim=max_dim, tolerance=EPS32 * (n if energy == 1 else 1))
 
 
 def _extend(U: Tensor, C64: Tensor, energy: float, *, max_dim: int | None, tolerance: float) -> tuple[Tensor, float]:

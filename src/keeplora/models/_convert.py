@@ -105,7 +105,9 @@ def build(vision_wheel: Path, text_wheel: Path, head: Path) -> EmbeddedDualEncod
     head_state = load_file(head)
     apply_deltas(state, head_state)
     state |= {k: v.float() for k, v in head_state.items() if not k.startswith("delta.")}
-    known = {k: v for k, v in text_config.items() if k not in ("_name_or_path", "architectures", "transformers_version")}
+    known = {
+        k: v for k, v in text_config.items() if k not in ("_name_or_path", "architectures", "transformers_version")
+    }
     config = EmbeddedDualEncoderConfig(
         Dinov2Config(**_VISION), BertConfig(**known), projection_dim=len(state["visual_projection.weight"])
     )

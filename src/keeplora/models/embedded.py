@@ -47,7 +47,9 @@ class EmbeddedDualEncoderConfig(PretrainedConfig):
         logit_scale_init_value: float = 2.6592,
         **kwargs: Any,
     ) -> None:
-        self.vision_config = vision_config if isinstance(vision_config, Dinov2Config) else Dinov2Config(**vision_config or {})
+        self.vision_config = (
+            vision_config if isinstance(vision_config, Dinov2Config) else Dinov2Config(**vision_config or {})
+        )
         self.text_config = text_config if isinstance(text_config, BertConfig) else BertConfig(**text_config or {})
         self.projection_dim = projection_dim
         self.image_size = image_size

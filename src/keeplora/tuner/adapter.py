@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from keeplora.errors import KeepLoraError
 from keeplora.math import lora_delta
@@ -92,20 +93,32 @@ class TaskAdapter:
         self._handle = None
         if not trainable_A:
             self.freeze_A()
-            self._handle = register_optimizer_step_pre_hook(lambda *_: self.freeze_A())
+            me = weakref.ref(self)  # the hook outlives a task that is left open; it must not keep the model alive
+
+            def before_step(optimizer: Optimizer, *_: Any) -> None:
+                if (adapter := me()) is not None:
+                    adapter._before_step(optimizer)
+
+            self._handle = register_optimizer_step_pre_hook(before_step)
+            weakref.finalize(self, self._handle.remove)
 
     def _weight_A(self, name: str) -> Tensor:
         return self._layers[name].lora_A[ADAPTER].weight
 
-    def freeze_A(self, *, thorough: bool = False) -> None:
-        """Freeze every A; `KeepLoraError` if one of them no longer holds the values it was set to.
+    def freeze_A(self) -> None:
+        """Freeze every A again."""
+        for name in self._layers:
+            A = self._weight_A(name)
+            A.requires_grad_(False)
+            A.grad = None
+
+    def check_A(self, *, thorough: bool = False) -> None:
+        """`KeepLoraError` if an A no longer holds the values it was set to.
 
         Values are compared where torch counted a write, and with ``thorough`` everywhere (``A.data`` is not counted).
         """
         for name in self._layers:
             A = self._weight_A(name)
-            A.requires_grad_(False)
-            A.grad = None
             written = thorough or A._version != self._versions[name]
             if written and not torch.equal(A.detach().cpu().float(), self.A0[name]):
                 raise KeepLoraError(
@@ -114,13 +127,19 @@ class TaskAdapter:
                 )
             self._versions[name] = A._version
 
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self.freeze_A()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in held for p in self.model.parameters()):  # another model's optimiser is no place to complain
+            self.check_A()
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.peft_model.parameters() if p.requires_grad]
 
     def factors(self) -> dict[str, Factors]:
         """Trained factors per layer; checks that a frozen A is still what it was."""
         if not self.trainable_A:
-            self.freeze_A(thorough=True)
+            self.check_A(thorough=True)
         out = {}
         for name, layer in self._layers.items():
             A = self._weight_A(name).detach().to("cpu", torch.float32, copy=True)

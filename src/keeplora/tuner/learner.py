@@ -314,7 +314,9 @@ class ContinualLearner:
         return save_learner(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False) -> ContinualLearner:
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False
+    ) -> ContinualLearner:
         """Open a saved learner on the untouched base ``model``.
 
         Args:
