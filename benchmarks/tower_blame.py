@@ -13,13 +13,19 @@ from pathlib import Path
 
 import torch
 
+from keeplora.data import TaskData
 from keeplora.experiment import TrainedModel
 from keeplora.experiment.config import load_config
 from keeplora.experiment.objective import accuracy
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.setup import prepare
+from keeplora.experiment.setup import Setup, prepare
 
 KEPT = {"both": ("vision", "text"), "vision": ("vision",), "text": ("text",), "none": ()}
+
+
+def mean_accuracy(model: TrainedModel, setup: Setup, group: list[TaskData]) -> float:
+    values = [accuracy(model.family, t, setup.sets[t.name].test, setup.precision, 64) for t in group]
+    return sum(values) / len(values)
 
 
 def main(paths: list[str]) -> None:
@@ -34,12 +40,7 @@ def main(paths: list[str]) -> None:
         full = store.snapshot()
         for name, towers in KEPT.items():
             store.restore({layer: d for layer, d in full.items() if layer.split("_")[0] in towers})
-
-            def mean(group) -> float:
-                values = [accuracy(model.family, t, setup.sets[t.name].test, setup.precision, 64) for t in group]
-                return sum(values) / len(values)
-
-            row = (mean(setup.tasks), mean(setup.probes))
+            row = (mean_accuracy(model, setup, setup.tasks), mean_accuracy(model, setup, setup.probes))
             found.setdefault((model.config.method, name), []).append(row)
             print(f"{path} {name}: last {row[0]:.1f}, probe {row[1]:.1f}", flush=True)
     print("\n| method | ΔW kept in | n | last | probe |\n|--|--|--|--|--|")

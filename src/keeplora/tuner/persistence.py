@@ -121,7 +121,7 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
             "load the untouched base model first"
         )
     records = ledger.records()
+    learner.restore_bases(ledger.bases(), records)  # whatever is refused is refused before a weight moves
     for record in records:
         learner.store.add(record.deltas)
-    learner.restore_bases(ledger.bases(), records)
     learner.records = records
