@@ -119,8 +119,8 @@ def load(folder: Path, setting: str) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def interval(low: float, mean: float, high: float) -> str:
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def interval(low: float | None, mean: float, high: float | None) -> str:
+    return f"{mean:+.1f}" if low is None or high is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def table(folder: Path, setting: str) -> str:
@@ -142,7 +142,8 @@ def table(folder: Path, setting: str) -> str:
         for key in (*METRICS, "first"):
             v = list(values(method, key).values())
             half = mean_interval(v)
-            cells.append(f"{half['mean']:.1f} ± {half['mean'] - half['low']:.1f}" if len(v) > 1 else f"{v[0]:.1f}")
+            spread = "" if half["low"] is None else f" ± {half['mean'] - half['low']:.1f}"
+            cells.append(f"{half['mean']:.1f}{spread}")
         lines.append(f"| {method} | {len(found[method])} | " + " | ".join(cells) + " |")
     lines += [
         "",
