@@ -3,9 +3,11 @@
     pip install scikit-learn
     python scripts/pack_measure.py
 
-The linear probe is multinomial logistic regression on the projected, normalised picture features. `validation` is its
-accuracy by 5-fold cross-validation inside the training pictures, the only figure by which sets were chosen; folds keep
-whole items together.
+The linear probe is multinomial logistic regression on the projected, normalised picture features;
+`linear_probe_validation` is its accuracy by 5-fold cross-validation inside the training pictures, folds keeping whole items
+together. The classes of the tasks were chosen once, before any training run, by such cross-validation over all candidate
+pictures (those that the split later put into the test sets too), so that a task can be learned at all; the probes leave out
+a few classes that the untouched model never named right, since a probe measures what is kept of what was known.
 """
 
 from __future__ import annotations

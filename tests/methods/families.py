@@ -37,7 +37,9 @@ class FamilyTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         text = {key: batch[key] for key in self.text}
-        logits = self.encoder.logits(self.encoder.image_features(batch["pixel_values"]), self.encoder.text_features(text))
+        logits = self.encoder.logits(
+            self.encoder.image_features(batch["pixel_values"]), self.encoder.text_features(text)
+        )
         return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
 
     def masks(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

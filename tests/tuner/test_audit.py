@@ -133,7 +133,8 @@ def test_gradient_memory():
 
 def test_per_tower_energies():
     learner = ContinualLearner(
-        make_towers(), config(energy_weights={"vision": 0.6, "text": 0.0}, energy_features={"vision": 0.5, "text": 0.95})
+        make_towers(),
+        config(energy_weights={"vision": 0.6, "text": 0.0}, energy_features={"vision": 0.5, "text": 0.95}),
     )
     learn(learner, "a", 0)
     record = learner.records[0]

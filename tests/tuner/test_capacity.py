@@ -17,7 +17,9 @@ def test_nothing_left_anywhere_is_an_error_that_says_what_to_do():
     net = make_net()
     before = weights(net)
     learner = ContinualLearner(net, config(target_modules=["q"], energy_weights=1.0))
-    with pytest.raises(CapacityError, match=r"^task 'a' cannot be learned: no target has residual space left .*lower energy"):
+    with pytest.raises(
+        CapacityError, match=r"^task 'a' cannot be learned: no target has residual space left .*lower energy"
+    ):
         learner.start_task("a", loader(), loss_fn)
     assert same(weights(net), before)
     assert hooks(net) == []
@@ -27,7 +29,9 @@ def test_nothing_left_anywhere_is_an_error_that_says_what_to_do():
 
 def test_layer_without_room_sits_the_task_out_with_a_warning():
     learner = ContinualLearner(make_net(), config(target_modules=["q", "k"], energy_weights=1.0))
-    with pytest.warns(UserWarning, match=r"task 'a': no residual space is left in 2 of 4 targets, which sit this task out"):
+    with pytest.warns(
+        UserWarning, match=r"task 'a': no residual space is left in 2 of 4 targets, which sit this task out"
+    ):
         model = learner.start_task("a", loader(), loss_fn)
     assert learner._open.info["not_adapted"] == ["encoder.layers.0.q", "encoder.layers.1.q"]
     assert not any(".q.lora" in n for n, _ in model.named_parameters())
@@ -40,7 +44,9 @@ def test_layer_without_room_sits_the_task_out_with_a_warning():
 
 
 def test_rank_shrinks_to_the_room_and_keeps_the_scale():
-    learner = ContinualLearner(make_net(), config(target_modules=["up"], r=5, lora_alpha=10, energy_weights=0.97, gamma=0.2))
+    learner = ContinualLearner(
+        make_net(), config(target_modules=["up"], r=5, lora_alpha=10, energy_weights=0.97, gamma=0.2)
+    )
     room = {name: 12 - U.shape[1] for name, U in learner.U.items()}
     assert all(0 < left < 5 for left in room.values()), room
     with warnings.catch_warnings():

@@ -23,7 +23,9 @@ X = Samples(6, 4).x
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A learner of three tasks (the last one with shrunk ranks) and the folder it was saved to."""
-    learner = ContinualLearner(make_net(), config(keep_covariance=True, lora_alpha=7, r={"default": 5}), base_name="net")
+    learner = ContinualLearner(
+        make_net(), config(keep_covariance=True, lora_alpha=7, r={"default": 5}), base_name="net"
+    )
     outputs = []
     for i, name in enumerate(("First task", "second / task", "third")):
         learner.start_task(name, loader(seed=i), loss_fn, info={"classes": ["a", "b", "ü"]})
@@ -103,7 +105,9 @@ def test_without_append_the_ledger_is_left_alone(saved, folder):
 def test_other_base_model_is_refused(folder):
     other = make_net(seed=1)
     before = weights(other)
-    with pytest.raises(LedgerError, match=r"belongs to another base model \(net\).*load the untouched base model first"):
+    with pytest.raises(
+        LedgerError, match=r"belongs to another base model \(net\).*load the untouched base model first"
+    ):
         ContinualLearner.from_pretrained(folder, other)
     assert same(weights(other), before)
     with pytest.raises(LedgerError, match="another base model"):  # the same numbers, rounded: another model

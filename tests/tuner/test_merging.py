@@ -111,7 +111,9 @@ def goes_on(learner: ContinualLearner) -> None:
     assert len(learner._ledger.records()) == before + 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
 def test_exception_inside_the_block_undoes_everything(learner, error):
     state = Snapshot(learner)
 

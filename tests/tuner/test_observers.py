@@ -293,7 +293,9 @@ def test_inputs_shared_only_now_and_then_are_refused():
         h = batch[0] * 1
         layer.q(h), layer.k(h.clone())
 
-    with pytest.raises(TargetError, match=r"layers\.0\.k shared its input with encoder\.layers\.0\.q in an earlier batch"):
+    with pytest.raises(
+        TargetError, match=r"layers\.0\.k shared its input with encoder\.layers\.0\.q in an earlier batch"
+    ):
         features(net, batches(5), forward, targets=["q", "k"])
 
 
@@ -335,7 +337,9 @@ def test_gradient_rows_of_padding_are_dropped_even_where_the_loss_reads_them():
 def test_mask_of_the_wrong_shape_is_refused(shape):
     wrong = lambda batch: {"": torch.ones(shape).bool()}  # noqa: E731
     for collect, call in ((gradients, masked_loss), (features, masked_loss)):
-        with pytest.raises(TargetError, match=r"the mask of tower '' has shape .* but encoder\.layers\.\d\.\w+ was given"):
+        with pytest.raises(
+            TargetError, match=r"the mask of tower '' has shape .* but encoder\.layers\.\d\.\w+ was given"
+        ):
             collect(make_net(), [padded()], call, mask_fn=wrong)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
@@ -15,6 +15,7 @@ from keeplora.tuner.sampling import batch_size, statistics_batches, stratified_i
 from tests.tuner.blocks import Samples, config, loader, loss_fn, make_net
 
 
+@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 6), min_size=1, max_size=60),
     samples=st.integers(1, 70), seed=st.integers(0, 1000),

@@ -118,7 +118,9 @@ class Int8(nn.Linear):
 def test_quantised_linear_is_refused_by_name(module):
     model = make_net()
     model.encoder.layers[1].q = module
-    with pytest.raises(TargetError, match=rf"encoder\.layers\.1\.q is a {type(module).__name__} whose weight is quantised"):
+    with pytest.raises(
+        TargetError, match=rf"encoder\.layers\.1\.q is a {type(module).__name__} whose weight is quantised"
+    ):
         names(model, target_modules=["q"])
 
 

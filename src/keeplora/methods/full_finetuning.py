@@ -16,18 +16,19 @@ class FullFineTuning(ContinualLearner):
     protects = False
 
     def _attach(self, task: OpenTask) -> nn.Module:
-        self._flags = {p: p.requires_grad for p in self.model.parameters()}
-        for p in self._flags:
+        self._before = {p: (p.requires_grad, p.grad) for p in self.model.parameters()}
+        for p in self._before:
             p.requires_grad_(False)
+            p.grad = None
         for t in self.targets:
             self.store.module(t.name).weight.requires_grad_(True)
         task.info["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return self.model
 
     def _release(self) -> None:
-        for p, flag in self._flags.items():
+        for p, (flag, grad) in self._before.items():
             p.requires_grad_(flag)
-            p.grad = None
+            p.grad = grad
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         self._release()

