@@ -23,8 +23,7 @@ tasks = {
 
 
 def paint(colour):
-    picture = 40 + 130 * torch.tensor(colour)[:, None, None] + 25 * torch.randn(3, 64, 64)
-    return picture.clamp(0, 255).byte()
+    return (40 + 130 * torch.tensor(colour)[:, None, None] + 25 * torch.randn(3, 64, 64)).clamp(0, 255).byte()
 
 
 def make_loader(classes):
@@ -53,14 +52,12 @@ def accuracy(loader):
 
 
 train, test = ({task: make_loader(classes) for task, classes in tasks.items()} for _ in range(2))
-learner = ContinualLearner(
-    model, KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
-)
+config = KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+learner = ContinualLearner(model, config)
 for task, loader in train.items():
     before = accuracy(test[task])
-    with learner.task(
-        task, loader, loss_fn
-    ) as peft_model:  # leaving the block merges the adapter and protects the task
+    # Leaving the block merges the adapter and protects the task; an exception inside undoes it.
+    with learner.task(task, loader, loss_fn) as peft_model:
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=5e-3)
         wrapped, optimizer, batches = accelerator.prepare(peft_model, optimizer, loader)
         for _epoch in range(5):

@@ -16,8 +16,7 @@ arguments = TrainingArguments(
     tempfile.mkdtemp(), num_train_epochs=5, per_device_train_batch_size=12, learning_rate=5e-3, save_strategy="no",
     remove_unused_columns=False, report_to="none",
 )  # fmt: skip
-device = arguments.device
-model, processor = CLIPModel.from_pretrained(name).to(device), CLIPProcessor.from_pretrained(name)
+model, processor = CLIPModel.from_pretrained(name).to(arguments.device), CLIPProcessor.from_pretrained(name)
 
 # Two tasks of generated 64 × 64 pictures: class names, and how much red, green and blue each is painted with.
 tasks = {
@@ -27,8 +26,7 @@ tasks = {
 
 
 def paint(colour):
-    picture = 40 + 130 * torch.tensor(colour)[:, None, None] + 25 * torch.randn(3, 64, 64)
-    return picture.clamp(0, 255).byte()
+    return (40 + 130 * torch.tensor(colour)[:, None, None] + 25 * torch.randn(3, 64, 64)).clamp(0, 255).byte()
 
 
 def make_loader(classes):
@@ -43,11 +41,11 @@ def make_loader(classes):
 
 
 def logits(model, batch):
-    return model(**{key: batch[key].to(device) for key in batch if key != "labels"}).logits_per_image
+    return model(**{key: batch[key].to(arguments.device) for key in batch if key != "labels"}).logits_per_image
 
 
 def loss_fn(model, batch):
-    return cross_entropy(logits(model, batch), batch["labels"].to(device))
+    return cross_entropy(logits(model, batch), batch["labels"].to(arguments.device))
 
 
 @torch.no_grad()
@@ -57,14 +55,12 @@ def accuracy(loader):
 
 
 train, test = ({task: make_loader(classes) for task, classes in tasks.items()} for _ in range(2))
-learner = ContinualLearner(
-    model, KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
-)
+config = KeepLoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+learner = ContinualLearner(model, config)
 for task, loader in train.items():
     before = accuracy(test[task])
-    with learner.task(
-        task, loader, loss_fn
-    ) as peft_model:  # leaving the block merges the adapter and protects the task
+    # Leaving the block merges the adapter and protects the task; an exception inside undoes it.
+    with learner.task(task, loader, loss_fn) as peft_model:
         Trainer(
             peft_model, arguments, loader.collate_fn, loader.dataset,
             compute_loss_func=lambda outputs, labels, **_: cross_entropy(outputs.logits_per_image, labels),

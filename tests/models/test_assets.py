@@ -210,7 +210,9 @@ def test_real_conversion_equals_the_original_graph():
     assert torch.isfinite(torch.tensor(result["max_difference"]))
 
 
-@pytest.mark.parametrize(("version", "style"), [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.0.dev1", "raw")])
+@pytest.mark.parametrize(
+    ("version", "style"), [("23.2.1", "off"), ("24.0", "off"), ("24.1", "raw"), ("26.0.dev1", "raw")]
+)
 def test_an_older_pip_is_not_asked_for_what_it_does_not_know(monkeypatch, version, style):
     monkeypatch.setattr(assets.metadata, "version", lambda package: version)
     assert assets._progress_style() == style

@@ -80,7 +80,9 @@ def train_task(
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
-            lr = float(optimizer.param_groups[0]["lr"])  # the rate of this step, not of the one that the schedule sets next
+            lr = float(
+                optimizer.param_groups[0]["lr"]
+            )  # the rate of this step, not of the one that the schedule sets next
             scheduler.step()
             n = len(labels)
             total, seen = total + loss.item() * n, seen + n

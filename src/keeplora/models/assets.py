@@ -204,10 +204,10 @@ def _wheel(wheel: Wheel, report: Progress) -> Path:
 def _progress_style() -> str:
     """``raw`` is what a program can read; pip has it since 24.1, and a new Python 3.11 environment brings an older pip."""
     try:
-        release = tuple(int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
+        major, minor = (int(part) for part in re.findall(r"\d+", metadata.version("pip"))[:2])
     except metadata.PackageNotFoundError:
-        release = (0, 0)  # pip itself will say what is wrong
-    return "raw" if release >= (24, 1) else "off"
+        return "off"  # pip itself will say what is wrong
+    return "raw" if (major, minor) >= (24, 1) else "off"
 
 
 def _download(wheel: Wheel, folder: Path, report: Progress) -> None:
