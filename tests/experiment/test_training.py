@@ -203,5 +203,6 @@ def test_gradients_are_clipped():
 
 
 def test_schedule_is_stepped_once_per_batch():
-    done = run(schedule="cosine", epochs=2)  # 3 batches an epoch, 6 steps
-    assert [e["lr"] for e in done.told] == pytest.approx([0.05 * 0.5, 0.0], abs=1e-12)
+    done = run(schedule="cosine", epochs=2)  # 3 batches an epoch, 6 steps; told is the rate of the epoch's last step
+    rates = [0.05 * (1 + math.cos(math.pi * k / 6)) / 2 for k in (2, 5)]
+    assert [e["lr"] for e in done.told] == pytest.approx(rates, abs=1e-12)

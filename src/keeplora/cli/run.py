@@ -64,7 +64,8 @@ def finish(path: Path, against: list[Path]) -> None:
         console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
     results = load_results(path)
     console.print(matrix_table(results))
-    others = [load_results(other) for other in dict.fromkeys([*against, *find_comparable(path)])]
+    paths = {other.resolve(): other for other in [*against, *find_comparable(path)]}
+    others = [load_results(other) for other in paths.values()]
     console.print(results_table([results, *others]))
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
 
