@@ -267,7 +267,7 @@ class _Run:
             try:
                 model = self.learner.start_task(
                     task.name, batches, objective.loss, labels=data.labels,
-                    feature_batches=_Again(objective, pictures), forward_fn=objective.forward, mask_fn=objective.masks,
+                    feature_batches=objective.feature_batches(pictures), forward_fn=objective.forward, mask_fn=objective.masks,
                     accept=accept.model_dump() if accept else None,
                     evaluate=(lambda: self._guard_scores(index - 1)) if accept else None,
                 )  # fmt: skip
@@ -307,13 +307,3 @@ class _Run:
         self.warnings.append(why)
         self.progress.line(f"warning: {why}")
         self.learner.sit_out(task.name, {**info, "not_learned": why})
-
-
-class _Again:
-    """The feature pass's batches as an iterable that can be gone through more than once."""
-
-    def __init__(self, objective: TaskObjective, pictures: Any) -> None:
-        self._objective, self._pictures = objective, pictures
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self._objective.feature_batches(self._pictures)

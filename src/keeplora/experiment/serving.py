@@ -15,7 +15,8 @@ from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.setup import open_model, tuner_class
+from keeplora.experiment.setup import open_model
+from keeplora.methods import get_method
 from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.persistence import concatenated, write_peft_adapter
 
@@ -48,7 +49,7 @@ class TrainedModel:
             )
         self.config: ExperimentConfig = load_config(RunDirectory(self.path).read_config())
         self.family = open_model(self.config, choose_device(device))
-        learner_class = tuner_class(self.config.method)
+        learner_class = get_method(self.config.method).learner
         self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
 
     @property

@@ -16,7 +16,7 @@ from keeplora.experiment.pictures import PictureTensors, TensorCache
 from keeplora.methods import Method, get_method
 from keeplora.models import load_model
 from keeplora.models.dual_encoder import DualEncoder
-from keeplora.tuner import ContinualLearner, KeepLoraConfig
+from keeplora.tuner import KeepLoraConfig
 
 
 @dataclass
@@ -51,11 +51,6 @@ class Setup:
             available = len(task.train) if task is not None else 1
             values[name] = self.config.tuner.samples(name, available)
         return self.method.make_config({**values, "seed": self.config.seed})
-
-
-def tuner_class(method: str) -> type[ContinualLearner]:
-    """The learner class of a method, for opening what it wrote."""
-    return get_method(method).learner
 
 
 def open_model(config: ExperimentConfig, device: torch.device) -> DualEncoder:

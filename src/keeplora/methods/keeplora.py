@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from keeplora.methods.registry import Method, register
+from keeplora.methods.registry import ONE_SCALE, Method, register
 from keeplora.tuner import ContinualLearner
 
 register(
     Method("keeplora", "KeepLoRA (γ = 1)", ContinualLearner, "residual-gradient LoRA, one scale for all layers",
-           config={"gamma": 1.0, "schedule": "constant"})
+           config=ONE_SCALE)
 )  # fmt: skip
 register(Method("keeplora++", "KeepLoRA++", ContinualLearner, "residual-gradient LoRA, layer scales from γ up to 1"))
 register(
     Method("keeplora-cls", "KeepLoRA (γ = 1), cls", ContinualLearner, "KeepLoRA with a trained class-weight head per task",
-           config={"gamma": 1.0, "schedule": "constant"}, classifier=True)
+           config=ONE_SCALE, classifier=True)
 )  # fmt: skip
 register(
     Method("keeplora++-cls", "KeepLoRA++, cls", ContinualLearner, "KeepLoRA++ with a trained class-weight head per task",

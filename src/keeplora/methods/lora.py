@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keeplora.methods.registry import Method, register
+from keeplora.methods.registry import ONE_SCALE, Method, register
 from keeplora.tuner.adapter import random_factor
 from keeplora.tuner.learner import ContinualLearner, OpenTask
-from keeplora.tuner.ledger import TaskRecord
 
 
 class SequentialLora(ContinualLearner):
@@ -21,11 +20,8 @@ class SequentialLora(ContinualLearner):
         generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.records))
         return {t.name: random_factor(t, generator) for t in self.targets}
 
-    def _protect(self, task: OpenTask, record: TaskRecord) -> None:
-        pass
-
 
 register(
     Method("lora", "Sequential LoRA", SequentialLora, "plain LoRA, one task after another, merged after each",
-           config={"gamma": 1.0, "schedule": "constant"})
+           config=ONE_SCALE)
 )  # fmt: skip

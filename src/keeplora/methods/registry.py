@@ -10,6 +10,9 @@ from typing import Any
 from keeplora.errors import ConfigError, did_you_mean
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
 
+ONE_SCALE = {"gamma": 1.0, "schedule": "constant"}
+"""`KeepLoraConfig` fields of a method whose layers all move at one scale."""
+
 METHOD_MODULES = ("zero_shot", "full_finetuning", "lora", "keeplora")
 
 

@@ -55,6 +55,18 @@ def lora_config(targets: Sequence[Target], ranks: Mapping[str, int]) -> LoraConf
     )  # fmt: skip
 
 
+class ParameterState:
+    """Which parameters of a model required a gradient, and the gradients they held, to come back to with `restore`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+
+    def restore(self) -> None:
+        for p, (flag, grad) in self._state.items():
+            p.requires_grad_(flag)
+            p.grad = grad
+
+
 def _forward_hooks(model: nn.Module) -> set[tuple[nn.Module, int]]:
     return {(module, key) for module in model.modules() for key in module._forward_hooks}
 
@@ -73,8 +85,7 @@ class TaskAdapter:
         self.A0 = {name: A[name].to(torch.float32) for name in self.targets}
         self.trainable_A = trainable_A
         self.model = model
-        self._flags = {p: p.requires_grad for p in model.parameters()}
-        self._grads = {p: p.grad for p in model.parameters()}
+        self._state = ParameterState(model)
         ranks = {name: a.shape[0] for name, a in self.A0.items()}
         hooks = _forward_hooks(model)
         peft_model = get_peft_model(model, lora_config(targets, ranks), adapter_name=ADAPTER)
@@ -157,6 +168,4 @@ class TaskAdapter:
         self.peft_model.unload()
         for module, key in self._peft_hooks:
             module._forward_hooks.pop(key, None)
-        for p, flag in self._flags.items():
-            p.requires_grad_(flag)
-            p.grad = self._grads[p]
+        self._state.restore()

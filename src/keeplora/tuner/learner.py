@@ -48,6 +48,8 @@ class OpenTask:
     mask_fn: MaskFn = attention_masks
     acceptance: Acceptance | None = None
     adapter: TaskAdapter | None = None
+    release: Callable[[], None] | None = None
+    """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0
@@ -176,6 +178,7 @@ class ContinualLearner:
         U_before = dict(self._U) if self._U is not None else None
         try:
             record = self._detach(task)
+            self._release(task)
             self.store.add(record.deltas)
             record.info = task.info
             record.tensors = task.tensors
@@ -183,7 +186,8 @@ class ContinualLearner:
                 self._undo(before, U_before)
                 return None
             started = time.perf_counter()
-            self._protect(task, record)
+            if self.protects:
+                self._protect(task, record)
             task.statistics_seconds += time.perf_counter() - started
             record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
             if self._ledger is not None:
@@ -226,11 +230,16 @@ class ContinualLearner:
 
     def _undo(self, snapshot: dict[str, Tensor], U: dict[str, Tensor] | None) -> None:
         task, self._open = self._open, None
-        if task is not None and task.adapter is not None:
-            task.adapter.remove()
-            task.adapter = None
+        if task is not None:
+            self._release(task)
         self.store.restore(snapshot)
         self._U = U
+
+    @staticmethod
+    def _release(task: OpenTask) -> None:
+        release, task.release = task.release, None
+        if release is not None:
+            release()
 
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
 
@@ -259,15 +268,13 @@ class ContinualLearner:
 
     def _attach(self, task: OpenTask) -> nn.Module:
         task.adapter = TaskAdapter(self.model, self.targets, self._initial_A(task), trainable_A=self.trains_A)
+        task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         assert task.adapter is not None
-        record = TaskRecord(task.name, factors=task.adapter.factors())
-        task.adapter.remove()
-        task.adapter = None
-        return record
+        return TaskRecord(task.name, factors=task.adapter.factors())
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""
