@@ -12,7 +12,7 @@ USED_IN = {
     "tabler": "line-icons",
     "emoji-google": "emoji (probe)",
     "emoji-twitter": "emoji (probe)",
-    "openclipart": "clip-art (probe)",
+    "openclipart": "clip-art (probe), reference",
 }
 
 MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
@@ -47,6 +47,8 @@ def attribution() -> str:
         "## Notes\n",
         f"Scripts drawn: {', '.join(SCRIPTS)}; hieroglyphs are grouped by Gardiner's categories. The SIL Open Font License",
         "covers the fonts, not documents made with them.\n",
+        "reference.parquet was made by `scripts/build_reference_pack.py` from openclipart items of all categories that are not",
+        "reserved for the probes; its titles are those of the drawings (package openclipart-svg of the same version).\n",
         f"Clip-art categories: {', '.join(sorted(CLIPART))}.\n",
         "Twemoji graphics are licensed under CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/); Noto Emoji under",
         "Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0). Logos and signs remain their owners' where they are marks.\n",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from keeplora.data import load_task
 from keeplora.experiment.device import Precision
+from keeplora.experiment.candidates import candidates_for
 from keeplora.experiment.objective import TaskObjective, accuracy, add_head, initial_head, predict
 from keeplora.experiment.pictures import Collate, PictureTensors, TensorCache, loader
 from keeplora.models import load_model
@@ -137,8 +140,8 @@ def test_inference_averages_every_template(family, task, data):
         x = nn.functional.normalize(family.model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
         expected = family.model.logit_scale.exp() * x @ nn.functional.normalize(mean, dim=1).T
         head = torch.randn(3, 16)
-        found = predict(family, task.classes, task.templates, pixels)
-        with_head = predict(family, task.classes, task.templates, pixels, head)
+        found = predict(family, candidates_for(task), pixels)
+        with_head = predict(family, candidates_for(task), pixels, head)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(with_head - found, 30 * x @ nn.functional.normalize(head, dim=1).T, rtol=1e-4, atol=1e-4)
 
@@ -148,17 +151,17 @@ def test_accuracy_counts_right_answers_whatever_the_batch(family, task, batch_si
     data = PictureTensors(task.test, family, TensorCache())
     with torch.no_grad():
         pixels = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
-        logits = predict(family, task.classes, task.templates, pixels)
+        logits = predict(family, candidates_for(task), pixels)
         best = logits.argmax(dim=1)
         # A head that pulls every picture to class 2 by 30 · 2 points at most.
         head = torch.stack([-(x := family.image_features(pixels).mean(dim=0)), -x, x])
         pulled = (logits + 30 * family.image_features(pixels) @ nn.functional.normalize(head).T).argmax(dim=1)
     labels, calls = torch.tensor(data.labels), []
-    found = accuracy(family, task, data, FP32, batch_size, on_batch=lambda: calls.append(1))
+    found = accuracy(family, candidates_for(task), data, FP32, batch_size, on_batch=lambda: calls.append(1))
     assert found == pytest.approx(100 * float((best == labels).float().mean()))
     assert len(calls) == -(-len(data) // batch_size)
     assert not torch.equal(best, pulled)
-    assert accuracy(family, task, data, FP32, batch_size, head) == pytest.approx(
+    assert accuracy(family, candidates_for(task), data, FP32, batch_size, head) == pytest.approx(
         100 * float((pulled == labels).float().mean())
     )
 
@@ -172,3 +175,39 @@ def test_pictures_past_the_memory_limit_are_decoded_again(family, task):
     assert [a is b for a, b in zip(first, again)] == [True, True, False, False]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert cache.left == 0
+
+
+def test_candidates_of_other_tasks_compete_and_shared_names_are_one(family, task):
+    other = SimpleNamespace(classes=["zebra", task.classes[1]], templates=["a drawing of a {}."])
+    data = PictureTensors(task.test, family, TensorCache())
+    pixels = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
+    wide = candidates_for(task, [task, other])
+    assert wide.classes == [*task.classes, "zebra"]
+    with torch.no_grad():
+        logits = predict(family, wide, pixels)
+        torch.testing.assert_close(logits[:, :3], predict(family, candidates_for(task), pixels))
+        zebra = family.class_features(["zebra"], other.templates)
+        torch.testing.assert_close(logits[:, 3:], family.logits(family.image_features(pixels), zebra))
+
+    def zebra_wins(image_features, logits, classes):
+        assert classes == wide.classes
+        return logits + 1e4 * torch.tensor([0.0, 0, 0, 1])
+
+    assert accuracy(family, wide, data, FP32, 8, readout=zebra_wins) == 0.0
+    assert accuracy(family, wide, data, FP32, 8) > 0
+    # Seen from the other task: its own two first, labels point to them.
+    assert candidates_for(other, [task, other]).classes == ["zebra", task.classes[1], task.classes[0], task.classes[2]]
+
+
+def test_a_copy_of_the_model_answers_in_its_place(family, task, objective, data):
+    batch = objective.collate([data[i] for i in range(4)])
+    teacher = copy.deepcopy(family.model)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.mul_(1.1)
+        mine, theirs = objective.logits(batch), objective.logits(batch, teacher)
+        assert not torch.allclose(mine, theirs)
+        torch.testing.assert_close(
+            theirs, objective.logits_of(objective.image_features(batch, teacher), objective.text_features(batch, teacher)),
+        )  # fmt: skip
+        assert torch.equal(objective.logits(batch), mine)

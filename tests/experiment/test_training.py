@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from keeplora.experiment.config import load_config
 from keeplora.experiment.device import Precision
-from keeplora.experiment.pictures import Collate
+from keeplora.experiment.pictures import Collate, MixedBatches, TaskBatches
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.training import Selection, train_task
 
@@ -67,20 +67,34 @@ def training(**changes):
     return config.training
 
 
-def run(*, head=False, selection=None, seed=3, frozen=(), broken_at=None, **changes):
+class Hooks:
+    model: nn.Module
+
+    def penalty(self, batch, logits):
+        return None
+
+    def after_step(self):
+        pass
+
+
+def run(*, hooks=None, head=False, selection=None, seed=3, frozen=(), broken_at=None, **changes):
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     for name in frozen:
         getattr(model, name).requires_grad_(False)
     objective = Plane(model, nn.Parameter(torch.zeros(2, 2)) if head else None)
     objective.broken_at = broken_at
+    hooks = hooks or Hooks()
+    hooks.model = model
     told: list[dict] = []
     stream = io.StringIO()
+    config = training(**changes)
+    batches = TaskBatches(Points(), config.batch_size, objective.collate, workers=0, seed=seed)  # type: ignore[arg-type]
     log = train_task(
-        model, objective, Points(), training(**changes), seed=seed, progress=Progress(True, stream),  # type: ignore[arg-type]
+        model, objective, batches, config, hooks=hooks, progress=Progress(True, stream),  # type: ignore[arg-type]
         on_epoch=told.append, selection=selection(model) if selection else None,
     )  # fmt: skip
-    return SimpleNamespace(model=model, objective=objective, log=log, told=told, text=stream.getvalue())
+    return SimpleNamespace(model=model, hooks=hooks, objective=objective, log=log, told=told, text=stream.getvalue())
 
 
 def scores(values: list[float], *, best_epoch=True, patience=None):
@@ -206,3 +220,45 @@ def test_schedule_is_stepped_once_per_batch():
     done = run(schedule="cosine", epochs=2)  # 3 batches an epoch, 6 steps; told is the rate of the epoch's last step
     rates = [0.05 * (1 + math.cos(math.pi * k / 6)) / 2 for k in (2, 5)]
     assert [e["lr"] for e in done.told] == pytest.approx(rates, abs=1e-12)
+
+
+def test_a_penalty_pulls_and_after_step_has_the_last_word():
+    class Decay(Hooks):
+        def penalty(self, batch, logits):
+            assert len(batch["labels"]) == len(logits)
+            return 100.0 * self.model.weight.square().sum()
+
+    class Fixed(Hooks):
+        calls = 0
+
+        def after_step(self):
+            self.calls += 1
+            with torch.no_grad():
+                self.model.weight.fill_(7.0)
+
+    free, pulled, held = run(epochs=20), run(hooks=Decay(), epochs=20), run(hooks=Fixed(), epochs=20)
+    assert pulled.model.weight.norm() < 0.5 * free.model.weight.norm()
+    assert pulled.told[-1]["penalty"] > 0
+    assert "penalty" not in free.told[-1]
+    assert torch.equal(held.model.weight, torch.full((2, 2), 7.0))
+    assert held.hooks.calls == 20 * 3  # batches of 8 from 20 points
+
+
+def test_joint_training_mixes_whole_batches_of_every_task_with_their_own_prompts():
+    first, second = Points(), Points()
+    second.x = second.x + 100
+    tasks = [
+        TaskBatches(data, 8, Collate({"input_ids": torch.tensor([i])}), workers=0, seed=i)  # type: ignore[arg-type]
+        for i, data in enumerate((first, second))
+    ]
+    mixed = MixedBatches(tasks, seed=0)
+    assert len(mixed) == 6
+    epochs = [list(mixed), list(mixed)]
+    for epoch in epochs:
+        assert sorted(int(b["index"].numel()) for b in epoch) == [4, 4, 8, 8, 8, 8]
+        for b in epoch:
+            assert int(b["input_ids"]) == b["task"] == int(b["pixel_values"][0, 0] > 50)
+        for task in (0, 1):
+            assert sorted(i for b in epoch if b["task"] == task for i in b["index"].tolist()) == list(range(N))
+    assert [b["task"] for b in epochs[0]] != [b["task"] for b in epochs[1]]
+    assert mixed.where(epochs[0][0])[0].startswith("point-")

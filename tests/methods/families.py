@@ -19,6 +19,7 @@ class FamilyTask:
 
     def __init__(self, encoder: DualEncoder, name: str) -> None:
         self.encoder = encoder
+        self.name = name
         classes = TASKS[name]
         self.text = dict(encoder.tokenize([f"a photo of a {c}." for c in classes], classes))
         pictures = torch.stack([encoder.preprocess(p) for p in tiny.pictures(2, seed=len(name) + ord(name[0]))])
@@ -42,6 +43,27 @@ class FamilyTask:
         )
         return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
 
+    # What `keeplora.tuner.objective.Objective` asks for; `model` is a copy of the encoder's.
+
+    classes = property(lambda self: TASKS[self.name])
+    templates = property(lambda self: ["a photo of a {}."])
+    text_batch = property(lambda self: self.text)
+
+    def _encoder(self, model: nn.Module | None) -> DualEncoder:
+        return self.encoder if model is None or model is self.encoder.model else self.encoder.around(model)
+
+    def image_features(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        return self._encoder(model).image_features(batch["pixel_values"])
+
+    def text_features(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        return self._encoder(model).text_features({key: batch[key] for key in self.text})
+
+    def logits_of(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return self.encoder.logits(image_features, text_features)
+
+    def logits(self, batch: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        return self.logits_of(self.image_features(batch, model), self.text_features(batch, model)).float()
+
     def masks(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         masks: dict[str, Tensor] = {}
         if "input_ids" in batch:
@@ -62,10 +84,10 @@ class FamilyTask:
             yield {"pixel_values": batch["pixel_values"]}
         yield self.text
 
-    def start(self, learner: Any, name: str) -> nn.Module:
+    def start(self, learner: Any, name: str, **kwargs: Any) -> nn.Module:
         return learner.start_task(
-            name, self.batches, self.loss, feature_batches=list(self.feature_batches()), forward_fn=self.forward,
-            mask_fn=self.masks, info={"classes": TASKS[name]},
+            name, self.batches, self.loss, objective=self, feature_batches=list(self.feature_batches()), forward_fn=self.forward,
+            mask_fn=self.masks, info={"classes": TASKS[name]}, **kwargs,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ def run(
     suite: Annotated[str | None, typer.Option(help="A packaged suite, such as demo (see `keeplora suites`).")] = None,
     method: Annotated[str | None, typer.Option(help="How to learn (see `keeplora methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling, sampling and random starts.")] = None,
+    order: Annotated[str | None, typer.Option(help="The suite's order by name (1, 2), or shuffle-SEED.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the benchmark's data; default $KEEPLORA_DATA, ./data.")] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory; default runs/NAME-METHOD-seedSEED.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("-o", "--set", help="Any key: -o training.epochs=2. Repeatable.")
@@ -33,7 +35,11 @@ def run(
     from keeplora.experiment.config import parse_overrides
 
     overrides: dict[str, Any] = parse_overrides(set_ or [])
-    for key, value in (("method", method), ("seed", seed), ("output", str(output) if output else None)):
+    given = {
+        "method": method, "seed": seed, "order": order, "data_dir": str(data.absolute()) if data else None,
+        "output": str(output) if output else None,
+    }  # fmt: skip
+    for key, value in given.items():
         if value is not None:
             overrides[key] = value
     if config is None and suite is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,9 @@ _SUITE_KEYS = (
     "tasks",
     "probes",
     "order",
+    "orders",
+    "candidates",
+    "reference",
     "preset",
     "tuner",
     "training",
@@ -164,7 +168,57 @@ def _suite_layer(name: Any, where: str) -> dict[str, Any]:
         suite = _plain(load_suite(name))
     except KeepLoraError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return {key: suite[key] for key in _SUITE_KEYS if key in suite}
+    return _expanded({key: suite[key] for key in _SUITE_KEYS if key in suite})
+
+
+def _suite_path(name: Any, folder: Path) -> Any:
+    """A suite that is a file of the user's, by its absolute path; packaged names stay as they are."""
+    if isinstance(name, str) and (name.endswith((".yaml", ".yml")) or os.sep in name):
+        return str((folder / Path(name).expanduser()).resolve())
+    return name
+
+
+def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[dict[str, Any], Any]:
+    """(`order` and `order_name` to set, preset of that order or None) of an order that is given by name."""
+    orders = {str(name): entry for name, entry in (suite.get("orders") or {}).items()}
+    if value is None and "1" in orders:
+        value = "1"
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return {}, None
+    name = str(value)
+    if name in orders:
+        return {"order": list(orders[name]["order"]), "order_name": name}, orders[name].get("preset")
+    kind, _, seed = name.partition("-")
+    if kind == "shuffle" and seed.isdigit():
+        shuffled = list(names)
+        random.Random(int(seed)).shuffle(shuffled)
+        return {"order": shuffled, "order_name": name}, None
+    choices = [*orders, "shuffle-SEED"]
+    raise ConfigError(f"{where}: order {name!r} is not known{did_you_mean(name, choices)}, or give a list of task names")
+
+
+def _split_classes(spec: Any) -> list[Any]:
+    """A task that asks for `split_classes` as its parts, NAME-1 … NAME-T: class-incremental learning."""
+    split = spec.get("split_classes") if isinstance(spec, Mapping) else None
+    if split is None:
+        return [spec]
+    where = f"task {spec.get('name')!r}: split_classes"
+    if not isinstance(split, Mapping) or not set(split) <= {"tasks", "seed"} or "tasks" not in split:
+        raise ConfigError(f"{where} is {split!r}, but must be {{tasks: T}} or {{tasks: T, seed: S}}")
+    for key, least in (("tasks", 2), ("seed", 0)):
+        value = split.get(key, least)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{where}.{key} is {value!r}, but must be a whole number of at least {least}")
+    rest = {key: value for key, value in spec.items() if key != "split_classes"}
+    part = {"of": split["tasks"], **({"seed": split["seed"]} if split.get("seed") is not None else {})}
+    return [{**rest, "name": f"{spec.get('name')}-{i}", "part": {"index": i, **part}} for i in range(1, part["of"] + 1)]
+
+
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    tasks = values.get("tasks")
+    if isinstance(tasks, list):
+        values = {**values, "tasks": [part for spec in tasks for part in _split_classes(spec)]}
+    return values
 
 
 def _per_method(layer: Mapping[str, Any], method: Any) -> dict[str, Any]:
@@ -261,6 +315,7 @@ def load_config(
     (3, [])
     """
     file, folder = _read(source)
+    file = file._replace(values=_expanded(file.values))
     known = None if known_methods is None else sorted(known_methods)
     layers = [_Layer("command line", _nested(overrides or {}, file.values), {}), file]
 
@@ -273,7 +328,7 @@ def load_config(
 
     # Which suite, preset and method apply is decided first: the layers below the file depend on them.
     user = _merge(file.values, layers[0].values)
-    suite_name, method = user.get("suite"), user.get("method")
+    suite_name, method = _suite_path(user.get("suite"), folder), user.get("method")
     suite: dict[str, Any] = {}
     if suite_name is not None:
         if user.get("tasks") is not None:
@@ -283,7 +338,9 @@ def load_config(
         suite = _suite_layer(suite_name, where(("suite",)))
         layers.append(_Layer(f"suite {suite_name}", suite, {}))
     tasks = suite.get("tasks", user.get("tasks"))
-    preset_name = user.get("preset", suite.get("preset", "default"))
+    given_order = user.get("order", suite.get("order"))
+    ordering, order_preset = _order(given_order, suite, _names_of(tasks), where(("order",)))
+    preset_name = user.get("preset", order_preset or suite.get("preset", "default"))
     if preset_name not in preset_names():
         hint = did_you_mean(str(preset_name), preset_names())
         raise ConfigError(f"{where(('preset',))}: unknown preset {preset_name!r}{hint}")
@@ -296,6 +353,11 @@ def load_config(
     layers[0] = _Layer("command line", _nested(overrides or {}, merged), {})
     merged = _merge(merged, layers[0].values)
     merged["preset"] = preset_name
+    merged |= ordering
+    if suite_name is not None:
+        merged["suite"] = suite_name
+    if isinstance(merged.get("data_dir"), str):
+        merged["data_dir"] = str((folder / Path(merged["data_dir"]).expanduser()).resolve())
     if isinstance(merged["base_dir"], str):
         merged["base_dir"] = str((folder / (base_dir or merged["base_dir"])).resolve())
 

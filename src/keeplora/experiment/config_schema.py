@@ -152,6 +152,9 @@ class TunerConfig(_Section):
     )
 
     keep_covariance: bool = Field(default=False, description="keep C of each task for exact audits")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the method's own settings (`keeplora methods show NAME`)"
+    )
 
     def samples(self, field: Literal["gradient_samples", "feature_samples"], available: int) -> int | None:
         """The cap as a number of samples out of ``available`` (at least 1), or None for no cap."""
@@ -244,7 +247,19 @@ class ExperimentConfig(_Section):
     tasks: list[DataSpec]
     probes: list[DataSpec] = Field(default_factory=list)
     order: list[str] | None = Field(
-        default=None, description="names of the tasks in the order of learning; None: as listed"
+        default=None, description="names of the tasks in the order of learning, the name of one of the suite's orders, or "
+        "shuffle-SEED; None: as listed"
+    )  # fmt: skip
+    order_name: str | None = Field(default=None, description="how the order is called; set when it is given by name")
+    first_tasks: int | None = Field(default=None, ge=1, description="learn only the first tasks of the order")
+    candidates: Literal["own", "seen", "all"] = Field(
+        default="own", description="test candidates: the task's classes, those of learned tasks too, or those of every task"
+    )
+    evaluate_on: Literal["test", "validation"] = Field(
+        default="test", description="validation: held-out training pictures in place of test pictures, and no probes"
+    )
+    reference: DataSpec | None = Field(
+        default=None, description="pictures and texts beside the tasks', for the methods that ask for them (zscl)"
     )
     method: str
     preset: str = "default"
@@ -259,6 +274,9 @@ class ExperimentConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: str | None = Field(
         default=None, min_length=1, description="the run directory; None: runs/NAME-METHOD-seedSEED"
+    )
+    data_dir: str | None = Field(
+        default=None, description="where the data of benchmark suites is; None: $KEEPLORA_DATA, else ./data"
     )
     base_dir: str = Field(default=".", description="the folder that relative paths in tasks and probes start from")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -285,6 +303,11 @@ class ExperimentConfig(_Section):
                         (f"{place}.{index}", f"has the name {spec['name']!r}, which {seen[plain]} has already")
                     )
                 seen.setdefault(plain, f"{place}.{index}")
+        if self.first_tasks is not None and self.first_tasks > len(self.tasks):
+            problems.append(("first_tasks", f"is {self.first_tasks}, but there are {len(self.tasks)} tasks"))
+        if self.candidates != "own" and self.variant == "cls":
+            told = "needs `candidates: own`: its heads are chosen by the task, so it must be told which task it is"
+            problems.append(("method", f"{self.method!r} {told}"))
         if self.order is not None:
             for name in dict.fromkeys(self.order):
                 if name not in self.task_names:
@@ -313,15 +336,17 @@ class ExperimentConfig(_Section):
         return problems
 
     def _validation_problems(self) -> list[tuple[str, str]]:
-        missing = [spec["name"] for spec in self.tasks if self.validation_for(spec["name"]) is None]
+        missing = [spec["name"] for spec in self.ordered_tasks if self.validation_for(spec["name"]) is None]
         if not missing:
             return []
         wants = {
+            "evaluate_on": self.evaluate_on == "validation",
             "early_stopping": self.early_stopping is not None,
             "best_epoch": self.best_epoch,
             "accept": self.accept is not None,
         }
         what = {
+            "evaluate_on": "what is measured",
             "early_stopping": "when training stops",
             "best_epoch": "which epoch is kept",
             "accept": "whether a task is kept",
@@ -345,7 +370,8 @@ class ExperimentConfig(_Section):
     def ordered_tasks(self) -> list[dict[str, Any]]:
         """Data specs of the tasks in the order of learning."""
         specs = {spec["name"]: spec for spec in self.tasks}
-        return [specs[name] for name in self.order or self.task_names]
+        known = [name for name in self.order or self.task_names if name in specs]
+        return [specs[name] for name in known[: self.first_tasks]]
 
     def validation_for(self, task: str) -> float | str | None:
         """A share of the training data, a path, or None; ``validation:`` in the task's own data spec comes first."""
@@ -374,14 +400,15 @@ class ExperimentConfig(_Section):
     @property
     def label(self) -> str:
         """The experiment's name, else its suite's, else "experiment"."""
-        return self.name or self.suite or "experiment"
+        return self.name or (Path(self.suite).stem if self.suite else "experiment")
 
     @property
     def output_path(self) -> Path:
         """The run directory: ``output``, or runs/LABEL-METHOD-seedSEED below the current folder."""
         if self.output:
             return Path(self.output).expanduser()
-        folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}-seed{self.seed}")
+        order = f"-order{self.order_name}" if self.order_name not in (None, "1") else ""
+        folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}{order}-seed{self.seed}")
         return Path("runs") / folder
 
     def resolved(self) -> dict[str, Any]:

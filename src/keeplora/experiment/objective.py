@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from keeplora.data import TaskData
+from keeplora.experiment.candidates import Candidates
 from keeplora.experiment.device import Precision
 from keeplora.experiment.pictures import Collate, PictureTensors, loader
 from keeplora.models.dual_encoder import DualEncoder
@@ -39,21 +40,40 @@ class TaskObjective:
         prompts = family.class_prompts(task.classes, task.templates[:1])
         self.text_batch = {k: v.cpu() for k, v in family.tokenize(prompts, task.classes).items()}
         self.collate = Collate(self.text_batch)
+        self.classes, self.templates = task.classes, task.templates
 
     def _text(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: batch[key] for key in self.text_batch}
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """[N, C] logits of a batch of pictures against the task's class prompts, differentiable."""
-        image_features = self.family.image_features(batch["pixel_values"])
-        logits = self.family.logits(image_features, self.family.text_features(self._text(batch)))
-        return logits if self.head is None else add_head(logits, image_features, self.head)
+    def _family(self, model: nn.Module | None) -> DualEncoder:
+        if model is None or model is self.family.model:
+            return self.family
+        return self.family.around(model)
+
+    def image_features(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """[N, D] float32, unit norm; ``model``: a copy of the family's module to use instead of it."""
+        with self.precision.autocast():
+            return self._family(model).image_features(batch["pixel_values"])
+
+    def text_features(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """[C, D] float32, unit norm, of the prompts in ``batch``."""
+        with self.precision.autocast():
+            return self._family(model).text_features(self._text(batch))
+
+    def logits_of(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """[N, C] from [N, D] and [C, D]."""
+        return self.family.logits(image_features, text_features)
+
+    def logits(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """[N, C] float32 logits of a batch of pictures against the class prompts in it, differentiable."""
+        image_features = self.image_features(batch, model)
+        logits = self.logits_of(image_features, self.text_features(batch, model))
+        return (logits if self.head is None else add_head(logits, image_features, self.head)).float()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy of each picture, [N]; ``model`` is the family's own module, adapted in place."""
-        with self.precision.autocast():
-            logits = self.logits(batch)
-        return nn.functional.cross_entropy(logits.float(), batch["labels"].to(logits.device), reduction="none")
+        logits = self.logits(batch)
+        return nn.functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="none")
 
     def masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Positions that count in C and G, per tower (METHOD.md, point 5)."""
@@ -104,26 +124,37 @@ def initial_head(objective: TaskObjective, data: PictureTensors, batch_size: int
     return nn.Parameter(nn.functional.normalize(total, dim=-1).to(family.device))
 
 
+class Readout(Protocol):
+    """How a method turns features and the model's own logits into final ones (`ContinualLearner.readout`)."""
+
+    def __call__(self, image_features: Tensor, logits: Tensor, classes: Sequence[str]) -> Tensor: ...
+
+
 @torch.no_grad()
 def predict(
-    family: DualEncoder, classes: list[str], templates: list[str], pixel_values: Tensor, head: Tensor | None = None
-) -> Tensor:
+    family: DualEncoder, candidates: Candidates, pixel_values: Tensor, head: Tensor | None = None,
+    readout: Readout | None = None,
+) -> Tensor:  # fmt: skip
     """[N, C] logits at inference; call it inside ``family.evaluating()`` so that class features are computed once."""
     image_features = family.image_features(pixel_values)
-    logits = family.logits(image_features, family.class_features(classes, templates))
-    return logits if head is None else add_head(logits, image_features, head.to(logits.device))
+    texts = [family.class_features(classes, templates) for classes, templates in candidates.groups]
+    logits = family.logits(image_features, torch.cat(texts))
+    if head is not None:
+        logits = add_head(logits, image_features, head.to(logits.device))
+    return logits if readout is None else readout(image_features, logits, candidates.classes)
 
 
 def accuracy(
-    family: DualEncoder, task: TaskData, data: PictureTensors, precision: Precision, batch_size: int,
-    head: Tensor | None = None, on_batch: Any = None,
+    family: DualEncoder, candidates: Candidates, data: PictureTensors, precision: Precision, batch_size: int,
+    head: Tensor | None = None, on_batch: Any = None, readout: Readout | None = None,
 ) -> float:  # fmt: skip
-    """Percent of pictures whose class has the largest logit among the task's own classes."""
+    """Percent of pictures whose class has the largest logit among the candidates."""
     right = 0
+    own = torch.tensor(candidates.own)
     with family.evaluating(), precision.autocast():
         for batch in loader(data, batch_size, Collate()):
-            logits = predict(family, task.classes, task.templates, batch["pixel_values"], head)
-            right += int((logits.argmax(dim=1).cpu() == batch["labels"]).sum())
+            logits = predict(family, candidates, batch["pixel_values"], head, readout)
+            right += int((logits.argmax(dim=1).cpu() == own[batch["labels"]]).sum())
             if on_batch is not None:
                 on_batch()
     return 100.0 * right / len(data)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from keeplora.data import PictureSet
+from keeplora.data import PictureSet, TaskData
 from keeplora.models.dual_encoder import DualEncoder
 
 
@@ -77,3 +77,71 @@ def loader(
         data, batch_size=batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate,
         num_workers=workers,
     )  # fmt: skip
+
+
+class Batches(Protocol):
+    """What a training loop goes through, once per epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def where(self, batch: Mapping[str, Any]) -> list[str]:
+        """Names of the pictures of a batch, for a message to a person."""
+        ...
+
+
+class TaskBatches:
+    """One task's pictures, shuffled anew in every epoch by a generator of their own."""
+
+    def __init__(self, data: PictureTensors, batch_size: int, collate: Collate, *, workers: int, seed: int) -> None:
+        self._data = data
+        self._loader = loader(data, batch_size, collate, workers=workers, shuffle_seed=seed)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._loader)
+
+    def where(self, batch: Mapping[str, Any]) -> list[str]:
+        return [self._data.pictures.where(int(i)) for i in batch["index"]]
+
+
+class MixedBatches:
+    """The batches of several tasks in one shuffled order: joint training. Each batch is of one task, with its prompts."""
+
+    def __init__(self, tasks: Sequence[TaskBatches], *, seed: int) -> None:
+        self._tasks = tasks
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tasks))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        owner = [i for i, task in enumerate(self._tasks) for _ in range(len(task))]
+        streams = [iter(task) for task in self._tasks]
+        for place in torch.randperm(len(owner), generator=self._generator).tolist():
+            yield {**next(streams[owner[place]]), "task": owner[place]}
+
+    def where(self, batch: Mapping[str, Any]) -> list[str]:
+        return self._tasks[batch["task"]].where(batch)
+
+
+class ReferenceBatches:
+    """Pictures of a reference set, each batch with the prompts of its own pictures' classes; another order every pass."""
+
+    def __init__(self, family: DualEncoder, task: TaskData, data: PictureTensors, batch_size: int, seed: int) -> None:
+        self._family, self._task, self._data = family, task, data
+        self._loader = loader(data, batch_size, Collate(), shuffle_seed=seed)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._loader:
+            present, own = batch["labels"].unique(return_inverse=True)
+            names = [self._task.classes[i] for i in present.tolist()]
+            prompts = self._family.class_prompts(names, self._task.templates[:1])
+            texts = {key: value.cpu() for key, value in self._family.tokenize(prompts, names).items()}
+            yield {**batch, "labels": own, **texts}

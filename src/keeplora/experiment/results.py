@@ -23,14 +23,14 @@ VERSION = 0
 class Scores:
     """Accuracies so far: row 0 before the first task, row i after task i; percent."""
 
-    tasks: list[list[float]] = field(default_factory=list)
-    probes: list[list[float]] = field(default_factory=list)
+    tasks: list[list[float | None]] = field(default_factory=list)
+    probes: list[list[float | None]] = field(default_factory=list)
 
     @classmethod
     def from_results(cls, results: Mapping[str, Any] | None) -> Scores:
         return cls(results["accuracy"], results["probe_accuracy"]) if results else cls()
 
-    def add(self, tasks: list[float], probes: list[float]) -> None:
+    def add(self, tasks: list[float | None], probes: list[float | None]) -> None:
         self.tasks.append(tasks)
         self.probes.append(probes)
 
@@ -41,6 +41,8 @@ def comparison_key(config: ExperimentConfig, tasks: Sequence[TaskData], probes: 
         config.model.name, config.model.revision, config.model.image_size,
         [[t.name, t.fingerprint] for t in tasks], [[p.name, p.fingerprint] for p in probes],
     ]  # fmt: skip
+    if config.candidates != "own":
+        value.append(config.candidates)
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -69,7 +71,8 @@ def build_results(
     sets = [*tasks, *probes]
     return {
         "format": FORMAT, "version": VERSION, "name": config.label, "method": method.name, "method_title": method.title,
-        "variant": "cls" if method.classifier else "text", "model": config.model.name, "suite": config.suite,
+        "variant": "cls" if method.classifier else "text", "order": config.order_name, "candidates": config.candidates,
+        "evaluate_on": config.evaluate_on, "model": config.model.name, "suite": config.suite,
         "seed": config.seed, "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
         "chance": {t.name: 100.0 / len(t.classes) for t in sets}, "metrics": summary(scores.tasks, scores.probes),
@@ -86,7 +89,7 @@ def build_results(
         "cost": {
             "seconds": round(seconds, 3), "statistics_seconds": costs["statistics"],
             "training_seconds": costs["training"], "evaluation_seconds": costs["evaluation"],
-            "peak_memory_bytes": memory,
+            "peak_memory_bytes": memory, "state_bytes": learner.state_bytes(),
             "trained_parameters": max((i.get("trained_parameters", 0) for i in infos), default=0),
         },
         "audit": audit.to_dict() if audit is not None else None, "warnings": list(dict.fromkeys(warnings)),

@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from keeplora.data import TaskData
 from keeplora.errors import CapacityError, KeepLoraError
-from keeplora.experiment.config import ExperimentConfig, load_config
+from keeplora.experiment.candidates import Candidates, candidates_for
+from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
 from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
-from keeplora.experiment.pictures import Collate, PictureTensors, loader
+from keeplora.experiment.pictures import (
+    Batches,
+    Collate,
+    MixedBatches,
+    PictureTensors,
+    ReferenceBatches,
+    TaskBatches,
+    TensorCache,
+    loader,
+)
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import Scores, build_results, comparison_key, data_entries, peak_memory
 from keeplora.experiment.run_directory import RunDirectory
@@ -114,6 +124,7 @@ class _Run:
             for record, told in zip(learner.records, earlier["tasks_info"], strict=False):
                 record.info["seconds"] |= told["seconds"]
         self.evaluation_seconds = 0.0
+        self._joint = learner.schedule == "joint"
 
     def go(self) -> dict[str, Any]:
         done = len(self.learner.records)
@@ -150,17 +161,20 @@ class _Run:
         render_report(self.directory.path)
         return results
 
+    def _event(self, event: Mapping[str, Any]) -> None:
+        self.directory.append_event(event)
+
     def _log_epochs(self, i: int) -> None:
         """The epochs of task ``i`` from its record: those in metrics.jsonl were cut with everything unfinished."""
         record = self.learner.records[i - 1]
         for entry in record.info.get("epochs", []):
-            self.directory.append_event({"event": "epoch", "task": record.name, **entry})
+            self._event({"event": "epoch", "task": record.name, **entry})
 
     def _score_last(self, i: int) -> None:
         record = self.learner.records[i - 1]
         self._evaluate(i)
         record.info["seconds"]["evaluation"] = round(self.evaluation_seconds, 3)
-        self.directory.append_event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
+        self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
         self.directory.set_status(tasks_done=i)
         render_report(self.directory.path)
@@ -192,10 +206,20 @@ class _Run:
             for record in self.learner.records if "head" in record.tensors
         }  # fmt: skip
 
-    def _accuracy(self, task: TaskData, data: PictureTensors) -> float:
-        head = self._heads().get(tuple(task.classes))
-        batch = self.config.training.eval_batch_size
-        return accuracy(self.setup.family, task, data, self.setup.precision, batch, head, self.progress.advance)
+    def _candidates(self, task: TaskData) -> Candidates:
+        learned = len(self.learner.records) + (self.learner._open is not None)
+        others = {"own": [], "seen": self.setup.tasks[:learned], "all": self.setup.tasks}[self.config.candidates]
+        return candidates_for(task, others)
+
+    def _accuracy(self, task: TaskData, data: PictureTensors, head: Tensor | None = None) -> float:
+        """The model as it is now, on pictures of ``task``; ``head`` is one that is being trained."""
+        if head is None:
+            head = self._heads().get(tuple(task.classes))
+        with self.learner.serving(task.name):
+            return accuracy(
+                self.setup.family, self._candidates(task), data, self.setup.precision,
+                self.config.training.eval_batch_size, head, self.progress.advance, self.learner.readout,
+            )  # fmt: skip
 
     def _evaluate(self, after: int) -> None:
         """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
@@ -204,16 +228,21 @@ class _Run:
         size = self.config.training.eval_batch_size
         groups = (("task", self.setup.tasks), ("probe", self.setup.probes))
         self.progress.phase("evaluation", sum(-(-len(t.test) // size) for _, group in groups for t in group))
-        if not self.setup.method.trains and after > 0:  # nothing moved: the row is the row before
+        rows: dict[str, list[float | None]]
+        if self._joint and 0 < after < len(self.setup.tasks):  # not trained yet: there is no such moment
+            rows = {kind: [None] * len(group) for kind, group in groups}
+        elif not self.setup.method.trains and after > 0 and self.config.candidates != "seen":
+            # Nothing moved: the row is the row before.
             rows = {"task": list(self.scores.tasks[-1]), "probe": list(self.scores.probes[-1])}
         else:
             rows = {kind: [self._accuracy(t, sets[t.name].test) for t in group] for kind, group in groups}
         for kind, group in groups:
             for task, value in zip(group, rows[kind], strict=True):
                 event = {"event": "evaluation", "after": after, "set": task.name, "kind": kind}
-                self.directory.append_event({**event, "accuracy": value, "n": len(task.test)})
-        means = [sum(row) / len(row) for row in rows.values() if row]
-        self.progress.advance(0, accuracy=means[0])
+                self._event({**event, "accuracy": value, "n": len(task.test)})
+        known = [value for value in rows["task"] if value is not None]
+        if known:
+            self.progress.advance(0, accuracy=sum(known) / len(known))
         self.scores.add(rows["task"], rows["probe"])
         self.evaluation_seconds = time.perf_counter() - started
 
@@ -224,9 +253,7 @@ class _Run:
             return None
 
         def validate() -> float:
-            head = objective.head.detach() if objective.head is not None else None
-            size = self.config.training.eval_batch_size
-            return accuracy(self.setup.family, task, validation, self.setup.precision, size, head)
+            return self._accuracy(task, validation, objective.head.detach() if objective.head is not None else None)
 
         return Selection(validate, self.config.best_epoch, stopping.patience if stopping else None)
 
@@ -250,8 +277,10 @@ class _Run:
             "classes": task.classes, "templates": task.templates, "data": task.fingerprint, "seed": seed,
             "model": self.config.model.name, "training": training.model_dump(), "seconds": {},
         }  # fmt: skip
-        if not setup.method.trains:
-            self.learner.sit_out(task.name, info | {"trained_parameters": 0})
+        deferred = self._joint and index < len(setup.tasks)
+        if not setup.method.trains or deferred:
+            info |= {"trained_parameters": 0} | ({"deferred": True} if deferred else {})
+            self.learner.sit_out(task.name, info)
             return
         objective = TaskObjective(setup.family, task, setup.precision)
         started = time.perf_counter()
@@ -264,18 +293,23 @@ class _Run:
             pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
             pictures = statistics_batches(pictures, self.learner.config.feature_samples, self.config.seed, data.labels)
             accept = self.config.accept
+            reference = None
+            if setup.reference is not None:
+                pictures_of = PictureTensors(setup.reference.test, setup.family, TensorCache())
+                reference = ReferenceBatches(setup.family, setup.reference, pictures_of, training.batch_size, seed)
             try:
                 model = self.learner.start_task(
                     task.name, batches, objective.loss, labels=data.labels,
                     feature_batches=objective.feature_batches(pictures), forward_fn=objective.forward, mask_fn=objective.masks,
                     accept=accept.model_dump() if accept else None,
                     evaluate=(lambda: self._guard_scores(index - 1)) if accept else None,
+                    objective=objective, reference=reference,
                 )  # fmt: skip
             except CapacityError as error:
                 self._sit_out(task, info, str(error))
                 return
         try:
-            log = self._train(model, objective, data, training, seed, task)
+            log = self._train(model, objective, training, seed, task)
             info["seconds"] = {"training": round(log.seconds, 3)}
             info |= {"epochs": log.epochs, "best_epoch": log.best_epoch}
             tensors = {}
@@ -294,13 +328,19 @@ class _Run:
             return
         record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
 
-    def _train(
-        self, model: nn.Module, objective: TaskObjective, data: PictureTensors, training: Any, seed: int, task: TaskData
-    ) -> Any:
+    def _train(self, model: nn.Module, objective: TaskObjective, training: TrainingConfig, seed: int, task: TaskData) -> Any:
+        def batches_of(name: str, collate: Collate) -> TaskBatches:
+            train = self.setup.sets[name].train
+            return TaskBatches(train, training.batch_size, collate, workers=training.workers, seed=seed)
+
+        batches: Batches = batches_of(task.name, objective.collate)
+        if self._joint:
+            collates = {t.name: TaskObjective(self.setup.family, t, self.setup.precision).collate for t in self.setup.tasks}
+            batches = MixedBatches([batches_of(name, collate) for name, collate in collates.items()], seed=seed)
         return train_task(
-            model, objective, data, training, seed=seed, progress=self.progress,
-            on_epoch=lambda entry: self.directory.append_event({"event": "epoch", "task": task.name, **entry}),
-            selection=self._selection(task, objective),
+            model, objective, batches, training, hooks=self.learner, progress=self.progress,
+            on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
+            selection=None if self._joint else self._selection(task, objective),
         )  # fmt: skip
 
     def _sit_out(self, task: TaskData, info: dict[str, Any], why: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
+from keeplora.experiment.candidates import candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
@@ -91,16 +93,22 @@ class TrainedModel:
         A class that several tasks share is one candidate, at its best logit.
         """
         groups = self._groups(classes, task, template)
+        if get_method(self.config.method).task_identity and task is None and classes is None:
+            raise ConfigError(f"method {self.config.method!r} must be told which task a picture belongs to: give --task NAME")
         pixels = self.family.preprocess(picture).unsqueeze(0)
         best: dict[str, tuple[float, str | None]] = {}
-        with self.family.evaluating():
+        with self.learner.serving(task), self.family.evaluating():
             for group in groups:
-                logits = predict(self.family, group["classes"], group["templates"], pixels, group["head"])[0]
+                candidates = candidates_for(SimpleNamespace(**group))
+                logits = predict(self.family, candidates, pixels, group["head"])[0]
                 for label, logit in zip(group["classes"], logits.tolist(), strict=True):
                     if label not in best or logit > best[label][0]:
                         best[label] = (logit, group["task"])
-        names = list(best)
-        probabilities = torch.tensor([best[n][0] for n in names]).softmax(0).tolist()
+            names = list(best)
+            # One read-out over all candidates: a method may weigh them against each other.
+            merged = torch.tensor([[best[n][0] for n in names]], device=self.family.device)
+            logits = self.learner.readout(self.family.image_features(pixels), merged, names)[0]
+        probabilities = logits.softmax(0).tolist()
         out = [Prediction(n, best[n][1], p) for n, p in zip(names, probabilities, strict=True)]
         return sorted(out, key=lambda item: -item.probability)
 
@@ -115,6 +123,10 @@ class TrainedModel:
             raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
         if target.exists():
             raise KeepLoraError(f"{target} exists already; choose a new folder")
+        if not self.learner.accumulates:
+            raise KeepLoraError(
+                f"{self.path}: method {self.config.method} keeps one model per task, which no single adapter or checkpoint holds"
+            )
         if format == "merged":
             return self.family.save_pretrained(target)
         factors = concatenated(self.learner.records)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keeplora.data import TaskData, load_task, split_validation
+from keeplora.errors import ConfigError
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
 from keeplora.experiment.pictures import PictureTensors, TensorCache
@@ -17,6 +18,7 @@ from keeplora.methods import Method, get_method
 from keeplora.models import load_model
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import KeepLoraConfig
+from keeplora.tuner.options import make_options
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Setup:
     sets: dict[str, Sets]
     guards: dict[str, PictureTensors] = field(default_factory=dict)
     """Held-out half of each probe, which `accept` may look at; empty without `accept`."""
+    reference: TaskData | None = None
+    """Pictures and texts beside the tasks', for the methods that ask for them."""
 
     def tuner_config(self, task: TaskData | None = None) -> KeepLoraConfig:
         """The learner's settings; shares of the data become counts for ``task``."""
@@ -64,12 +68,12 @@ def open_model(config: ExperimentConfig, device: torch.device) -> DualEncoder:
 
 
 def data_folder(config: ExperimentConfig) -> Path:
-    """Where relative paths of the task specs start."""
-    if config.suite is not None:
-        from keeplora.suites import suite_folder
+    """Where relative paths of the task specs start: for benchmarks, where the user keeps their data."""
+    if config.suite is None:
+        return Path(config.base_dir)
+    from keeplora import suites
 
-        return suite_folder()
-    return Path(config.base_dir)
+    return suites.data_folder(config.suite, config.data_dir)
 
 
 def load_tasks(config: ExperimentConfig) -> tuple[list[TaskData], list[TaskData]]:
@@ -84,8 +88,12 @@ def load_tasks(config: ExperimentConfig) -> tuple[list[TaskData], list[TaskData]
         task = load_task(own, base)
         if isinstance(wanted, float):
             task.train, task.validation = split_validation(task.train, wanted, config.seed)
+        if config.evaluate_on == "validation":
+            assert task.validation is not None  # checked with the configuration
+            task.test = task.validation
         tasks.append(task)
-    return tasks, [load_task(spec, base, probe=True) for spec in config.probes]
+    probes = config.probes if config.evaluate_on == "test" else []
+    return tasks, [load_task(spec, base, probe=True) for spec in probes]
 
 
 def prepare(config: ExperimentConfig) -> Setup:
@@ -93,7 +101,11 @@ def prepare(config: ExperimentConfig) -> Setup:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     method = get_method(config.method)
+    if method.task_identity and config.candidates != "own":
+        raise ConfigError(f"method {method.name!r} must be told the task of a picture: use `candidates: own`")
+    make_options(method.learner.Options, config.tuner.options)  # refused now, not when the first task begins
     tasks, probes = load_tasks(config)
+    reference = load_task(config.reference, data_folder(config), probe=True) if config.reference else None
     device = choose_device(config.device)
     family = open_model(config, device)
     cache = TensorCache()
@@ -112,4 +124,4 @@ def prepare(config: ExperimentConfig) -> Setup:
         sets[probe.name] = Sets(
             PictureTensors(probe.train, family, cache), PictureTensors(probe.test, family, cache), None
         )
-    return Setup(config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards)
+    return Setup(config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards, reference)

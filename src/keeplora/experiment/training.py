@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from keeplora.experiment.config import TrainingConfig
 from keeplora.experiment.objective import TaskObjective
 from keeplora.experiment.optim import make_optimizer, make_scheduler
-from keeplora.experiment.pictures import PictureTensors, loader
+from keeplora.experiment.pictures import Batches
 from keeplora.experiment.progress import Progress
 
 
@@ -35,8 +35,16 @@ class Selection:
     patience: int | None
 
 
+class Hooks(Protocol):
+    """What a method adds to the loop (`ContinualLearner`)."""
+
+    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None: ...
+
+    def after_step(self) -> None: ...
+
+
 def train_task(
-    model: nn.Module, objective: TaskObjective, data: PictureTensors, config: TrainingConfig, *, seed: int,
+    model: nn.Module, objective: TaskObjective, batches: Batches, config: TrainingConfig, *, hooks: Hooks,
     progress: Progress, on_epoch: Callable[[dict[str, Any]], None], selection: Selection | None = None,
 ) -> TrainingLog:  # fmt: skip
     """Train whatever in ``model`` (and the objective's head) requires a gradient.
@@ -52,7 +60,6 @@ def train_task(
         parameters.append(objective.head)
     if not parameters:
         return log
-    batches = loader(data, config.batch_size, objective.collate, workers=config.workers, shuffle_seed=seed)
     epochs = int(config.epochs)  # type: ignore[arg-type]  # for_task() has chosen this task's own
     optimizer = make_optimizer(parameters, config)
     scheduler = make_scheduler(optimizer, config, epochs * len(batches))
@@ -63,35 +70,40 @@ def train_task(
     for epoch in range(1, epochs + 1):
         progress.phase(f"epoch {epoch}/{epochs}", len(batches))
         epoch_started = time.perf_counter()
-        total, right, seen, lr = 0.0, 0, 0, 0.0
+        total, added, right, seen, lr = 0.0, 0.0, 0, 0, 0.0
         for step, batch in enumerate(batches, 1):
             optimizer.zero_grad(set_to_none=True)
-            with objective.precision.autocast():
-                logits = objective.logits(batch)
+            logits = objective.logits(batch)
             labels = batch["labels"].to(logits.device)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            if not torch.isfinite(loss):
-                names = ", ".join(data.pictures.where(int(i)) for i in batch["index"][:3])
+            loss = nn.functional.cross_entropy(logits, labels)
+            extra = hooks.penalty(batch, logits)
+            total_loss = loss if extra is None else loss + extra
+            if not torch.isfinite(total_loss):
+                names = ", ".join(batches.where(batch)[:3])
                 raise FloatingPointError(
-                    f"task {objective.task.name!r}, epoch {epoch}, step {step}: the loss is {loss.item()} (pictures "
+                    f"task {objective.task.name!r}, epoch {epoch}, step {step}: the loss is {total_loss.item()} (pictures "
                     f"{names}, …); nothing of this task is kept; lower training.learning_rate or set training.grad_clip"
                 )
-            loss.backward()
+            total_loss.backward()
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
+            hooks.after_step()
             lr = float(
                 optimizer.param_groups[0]["lr"]
             )  # the rate of this step, not of the one that the schedule sets next
             scheduler.step()
             n = len(labels)
             total, seen = total + loss.item() * n, seen + n
+            added += extra.item() * n if extra is not None else 0.0
             right += int((logits.argmax(dim=1) == labels).sum())
             progress.advance(loss=total / seen, accuracy=100.0 * right / seen)
         entry: dict[str, Any] = {
             "epoch": epoch, "loss": total / seen, "train_accuracy": 100.0 * right / seen,
             "lr": lr, "seconds": round(time.perf_counter() - epoch_started, 3),
         }  # fmt: skip
+        if added:
+            entry["penalty"] = added / seen
         if selection is not None:
             entry["validation_accuracy"] = score = selection.validate()
             progress.advance(0, validation_accuracy=score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,14 @@ from keeplora.tuner import ContinualLearner, KeepLoraConfig
 ONE_SCALE = {"gamma": 1.0, "schedule": "constant"}
 """`KeepLoraConfig` fields of a method whose layers all move at one scale."""
 
-METHOD_MODULES = ("zero_shot", "full_finetuning", "lora", "keeplora")
+METHOD_MODULES = (
+    "zero_shot", "full_finetuning", "lora", "regularised", "distillation", "wise_ft", "gpm", "inflora", "o_lora", "sd_lora",
+    "nusa", "rail", "replay", "keeplora", "joint", "oracle",
+)  # fmt: skip
+
+Space = tuple[str, float, float] | tuple[str, list[Any]]
+"""One axis of a search: ("log", low, high), ("uniform", low, high) or ("choice", values)."""
+LEARNING_RATE: dict[str, Space] = {"training.learning_rate": ("log", 1e-4, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,11 @@ class Method:
         config: fields of `KeepLoraConfig` that define the method and win over what the user set.
         classifier: the "cls" variant, a trained class-weight head beside the class texts.
         trains: False for a method that learns nothing.
-        summary: one line for `keeplora methods`.
+        summary: one line. paper: where it comes from.
+        trained, state, extra_data, inference: what a task trains, what is kept from task to task, what data it needs beside
+            the task's own, and what it costs at inference, in a few words for `keeplora methods`.
+        task_identity: whether it must be told at test time which task a picture belongs to.
+        search: what `keeplora tune` varies, by dotted key.
     """
 
     name: str
@@ -36,6 +48,13 @@ class Method:
     config: Mapping[str, Any] = field(default_factory=dict)
     classifier: bool = False
     trains: bool = True
+    paper: str = ""
+    trained: str = "A and B of every target"
+    state: str = "nothing"
+    extra_data: str = "none"
+    inference: str = "none: merged"
+    task_identity: bool = False
+    search: Mapping[str, Space] = field(default_factory=lambda: dict(LEARNING_RATE))
 
     def make_config(self, values: Mapping[str, Any]) -> KeepLoraConfig:
         """The learner's config: the user's values, then what defines the method."""
@@ -53,6 +72,8 @@ def register(method: Method) -> Method:
 
 def _load() -> dict[str, Method]:
     for module in METHOD_MODULES:
+        if importlib.util.find_spec(f"keeplora.methods.{module}") is None:
+            continue  # TEMPORARY while the baselines are being written
         importlib.import_module(f"keeplora.methods.{module}")
     return _METHODS
 

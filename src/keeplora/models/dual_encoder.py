@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -275,6 +276,12 @@ class DualEncoder:
         finally:
             for module in training:
                 module.training = True
+
+    def around(self, model: nn.Module) -> DualEncoder:
+        """The same family around another module of the same class, such as a copy with other weights; nothing is cached."""
+        other = copy.copy(self)
+        other.model, other._cache = model, None
+        return other
 
     def to(self, device: str | torch.device) -> DualEncoder:
         """Move the model to `device`."""

@@ -68,6 +68,9 @@ class KeepLoraConfig:
     keep_covariance: bool = _help(
         "Keep C_t of each task in its record, for exact audits; training never reads it.", False
     )
+    options: Mapping[str, Any] = _help(
+        "Settings of the method's own; `keeplora methods show NAME` lists them.", default_factory=dict
+    )
     seed: int = _help("Seeds the choice of samples where a cap applies.", 0)
 
     def __post_init__(self) -> None:
@@ -130,7 +133,7 @@ class KeepLoraConfig:
         """Refuse a key that names no tower of the model: it is a typing error, not a setting."""
         for item in fields(self):
             value = getattr(self, item.name)
-            if not isinstance(value, Mapping):
+            if item.name == "options" or not isinstance(value, Mapping):
                 continue
             for key in value:
                 if key not in ROLE_KEYS and not any(tower_matches(key, tower) for tower in towers):

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -28,7 +28,9 @@ from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord
+from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_features, collect_gradients
+from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, open_ledger, save_learner
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.targets import Target, resolve_targets
@@ -47,6 +49,8 @@ class OpenTask:
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     mask_fn: MaskFn = attention_masks
     acceptance: Acceptance | None = None
+    objective: Objective | None = None
+    reference: Iterable[Any] | None = None
     adapter: TaskAdapter | None = None
     release: Callable[[], None] | None = None
     """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""
@@ -78,10 +82,16 @@ class ContinualLearner:
     ['first']
     """
 
-    trains_A = False
+    trains_A: ClassVar[bool] = False
     """Whether A trains as well (plain LoRA)."""
-    protects = True
+    protects: ClassVar[bool] = True
     """Whether the method keeps protected subspaces at all."""
+    accumulates: ClassVar[bool] = True
+    """Whether updates add up in the model. False: it stays at W₀, and `serving` puts a task's update in."""
+    schedule: ClassVar[str] = "sequential"
+    """"sequential", or "joint": one training on the data of all tasks, after the last has come."""
+    Options: ClassVar[type[Any]] = NoOptions
+    """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
     def __init__(
         self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = ""
@@ -89,8 +99,9 @@ class ContinualLearner:
         self.model = model
         self.config = config
         self.base_name = base_name
+        self.options = make_options(self.Options, config.options)
         self.targets: list[Target] = resolve_targets(model, config)
-        self.store = WeightStore(model, [t.name for t in self.targets])
+        self.store = self._make_store()
         self.records: list[TaskRecord] = []
         self._U: dict[str, Tensor] | None = None
         self._open: OpenTask | None = None
@@ -130,6 +141,8 @@ class ContinualLearner:
         accept: Mapping[str, Any] | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         info: Mapping[str, Any] | None = None,
+        objective: Objective | None = None,
+        reference: Iterable[Any] | None = None,
     ) -> PeftModel | nn.Module:
         """Take the statistics of a new task and return the model to train.
 
@@ -146,6 +159,8 @@ class ContinualLearner:
             accept: ``{"max_drop": points, "action": "warn" | "undo"}``: how far what ``evaluate`` returns may fall.
             evaluate: returns a number per old task or probe, higher is better; called now and after the merge.
             info: JSON values to keep in the task's record.
+            objective: the task's features and logits, for the methods that need more than a loss (`Objective`).
+            reference: batches of other pictures and texts, for the methods that ask for them (zscl).
 
         Returns:
             A stock `peft.PeftModel` around the same model: A set and frozen, B = 0, an alpha per layer.
@@ -157,7 +172,7 @@ class ContinualLearner:
         acceptance = Acceptance.begin(accept, evaluate)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            info=dict(info or {}),
+            objective, reference, info=dict(info or {}),
         )  # fmt: skip
         model = self._attach(task)
         self._open = task
@@ -179,15 +194,19 @@ class ContinualLearner:
         try:
             record = self._detach(task)
             self._release(task)
-            self.store.add(record.deltas)
+            if self.accumulates:
+                self.store.add(record.deltas)
+            else:
+                self.store.write(record.deltas)
             record.info = task.info
-            record.tensors = task.tensors
+            record.tensors = {**record.tensors, **task.tensors}
             if task.acceptance is not None and not task.acceptance.passes(task.name):
                 self._undo(before, U_before)
                 return None
             started = time.perf_counter()
             if self.protects:
                 self._protect(task, record)
+            self._remember(task, record)
             task.statistics_seconds += time.perf_counter() - started
             record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
             if self._ledger is not None:
@@ -241,7 +260,47 @@ class ContinualLearner:
         if release is not None:
             release()
 
+    # ---- what a training loop and whoever serves the model call ---------------------------------------------------
+
+    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+        """What the method adds to the task's loss of a training batch: a scalar, or None.
+
+        A training loop calls it between the forward pass and ``backward()``: ``loss = task_loss + (penalty or 0)``.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """What the method does to the weights after each optimiser step; a training loop calls it there."""
+
+    def readout(self, image_features: Tensor, logits: Tensor, classes: Sequence[str]) -> Tensor:
+        """The final logits [N, C] of pictures against the candidate ``classes``: the model's own unless a method changes them.
+
+        Args:
+            image_features: [N, D], unit norm. logits: [N, C], the model's own.
+        """
+        return logits
+
+    @contextlib.contextmanager
+    def serving(self, task: str | None) -> Iterator[None]:
+        """The model as it answers for ``task``; only methods that are told the task at test time differ by it."""
+        yield
+
+    def state_bytes(self) -> int:
+        """Bytes that go from task to task beside the model itself: U, and what records keep beside factors."""
+        tensors = [*(self._U or {}).values(), *(t for r in self.records for t in r.tensors.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
+
+    def _make_store(self) -> WeightStore:
+        """The weights that the method moves: those of the targets."""
+        return WeightStore(self.model, [t.name for t in self.targets])
+
+    def _remember(self, task: OpenTask, record: TaskRecord) -> None:
+        """After the merge: put into ``record.tensors`` what must outlive the task beside its update."""
+
+    def _recall(self, records: Sequence[TaskRecord]) -> None:
+        """After loading: rebuild whatever the method derives from its records."""
 
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
         """A per target: the top directions of the residual gradient (M2–M4)."""
@@ -332,6 +391,7 @@ class ContinualLearner:
         ledger = open_ledger(directory)
         learner = cls(model, KeepLoraConfig(**ledger.head["config"]), base_name=ledger.head["base"]["name"])
         apply_records(learner, ledger)
+        learner._recall(learner.records)
         if append:
             learner._ledger = ledger
         return learner

@@ -122,6 +122,6 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
         )
     records = ledger.records()
     learner.restore_bases(ledger.bases(), records)  # whatever is refused is refused before a weight moves
-    for record in records:
+    for record in records if learner.accumulates else ():
         learner.store.add(record.deltas)
     learner.records = records

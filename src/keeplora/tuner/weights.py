@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,36 @@ class WeightStore:
 
     Rounding once, from the sum, is what keeps low-precision models from collecting a rounding error per task; and
     since the sum is taken in task order from the stored factors, a reloaded learner has the same bits.
+
+    Args:
+        names: the targets, by the names of their linears.
+        parameters: further parameters that a method moves, by their full names.
     """
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, names: list[str], parameters: Iterable[str] = ()) -> None:
         self._modules: dict[str, nn.Linear] = {}
         for name in names:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
             self._modules[name] = module
-        self.W0: dict[str, Tensor] = {n: m.weight.detach().to("cpu", copy=True) for n, m in self._modules.items()}
+        self._parameters = {name: module.weight for name, module in self._modules.items()}
+        self._parameters |= {name: model.get_parameter(name) for name in parameters}
+        self.W0: dict[str, Tensor] = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
         self.delta: dict[str, Tensor] = {}
         """Σ ΔW per target, float32 on the CPU; a target that no task moved is absent."""
 
     def module(self, name: str) -> nn.Linear:
         """The linear itself (PEFT's wrapper may stand in the model's tree at the time)."""
         return self._modules[name]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The weight of a target, or another parameter by its full name."""
+        return self._parameters[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Targets first, then the further parameters."""
+        return list(self._parameters)
 
     def add(self, deltas: Deltas) -> None:
         """Σ ← Σ + ΔW, and the model's weights follow."""
@@ -47,13 +62,13 @@ class WeightStore:
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Back to an earlier `snapshot`, bit for bit."""
         self.delta = dict(snapshot)
-        self.write(self._modules)
+        self.write(self._parameters)
 
     @torch.no_grad()
     def write(self, names: Mapping[str, object]) -> None:
         """Write round(W₀ + Σ) into the named modules."""
         for name in names:
-            self._modules[name].weight.copy_(self.current(name))
+            self._parameters[name].copy_(self.current(name))
 
     def current(self, name: str) -> Tensor:
         """W = round(W₀ + Σ) of one target in the model's dtype, on the CPU."""
