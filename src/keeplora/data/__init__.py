@@ -26,6 +26,18 @@ SOURCES: dict[str, tuple[str, frozenset[str]]] = {
     "table": ("keeplora.data.table", frozenset({"image_column", "label_column", "split_column", "delimiter"})),
     "datasets": ("keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision"})),
     "pack": ("keeplora.data.pack", frozenset({"task"})),
+    "fgvc-aircraft": ("keeplora.data.benchmarks.fgvc_aircraft", frozenset()),
+    "caltech101": ("keeplora.data.benchmarks.caltech101", frozenset()),
+    "cifar100": ("keeplora.data.benchmarks.cifar100", frozenset()),
+    "dtd": ("keeplora.data.benchmarks.dtd", frozenset()),
+    "eurosat": ("keeplora.data.benchmarks.eurosat", frozenset()),
+    "flowers102": ("keeplora.data.benchmarks.flowers102", frozenset()),
+    "food101": ("keeplora.data.benchmarks.food101", frozenset()),
+    "mnist": ("keeplora.data.benchmarks.mnist", frozenset({"shots"})),
+    "oxford-pet": ("keeplora.data.benchmarks.oxford_pet", frozenset()),
+    "stanford-cars": ("keeplora.data.benchmarks.stanford_cars", frozenset()),
+    "sun397": ("keeplora.data.benchmarks.sun397", frozenset()),
+    "coop": ("keeplora.data.benchmarks.coop", frozenset({"split_file", "images", "shots"})),
 }
 
 

@@ -10,8 +10,19 @@ from typing import Protocol
 class Classes(Protocol):
     """A task, as far as candidates go."""
 
-    classes: list[str]
-    templates: list[str]
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def templates(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Classes and templates alone."""
+
+    classes: Sequence[str]
+    templates: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,9 @@ def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: st
         random.Random(int(seed)).shuffle(shuffled)
         return {"order": shuffled, "order_name": name}, None
     choices = [*orders, "shuffle-SEED"]
-    raise ConfigError(f"{where}: order {name!r} is not known{did_you_mean(name, choices)}, or give a list of task names")
+    raise ConfigError(
+        f"{where}: order {name!r} is not known{did_you_mean(name, choices)}, or give a list of task names"
+    )
 
 
 def _split_classes(spec: Any) -> list[Any]:

@@ -253,7 +253,8 @@ class ExperimentConfig(_Section):
     order_name: str | None = Field(default=None, description="how the order is called; set when it is given by name")
     first_tasks: int | None = Field(default=None, ge=1, description="learn only the first tasks of the order")
     candidates: Literal["own", "seen", "all"] = Field(
-        default="own", description="test candidates: the task's classes, those of learned tasks too, or those of every task"
+        default="own",
+        description="test candidates: the task's classes, those of learned tasks too, or those of every task",
     )
     evaluate_on: Literal["test", "validation"] = Field(
         default="test", description="validation: held-out training pictures in place of test pictures, and no probes"

@@ -92,13 +92,22 @@ class TaskObjective:
             else:
                 self.family.text_features(batch)
 
-    def feature_batches(self, pictures: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The pictures, and then every prompt of every template once (METHOD.md, M8)."""
-        for batch in pictures:
+    def feature_batches(self, pictures: Iterable[Mapping[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
+        """The pictures, and then every prompt of every template once (METHOD.md, M8); can be gone through again."""
+        return _FeatureBatches(self, pictures)
+
+
+class _FeatureBatches:
+    def __init__(self, objective: TaskObjective, pictures: Iterable[Mapping[str, Tensor]]) -> None:
+        self._objective, self._pictures = objective, pictures
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self._pictures:
             yield {"pixel_values": batch["pixel_values"]}
-        prompts = self.family.class_prompts(self.task.classes, self.task.templates)
+        family, task = self._objective.family, self._objective.task
+        prompts = family.class_prompts(task.classes, task.templates)
         for i in range(0, len(prompts), 256):
-            yield dict(self.family.tokenize(prompts[i : i + 256]))
+            yield dict(family.tokenize(prompts[i : i + 256]))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from keeplora.experiment.pictures import Collate
 from keeplora.experiment.results import peak_memory
 from keeplora.experiment.setup import Setup
 from keeplora.tuner.adapter import TaskAdapter, random_factor
-from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.targets import Target
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,11 @@ class Plan:
         return sum(self.seconds.values())
 
 
-def trained_parameters(setup: Setup, targets: list[Target]) -> int:
-    """Entries that a task trains: B alone (KeepLoRA), A and B (LoRA), or the whole weights."""
-    learner = setup.method.learner
-    if not setup.method.trains:
-        return 0
-    total = 0
-    for t in targets:
-        r = min(t.r, t.n_in, t.n_out)
-        if learner.protects:
-            total += t.n_out * r
-        else:
-            total += (t.n_in + t.n_out) * r if learner.trains_A else t.n_in * t.n_out
-    return total
-
-
 def make_plan(setup: Setup) -> Plan:
     """Time one forward and one training batch of the first task and scale them up to the whole run."""
     config = setup.config
-    targets = resolve_targets(setup.family.model, setup.tuner_config())
+    learner = setup.method.learner(setup.family.model, setup.tuner_config())
+    targets = learner.targets
     rows, steps, trained, statistics = [], 0, 0, 0
     for task in setup.tasks:
         training = config.training.for_task(task.name)
@@ -85,7 +71,7 @@ def make_plan(setup: Setup) -> Plan:
             seconds["statistics"] = statistics * train + features * forward
     else:
         seconds["evaluation"] = sum(len(t.test) for t in [*setup.tasks, *setup.probes]) * forward
-    return Plan(rows, targets, trained_parameters(setup, targets), peak_memory(), seconds)
+    return Plan(rows, targets, learner.planned_parameters() if setup.method.trains else 0, peak_memory(), seconds)
 
 
 def _time_one_batch(setup: Setup, targets: list[Target]) -> tuple[float, float]:

@@ -328,14 +328,18 @@ class _Run:
             return
         record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
 
-    def _train(self, model: nn.Module, objective: TaskObjective, training: TrainingConfig, seed: int, task: TaskData) -> Any:
+    def _train(
+        self, model: nn.Module, objective: TaskObjective, training: TrainingConfig, seed: int, task: TaskData
+    ) -> Any:
         def batches_of(name: str, collate: Collate) -> TaskBatches:
             train = self.setup.sets[name].train
             return TaskBatches(train, training.batch_size, collate, workers=training.workers, seed=seed)
 
         batches: Batches = batches_of(task.name, objective.collate)
         if self._joint:
-            collates = {t.name: TaskObjective(self.setup.family, t, self.setup.precision).collate for t in self.setup.tasks}
+            collates = {
+                t.name: TaskObjective(self.setup.family, t, self.setup.precision).collate for t in self.setup.tasks
+            }
             batches = MixedBatches([batches_of(name, collate) for name, collate in collates.items()], seed=seed)
         return train_task(
             model, objective, batches, training, hooks=self.learner, progress=self.progress,

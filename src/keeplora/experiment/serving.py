@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
-from keeplora.experiment.candidates import candidates_for
+from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
@@ -93,13 +92,15 @@ class TrainedModel:
         A class that several tasks share is one candidate, at its best logit.
         """
         groups = self._groups(classes, task, template)
-        if get_method(self.config.method).task_identity and task is None and classes is None:
-            raise ConfigError(f"method {self.config.method!r} must be told which task a picture belongs to: give --task NAME")
+        if not self.learner.accumulates and task is None and classes is None:
+            raise ConfigError(
+                f"method {self.config.method!r} must be told which task a picture belongs to: give --task NAME"
+            )
         pixels = self.family.preprocess(picture).unsqueeze(0)
         best: dict[str, tuple[float, str | None]] = {}
         with self.learner.serving(task), self.family.evaluating():
             for group in groups:
-                candidates = candidates_for(SimpleNamespace(**group))
+                candidates = candidates_for(ClassList(group["classes"], group["templates"]))
                 logits = predict(self.family, candidates, pixels, group["head"])[0]
                 for label, logit in zip(group["classes"], logits.tolist(), strict=True):
                     if label not in best or logit > best[label][0]:

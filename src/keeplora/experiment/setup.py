@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class Setup:
         for name in ("gradient_samples", "feature_samples"):
             available = len(task.train) if task is not None else 1
             values[name] = self.config.tuner.samples(name, available)
+        # A schedule over the whole sequence (inflora's) needs its length, which the run knows.
+        if "tasks" in {f.name for f in fields(self.method.learner.Options)}:
+            values["options"] = {"tasks": len(self.tasks), **values["options"]}
         return self.method.make_config({**values, "seed": self.config.seed})
 
 
@@ -124,4 +127,6 @@ def prepare(config: ExperimentConfig) -> Setup:
         sets[probe.name] = Sets(
             PictureTensors(probe.train, family, cache), PictureTensors(probe.test, family, cache), None
         )
-    return Setup(config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards, reference)
+    return Setup(
+        config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards, reference
+    )

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from keeplora.methods.registry import ONE_SCALE, Method, register
+from typing import Any
+
+from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner import ContinualLearner
 
+ONE: dict[str, Any] = {
+    "learner": ContinualLearner, "config": ONE_SCALE, "trained": "B of every target", "state": "basis U per target",
+    "paper": "KeepLoRA, arXiv 2601.19659",
+}  # fmt: skip
+SCALED: dict[str, Any] = {
+    "learner": ContinualLearner, "trained": "B of every target", "state": "basis U per target",
+    "paper": "KeepLoRA++, arXiv 2606.16256", "search": {**LEARNING_RATE, "tuner.gamma": ("choice", [0.2, 0.5])},
+}  # fmt: skip
+HEAD: dict[str, Any] = {
+    "classifier": True, "task_identity": True, "trained": "B of every target, one weight per class",
+    "state": "basis U per target, a head per task", "inference": "one product per picture with the task's head",
+}  # fmt: skip
+
+register(Method("keeplora", "KeepLoRA (γ = 1)", summary="residual-gradient LoRA, one scale for all layers", **ONE))
+register(Method("keeplora++", "KeepLoRA++", summary="residual-gradient LoRA, layer scales from γ up to 1", **SCALED))
 register(
-    Method("keeplora", "KeepLoRA (γ = 1)", ContinualLearner, "residual-gradient LoRA, one scale for all layers",
-           config=ONE_SCALE)
+    Method("keeplora-cls", "KeepLoRA (γ = 1), cls", summary="KeepLoRA with a trained class-weight head per task",
+           **{**ONE, **HEAD})
 )  # fmt: skip
-register(Method("keeplora++", "KeepLoRA++", ContinualLearner, "residual-gradient LoRA, layer scales from γ up to 1"))
 register(
-    Method("keeplora-cls", "KeepLoRA (γ = 1), cls", ContinualLearner, "KeepLoRA with a trained class-weight head per task",
-           config=ONE_SCALE, classifier=True)
-)  # fmt: skip
-register(
-    Method("keeplora++-cls", "KeepLoRA++, cls", ContinualLearner, "KeepLoRA++ with a trained class-weight head per task",
-           classifier=True)
+    Method("keeplora++-cls", "KeepLoRA++, cls", summary="KeepLoRA++ with a trained class-weight head per task",
+           **{**SCALED, **HEAD})
 )  # fmt: skip

@@ -23,5 +23,5 @@ class SequentialLora(ContinualLearner):
 
 register(
     Method("lora", "Sequential LoRA", SequentialLora, "plain LoRA, one task after another, merged after each",
-           config=ONE_SCALE)
+           config=ONE_SCALE, paper="Hu et al., arXiv 2106.09685")
 )  # fmt: skip

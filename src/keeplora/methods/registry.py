@@ -22,6 +22,9 @@ METHOD_MODULES = (
 Space = tuple[str, float, float] | tuple[str, list[Any]]
 """One axis of a search: ("log", low, high), ("uniform", low, high) or ("choice", values)."""
 LEARNING_RATE: dict[str, Space] = {"training.learning_rate": ("log", 1e-4, 1e-2)}
+"""For low-rank factors."""
+FULL_LEARNING_RATE: dict[str, Space] = {"training.learning_rate": ("log", 1e-5, 1e-3)}
+"""For whole weights, which diverge at rates that suit factors."""
 
 
 @dataclass(frozen=True)

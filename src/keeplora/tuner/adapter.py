@@ -113,8 +113,13 @@ class TaskAdapter:
             self._handle = register_optimizer_step_pre_hook(before_step)
             weakref.finalize(self, self._handle.remove)
 
-    def _weight_A(self, name: str) -> Tensor:
-        return self._layers[name].lora_A[ADAPTER].weight
+    def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The live (A, B) of a target that is adapted."""
+        layer = self._layers[name]
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+    def _weight_A(self, name: str) -> nn.Parameter:
+        return self.weights(name)[0]
 
     def freeze_A(self) -> None:
         """Freeze every A again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeplora.errors import CapacityError, KeepLoraError, LedgerError
+from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.math import (
     extend_basis,
     extend_basis_with_gradient,
@@ -29,10 +28,11 @@ from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord
 from keeplora.tuner.objective import Objective
-from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_features, collect_gradients
+from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, open_ledger, save_learner
 from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.weights import WeightStore
 
@@ -57,6 +57,17 @@ class OpenTask:
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0
+
+    def when_released(self, action: Callable[[], None]) -> None:
+        """Have ``action`` called as well when the model is given back: for what a method holds while a task is open."""
+        release = self.release
+
+        def both() -> None:
+            action()
+            if release is not None:
+                release()
+
+        self.release = both
 
 
 class ContinualLearner:
@@ -285,6 +296,11 @@ class ContinualLearner:
         """The model as it answers for ``task``; only methods that are told the task at test time differ by it."""
         yield
 
+    def planned_parameters(self) -> int:
+        """Entries that a task trains if no rank shrinks; `TaskRecord.info["trained_parameters"]` is what one did train."""
+        ranks = {t.name: min(t.r, t.n_in, t.n_out) for t in self.targets}
+        return sum(ranks[t.name] * (t.n_out + (t.n_in if self.trains_A else 0)) for t in self.targets)
+
     def state_bytes(self) -> int:
         """Bytes that go from task to task beside the model itself: U, and what records keep beside factors."""
         tensors = [*(self._U or {}).values(), *(t for r in self.records for t in r.tensors.values())]
@@ -309,20 +325,7 @@ class ContinualLearner:
         G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
         A = {t.name: residual_factor(G[t.name].cpu(), self.U[t.name], t.r) for t in self.targets}
         task.statistics_seconds += time.perf_counter() - started
-        shrunk = [t.name for t in self.targets if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
-        out = [t.name for t in self.targets if A[t.name].shape[0] == 0]
-        if len(out) == len(self.targets):
-            raise CapacityError(
-                f"task {task.name!r} cannot be learned: no target has residual space left (the protected subspaces hold "
-                "every input direction that its gradient uses); lower energy_features or energy_weights, or add targets"
-            )
-        task.info["rank_shrunk"], task.info["not_adapted"] = shrunk, out
-        if out:
-            warnings.warn(
-                f"task {task.name!r}: no residual space is left in {len(out)} of {len(self.targets)} targets, which sit "
-                f"this task out: {', '.join(out[:3])}{', …' if len(out) > 3 else ''}",
-                stacklevel=4,
-            )
+        report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
@@ -344,12 +347,7 @@ class ContinualLearner:
             G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
             source = {t.name: G[t.name].cpu() for t in self.targets}
         else:
-            batches = task.feature_batches
-            if batches is None:
-                batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
-            observer = collect_features(
-                self.model, self.targets, self.store, batches, task.forward_fn or task.loss_fn, task.mask_fn
-            )
+            observer = task_features(self, task)
             source = {t.name: observer.C(t.name).cpu() for t in self.targets}
         extend = extend_basis_with_gradient if config.memory == "gradients" else extend_basis
         grown = dict(U)

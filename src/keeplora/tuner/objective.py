@@ -1,4 +1,4 @@
-"""What a learner may ask of the task's loss, beyond its value: teachers, penalties and analytic methods need features and logits."""
+"""What a learner may ask of a task beyond its loss: teachers, penalties and analytic methods need features and logits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ class Objective(Protocol):
     copy of it with other weights (a teacher); None is the learner's own, adapter included.
     """
 
-    classes: Sequence[str]
-    templates: Sequence[str]
-    text_batch: Mapping[str, Tensor]
-    """The tokenised training prompts, one per class."""
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def templates(self) -> Sequence[str]: ...
+
+    @property
+    def text_batch(self) -> Mapping[str, Tensor]:
+        """The tokenised training prompts, one per class."""
+        ...
 
     def logits(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
         """[N, C] float32, differentiable."""

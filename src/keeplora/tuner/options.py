@@ -36,8 +36,6 @@ def make_options(kind: type[Any], values: Mapping[str, Any]) -> Any:
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not None and type(value) is not type(default):
-            raise ConfigError(
-                f"tuner.options.{name} is {value!r}, but must be of the kind of its default {default!r}"
-            )
+            raise ConfigError(f"tuner.options.{name} is {value!r}, but must be of the kind of its default {default!r}")
         given[name] = value
     return kind(**given)

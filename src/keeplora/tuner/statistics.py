@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from keeplora.errors import CapacityError, KeepLoraError
+from keeplora.errors import CapacityError
 from keeplora.tuner.observers import FeatureObserver, collect_features
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.targets import Target
@@ -18,17 +18,8 @@ if TYPE_CHECKING:
 
 
 def task_features(learner: ContinualLearner, task: OpenTask) -> FeatureObserver:
-    """C of every target over the task's data at the model's present weights (M8); the adapter must be out.
-
-    Raises:
-        KeepLoraError: ``feature_batches`` is an iterator, which the first pass would leave empty for the next.
-    """
+    """C of every target over the task's data at the model's present weights (M8); the adapter must be out."""
     config, batches = learner.config, task.feature_batches
-    if isinstance(batches, Iterator):
-        raise KeepLoraError(
-            f"task {task.name!r}: feature_batches is a {type(batches).__name__}, which can be gone through only once, "
-            "but the features are taken before training and after it; give a list or a DataLoader"
-        )
     if batches is None:
         batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
     return collect_features(

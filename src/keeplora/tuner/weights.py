@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class WeightStore:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
             self._modules[name] = module
-        self._parameters = {name: module.weight for name, module in self._modules.items()}
+        self._parameters: dict[str, nn.Parameter] = {
+            name: cast(nn.Parameter, module.weight) for name, module in self._modules.items()
+        }
         self._parameters |= {name: model.get_parameter(name) for name in parameters}
         self.W0: dict[str, Tensor] = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
         self.delta: dict[str, Tensor] = {}
@@ -81,5 +84,5 @@ class WeightStore:
         for name in sorted(self.W0):
             W = self.W0[name].contiguous()
             digest.update(f"{name}|{W.dtype}|{tuple(W.shape)}|".encode())
-            digest.update(W.view(torch.uint8).numpy().tobytes())
+            digest.update(W.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -20,7 +20,7 @@ class Logger:
     """`RunLogger` over ``trackio.init``. A run is found again by its name, which therefore has the time in it."""
 
     def start(self, config: Mapping[str, Any], folder: Path, name: str, project: str, resumed_at: int | None) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         known = folder / "name.txt"
         resumed = resumed_at is not None and known.is_file()
@@ -35,7 +35,7 @@ class Logger:
         self._run.log(dict(values), step=step)
 
     def finish(self, status: str) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         ours = trackio.context_vars.current_run.get() is self._run
         with contextlib.redirect_stdout(io.StringIO()):

@@ -19,7 +19,7 @@ class Logger:
     """`RunLogger` over ``wandb.init``. A resumed run keeps its id, so that wandb shows one run."""
 
     def start(self, config: Mapping[str, Any], folder: Path, name: str, project: str, resumed_at: int | None) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         known = folder / "id.txt"
         run_id = known.read_text(encoding="utf-8").strip() if resumed_at is not None and known.is_file() else None
