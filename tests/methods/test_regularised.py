@@ -52,6 +52,11 @@ def perturb(learner) -> None:
 def test_fisher_is_the_mean_of_squares_over_single_samples(clip):
     learner = make_learner("ewc", clip)
     task = FamilyTask(clip, "one")
+    task.batches = [
+        {k: v[i : i + 2] if k in ("pixel_values", "labels") else v for k, v in batch.items()}
+        for batch in task.batches
+        for i in (0, 2)
+    ]  # as many pictures as prompts: neither may be taken for the other
     learn(learner, task, "one")
     record = learner.records[-1]
     expected = plain_fisher(learner, task)
@@ -94,7 +99,9 @@ def test_ewc_penalty_and_gradient_are_the_formulas(clip):
         torch.testing.assert_close(h, g, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(h, 6.0 * F[n] * (W[n] - star[n]).detach(), rtol=1e-5, atol=1e-9)
     assert model is clip.model
+    assert len(learner._held) == len(star)
     learner.abort_task()
+    assert len(learner._held) == 0  # θ* and F do not outlive the task
 
 
 def test_l2_holds_the_first_task_too(clip):
@@ -137,6 +144,20 @@ def test_ewc_without_decay_forgets_and_without_loss_adds_up(clip):
     last = {n: learner.records[1].tensors[FISHER + n] for n in learner.store.names}
     assert same(learner.fisher(), last)
     assert learner.state_bytes() == sum(4 * F.numel() for F in last.values())
+
+
+def test_fisher_samples_cuts_within_a_batch(clip_folder):
+    found = {}
+    for cap in (3, 0):
+        encoder = load_model(clip_folder)
+        learner = make_learner("ewc", encoder, {"fisher_samples": cap})
+        task = FamilyTask(encoder, "one")
+        start(learner, task, "one")
+        if not cap:  # the same three samples, uncapped
+            task.batches[:] = [{k: v[:3] if k in ("pixel_values", "labels") else v for k, v in task.batches[0].items()}]
+        learner.finish_task()
+        found[cap] = learner.records[0].tensors
+    assert same(found[3], found[0])
 
 
 class Counted:

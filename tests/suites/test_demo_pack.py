@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from keeplora.data import load_task
-from keeplora.errors import ConfigError
-from keeplora.suites import load_suite, suite_folder, suite_names
+from keeplora.suites import load_suite, suite_folder
 
 PACK = suite_folder() / "demo"
 DEMO = load_suite("demo")
@@ -177,32 +176,18 @@ def test_suites_load_through_the_data_room(name):
         assert all(60 <= len(probe.test) <= 90 for probe in probes)
 
 
-def test_a_suite_is_new_with_every_call():
-    load_suite("demo")["tasks"].clear()
-    assert len(load_suite("demo")["tasks"]) == 5
-
-
-def test_an_unknown_suite_gets_a_hint():
-    assert suite_names() == ["demo", "demo-small"]
-    with pytest.raises(ConfigError, match="did you mean 'demo-small'"):
-        load_suite("demo-smal")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tasks: [", "not YAML"),
-        ("- a", "a suite is a mapping"),
-        ("name: broken\ntask: []", "unknown key 'task'; did you mean 'tasks'"),
-        ("name: broken", "`description` is missing"),
-        ("name: other\ndescription: d\nmodel: {}\ntasks: []\nprobes: []", "must be the file's own name"),
-        ("name: broken\ndescription: 3", "`description` must be a str"),
-        ("name: broken\ndescription: d\nmodel: {}\ntasks: [{source: pack}]\nprobes: []", "has no `name`"),
-        ("name: broken\ndescription: d\nmodel: {}\ntasks: [{name: a}]\nprobes: [{name: a}]", "are called 'a'"),
-    ],
-)
-def test_a_broken_suite_is_refused_with_a_sentence(tmp_path, monkeypatch, text, message):
-    monkeypatch.setattr("keeplora.suites.suite_folder", lambda: tmp_path)
-    (tmp_path / "broken.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
-        load_suite("broken")
+def test_the_reference_set_is_in_no_task_and_no_probe(pictures):
+    """What a method distils on must not be what it is tested on: no reserved item, no equal and no near picture."""
+    assert load_suite("demo")["reference"] == load_suite("demo-small")["reference"]
+    task = load_task(DEMO["reference"], suite_folder(), probe=True)
+    found = rows("reference")
+    assert len(task.test) == len(task.classes) == len(found) >= 300
+    assert {row["split"] for row in found} == {"test"}
+    assert {row["origin"] for row in found} == {"openclipart-png"}
+    for row in found:
+        stem = row["item"].split("/")[-1].strip().lower()  # the name by which an item is reserved
+        assert int(hashlib.sha256(stem.encode()).hexdigest()[:8], 16) % 10 >= 4, row["item"]
+    others = [image for images in pictures.values() for image in images]
+    mine = [task.test.picture(i) for i in range(len(task.test))]
+    assert {image.size for image in mine} == {(112, 112)}
+    assert all(j < len(others) for _, j in near([*others, *mine]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keeplora.cli import assets, audit, export, listing, predict, report, resume, run
+from keeplora.cli import assets, audit, compare, export, methods, predict, report, resume, run, suites, tune
 from keeplora.errors import KeepLoraError
 
 
@@ -33,9 +33,11 @@ app.command("resume")(resume.resume)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("tune")(tune.tune)
 app.command("audit")(audit.audit)
-app.command("methods")(listing.methods)
-app.command("suites")(listing.suites)
+app.add_typer(methods.app, name="methods")
+app.add_typer(suites.app, name="suites")
 app.add_typer(assets.app, name="assets")
 
 

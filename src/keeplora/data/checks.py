@@ -1,40 +1,73 @@
-"""Reading every picture once: damaged ones, and the same picture on both sides of a split."""
+"""Looking at every picture once: damaged ones, and the same picture on both sides of a split."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from keeplora.data.pictures import PictureError, check_picture
-from keeplora.data.sets import Entry
+from keeplora.data.digests import FileFacts, Stamp, holds, in_threads, read_settled
+from keeplora.data.headers import read_header
+from keeplora.data.pictures import MAX_ASPECT, PictureError, check_picture
+from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import TaskSpec, listing
 from keeplora.errors import DataError
+
+#: Part of the name under which good pictures are remembered: another number whenever `check_picture` refuses other ones.
+_CHECK = 1
+
+
+def file_of(entry: Entry) -> str | None:
+    """The absolute path of the picture's file; None where it is part of something larger."""
+    return os.path.abspath(entry.source.path) if isinstance(entry.source, FileBytes) else None
 
 
 def check_entries(entries: Sequence[Entry], spec: TaskSpec, split: str) -> tuple[list[Entry], list[str]]:
     """Read every picture and look at it, a few at a time; nothing decoded is kept.
 
-    With ``on_error: skip`` every picture is decoded in full, so that the pictures left out are the same ones in
-    every run and process, and none fails later.
+    A good picture file that has not changed since it was last read is not read again (`keeplora.data.digests`). With
+    ``on_error: skip`` every picture is decoded in full, so that the pictures left out are the same ones in every run
+    and process, and none fails later.
 
     Returns:
         The usable entries with their digests, and warnings.
     """
     full = spec.check == "full" or spec.on_error == "skip"
+    facts = FileFacts(f"checked-{_CHECK}-{'full' if full else 'header'}-{spec.max_pixels}")
+    known = facts.recall(filter(None, map(file_of, entries)))
+    new: dict[str, tuple[Stamp, str]] = {}
 
-    def check(entry: Entry) -> Entry | PictureError:
-        try:
-            data = entry.source.read()
-            pixels = check_picture(data, entry.where, max_pixels=spec.max_pixels, full=full)
-        except PictureError as error:
-            return error
-        return replace(entry, digest=hashlib.sha256(data).hexdigest(), pixels=pixels)
+    def fact_of(entry: Entry) -> str:
+        data = entry.source.read()
+        pixels = "" if not full and _whole_array(data, spec) else check_picture(
+            data, entry.where, max_pixels=spec.max_pixels, full=full
+        )  # fmt: skip
+        return f"{hashlib.sha256(data).hexdigest()} {pixels}"
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes and hashlib hashes without the GIL
-        checked = list(pool.map(check, entries))
+    def check(part: Sequence[Entry]) -> list[Entry | PictureError]:
+        found: list[Entry | PictureError] = []
+        for entry in part:
+            path = file_of(entry)
+            fact = holds(known, path) if path is not None else None
+            if fact is None:
+                try:
+                    if path is None:
+                        fact = fact_of(entry)
+                    else:
+                        stamp, fact = read_settled(path, lambda _, entry=entry: fact_of(entry))
+                        if stamp is not None:
+                            new[path] = (stamp, fact)
+                except PictureError as error:
+                    found.append(error)
+                    continue
+            digest, _, pixels = fact.partition(" ")
+            found.append(replace(entry, digest=digest, pixels=pixels))
+        return found
+
+    # Pillow decodes and hashlib hashes without the GIL
+    checked = [item for part in in_threads(check, entries, size=64) for item in part]
+    facts.remember(new)
     good = [item for item in checked if isinstance(item, Entry)]
     bad = [item for item in checked if isinstance(item, PictureError)]
     if not bad:
@@ -43,6 +76,17 @@ def check_entries(entries: Sequence[Entry], spec: TaskSpec, split: str) -> tuple
         more = f" ({len(bad) - 1} more picture(s) of {split} cannot be used)" if len(bad) > 1 else ""
         raise PictureError(f"{bad[0]}; or set `on_error: skip` to leave such pictures out{more}")
     return good, [f"{len(bad)} unusable picture(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
+
+
+def _whole_array(data: bytes, spec: TaskSpec) -> bool:
+    """Whether these are a plain uncompressed picture of the right length, which nothing can be wrong with."""
+    header = read_header(len(data), lambda offset, count: data[offset : offset + count])
+    return header is not None and header.format == "PPM" and may_be_used(header.width, header.height, spec.max_pixels)
+
+
+def may_be_used(width: int, height: int, max_pixels: int) -> bool:
+    """Whether a picture of this size passes `check_picture`'s limits."""
+    return 0 < width * height <= max_pixels and max(width, height) <= MAX_ASPECT * min(width, height)
 
 
 def _names(pairs: Sequence[tuple[Entry, Entry]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from keeplora.data.benchmarks.class_incremental import part_of
 from keeplora.data.checks import check_entries, handle_duplicates
 from keeplora.data.classes import Classes, check_labels, resolve_classes
 from keeplora.data.sets import Entry, PictureSet, TaskData
@@ -17,8 +19,11 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
 
     The order matters: a split that must be cut is cut from whole pictures only (identical ones kept together); caps
     come before the reading of pictures where they can, so that a small sample of a large set is quick; duplicates
-    are looked for among the pictures that are used.
+    are looked for among the pictures that are used. A part of the classes (`part`) is taken first of all.
     """
+    if spec.part is not None:
+        raw, spec = _part(raw, spec)
+    _refuse_twice(raw)
     found = _probe_splits(raw, spec) if probe else raw.splits
     splits = {split: found[split] for split in SPLIT_ALIASES if split in found}  # one order, whatever the source's
     _refuse_empty(raw, splits, "test" if probe else "train")
@@ -49,6 +54,7 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
             if not splits[split]:
                 raise DataError(f"no usable picture is left in {split}; see that the files can be opened")
     sets = {split: _numbered(entries, classes, spec) for split, entries in splits.items()}
+    warnings += _unexpected(classes, splits, spec)
     train = sets.get("train", PictureSet([], [], max_pixels=spec.max_pixels))
     validation = sets.get("validation")
     if isinstance(spec.validation, float) and not probe:
@@ -63,6 +69,40 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
         warnings=warnings,
         licence=spec.licence or raw.licence,
     )
+
+
+def _part(raw: RawTask, spec: TaskSpec) -> tuple[RawTask, TaskSpec]:
+    """Keep the classes of `part`; what `classes` says is applied first, so that a list there fixes the order."""
+    part = spec.part
+    assert part is not None
+    whole = resolve_classes(raw.splits.get("train") or raw.splits["test"], raw, spec)
+    raw = part_of(replace(raw, class_order=whole.raw), part.index, part.of, part.seed)
+    display = dict(zip(whole.raw, whole.display, strict=True))
+    return raw, replace(spec, classes={label: display[label] for label in raw.class_order or ()})
+
+
+def _refuse_twice(raw: RawTask) -> None:
+    """Names must differ: a picture is looked up by its name when splits are cut and when results are compared."""
+    for split, entries in raw.splits.items():
+        seen: set[str] = set()
+        for entry in entries:
+            if entry.key in seen:
+                raise DataError(f"{entry.where}: listed twice in {split} (as {entry.key!r}); delete one")
+            seen.add(entry.key)
+
+
+def _unexpected(classes: Classes, splits: dict[str, list[Entry]], spec: TaskSpec) -> list[str]:
+    """Where the counts are not the published ones; a part or a sample of the data was chosen by the person."""
+    if spec.part is not None or spec.max_train_per_class is not None or spec.max_test_per_class is not None:
+        return []
+    found = {"classes": len(classes.raw)} | {split: len(entries) for split, entries in splits.items()}
+    return [
+        "not paper-comparable: "
+        + (f"there are {found[key]} classes" if key == "classes" else f"{key} has {found[key]} pictures")
+        + f" where the published protocol has {wanted}"
+        for key, wanted in spec.expect.items()
+        if key in found and found[key] != wanted
+    ]
 
 
 def _numbered(entries: Sequence[Entry], classes: Classes, spec: TaskSpec) -> PictureSet:

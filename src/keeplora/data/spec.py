@@ -21,7 +21,13 @@ DUPLICATES = ("warn", "refuse", "drop")
 COMMON_KEYS = frozenset(
     {"name", "source", "path", "train", "test", "validation", "classes", "templates", "max_train_per_class"}
     | {"max_test_per_class", "max_pixels", "on_error", "check", "duplicates", "split_seed", "licence"}
+    | {"part", "expect"}
 )
+#: Of the keys that only some sources know, those that are whole numbers.
+NUMBER_KEYS = frozenset({"shots"})
+EXPECT_KEYS = ("classes", "train", "test")
+#: numpy's RandomState takes no larger seed.
+LARGEST_SEED = 2**32 - 1
 #: Names under which people keep the three splits.
 SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -31,8 +37,21 @@ SPLIT_ALIASES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Group ``index`` (from 1) of the classes cut into ``of`` groups, shuffled first where there is a ``seed``."""
+
+    index: int
+    of: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """A checked task description; ``extra`` holds the keys that only one source knows."""
+    """A checked task description.
+
+    ``extra`` and ``numbers`` hold the keys that only some sources know: text, and whole numbers (`NUMBER_KEYS`).
+    ``expect`` holds the published counts of classes and pictures, where the description gives them.
+    """
 
     name: str
     source: str
@@ -50,7 +69,10 @@ class TaskSpec:
     duplicates: str = "warn"
     split_seed: int = 0
     licence: str | None = None
+    part: Part | None = None
+    expect: dict[str, int] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def split_names(self) -> dict[str, str]:
@@ -143,10 +165,7 @@ def parse_spec(spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]
         return value
 
     def whole(key: str, least: int) -> int | None:
-        value = given.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{where}: `{key}` is {value!r}: give a whole number, {least} or more")
-        return value
+        return _whole(given.get(key), where, f"`{key}`", least)
 
     def fraction_or_text(key: str) -> str | float | None:
         value = given.get(key)
@@ -177,11 +196,48 @@ def parse_spec(spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]
         duplicates=choice("duplicates", DUPLICATES),
         split_seed=whole("split_seed", 0) or 0,
         licence=text("licence"),
-        extra={key: value for key in extra_keys[source] if (value := text(key)) is not None},
+        part=_part(given.get("part"), where),
+        expect=_expect(given.get("expect"), where),
+        extra={k: value for k in extra_keys[source] if k not in NUMBER_KEYS and (value := text(k)) is not None},
+        numbers={k: value for k in extra_keys[source] if k in NUMBER_KEYS and (value := whole(k, 1)) is not None},
     )
     if parsed.path is None and parsed.train is None and not isinstance(parsed.test, str):
         raise ConfigError(f"{where}: no pictures named: give `path`, or `train` and `test`")
     return parsed
+
+
+def _whole(value: object, where: str, what: str, least: int, most: int | None = None) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or value)):
+        return value
+    limit = f"{least} or more" if most is None else f"from {least} to {most}"
+    raise ConfigError(f"{where}: {what} is {value!r}: give a whole number, {limit}")
+
+
+def _mapping(value: object, where: str, key: str, known: Sequence[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: `{key}` is {value!r}: give a mapping with {listing(known)}")
+    for name in value:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r} in `{key}`{did_you_mean(str(name), known)}")
+    return {str(name): given for name, given in value.items() if given is not None}
+
+
+def _part(value: object, where: str) -> Part | None:
+    if value is None:
+        return None
+    given = _mapping(value, where, "part", ("index", "of", "seed"))
+    of = _whole(given.get("of"), where, "`of` in `part`", 1)
+    index = _whole(given.get("index"), where, "`index` in `part`", 1, of)
+    if of is None or index is None:
+        raise ConfigError(f"{where}: `part` is {value!r}: it needs `index` and `of`, e.g. {{index: 1, of: 10}}")
+    return Part(index, of, _whole(given.get("seed"), where, "`seed` in `part`", 0, LARGEST_SEED))
+
+
+def _expect(value: object, where: str) -> dict[str, int]:
+    counts = _mapping(value, where, "expect", EXPECT_KEYS)
+    return {k: n for k, v in counts.items() if (n := _whole(v, where, f"`{k}` in `expect`", 1)) is not None}
 
 
 def _class_name(value: object, where: str) -> str:

@@ -1,0 +1,214 @@
+"""What a task's data lacks: files, pictures, classes, counts."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from keeplora.data.classes import check_labels, resolve_classes
+from keeplora.data.doctor.layouts import look_for, needed
+from keeplora.data.doctor.look import Look, find_duplicates, look_at
+from keeplora.data.sets import Entry
+from keeplora.data.spec import RawTask, TaskSpec, listing, parse_spec
+from keeplora.errors import ConfigError, DataError, KeepLoraError
+
+#: Damaged pictures of one split that are named one by one.
+NAMED = 5
+
+
+class Progress(Protocol):
+    """Told how far one task's pictures are; ``total`` is 0 while the lists are being read."""
+
+    def __call__(self, task: str, done: int, total: int) -> None: ...
+
+
+@dataclass(slots=True)
+class TaskCheck:
+    """What was found of one task.
+
+    Attributes:
+        name, source: the task's.
+        folder: where its data is looked for; "" for a name on the hub.
+        found, missing: what the source needs, as paths below ``folder``.
+        classes: how many; None where the lists could not be read.
+        pictures: number by split.
+        expect: the published counts.
+        bytes: of all pictures, encoded.
+        smallest, largest: ``(width, height, name)`` of the pictures with the least and the most pixels.
+        problems: what must be mended, a sentence each.
+        notes: what a person should know and that stops nothing.
+        fetch: where to get the data, in words; "" where nothing is missing.
+    """
+
+    name: str
+    source: str = ""
+    folder: str = ""
+    found: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    classes: int | None = None
+    pictures: dict[str, int] = field(default_factory=dict)
+    expect: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    smallest: tuple[int, int, str] | None = None
+    largest: tuple[int, int, str] | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    fetch: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def examine(
+    spec: Mapping[str, Any],
+    base: Path,
+    sources: Mapping[str, tuple[str, Collection[str]]],
+    *,
+    fetch: str = "",
+    probe: bool = False,
+    full: bool = False,
+    progress: Progress = lambda task, done, total: None,
+) -> TaskCheck:
+    """Look at all of a task's data and say what is wrong with it. It never raises because of the data.
+
+    Args:
+        spec: the task as `keeplora.data.load_task` takes it; of a class-incremental one the whole dataset is looked at.
+        base: where relative paths start.
+        sources: `keeplora.data.SOURCES`.
+        fetch: where to get the data, in words.
+        probe: look only at what a probe set needs.
+        full: decode every picture; else its size, first kilobyte and end are looked at.
+        progress: called now and then.
+    """
+    check = TaskCheck(name=str(spec.get("name")))
+    whole = {key: value for key, value in spec.items() if key not in ("split_classes", "part", "fetch")}
+    try:
+        _examine(check, whole, base, sources, probe, full, progress)
+    except ConfigError as error:  # the description is wrong, not the data
+        check.problems.append(str(error))
+        return check
+    except KeepLoraError as error:
+        check.problems.append(str(error))
+    except Exception as error:  # whatever it is, the other datasets must still be looked at
+        check.problems.append(f"its loader failed, which is a fault of keeplora ({type(error).__name__}: {error})")
+    if check.missing or (check.problems and check.classes is None):
+        check.fetch = fetch
+    return check
+
+
+def _examine(
+    check: TaskCheck, given: Mapping[str, Any], base: Path, sources: Mapping[str, tuple[str, Collection[str]]],
+    probe: bool, full: bool, progress: Progress,
+) -> None:  # fmt: skip
+    spec = parse_spec(given, {name: keys for name, (_, keys) in sources.items()})
+    check.source, check.expect = spec.source, dict(spec.expect)
+    progress(spec.name, 0, 0)
+    if names := needed(spec):
+        check.folder = os.path.abspath(base / Path(spec.path or "").expanduser())
+        root = Path(check.folder)
+        if not root.is_dir():
+            check.missing = [os.path.basename(root) + "/"]
+            check.problems.append(f"{root}: no such folder{_near(root)}")
+            return
+        check.found, check.missing = look_for(root, names)
+        check.problems += [f"{check.folder}: lacks {name}" for name in check.missing]
+        if check.missing:
+            return
+    elif spec.path is not None:
+        path = base / Path(spec.path).expanduser()
+        check.folder = os.path.abspath(path) if path.exists() else ""
+    raw = importlib.import_module(sources[spec.source][0]).read(spec, base, probe)
+    _lists(check, raw, spec, probe)
+    _pictures(check, raw, spec, full, progress)
+
+
+def _near(folder: Path) -> str:
+    """A folder beside it whose name differs a little: another release, or another way to unpack."""
+    try:
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    plain = {_plain(name): name for name in beside}
+    near = difflib.get_close_matches(_plain(folder.name), plain, n=1, cutoff=0.6)
+    return f"; is it {plain[near[0]]!r} beside it? Then rename or link that" if near else ""
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def _lists(check: TaskCheck, raw: RawTask, spec: TaskSpec, probe: bool) -> None:
+    """Classes and counts, from the lists alone."""
+    check.pictures = {split: len(entries) for split, entries in raw.splits.items()}
+    for split, places in raw.empty.items():
+        check.problems += [
+            f"{place}: the class folder {label!r} of {split} holds no picture" for label, place in places
+        ]
+    main = "test" if probe and "test" in raw.splits else "train"
+    try:
+        classes = resolve_classes(raw.splits.get(main, []), raw, spec)
+        check.classes = len(classes.raw)
+        for split in raw.splits:
+            if split != main and not probe:
+                check.notes += check_labels(raw.splits[split], classes, split)
+    except DataError as error:
+        check.problems.append(str(error))
+        check.classes = len({entry.label for entry in raw.splits.get(main, [])})
+    check.notes += raw.warnings
+    if "test" not in raw.splits:  # train and test are cut out of one set
+        found = {"classes": check.classes, "train and test": check.pictures.get("train", 0)}
+        wanted = {"classes": spec.expect.get("classes"), "train and test": _total(spec.expect)}
+    else:
+        found = {"classes": check.classes, **check.pictures}
+        wanted: dict[str, int | None] = dict(spec.expect)
+    told = {key: count for key, count in wanted.items() if count is not None and key in found}
+    if any(found[key] != count for key, count in told.items()):
+        here = ", ".join(f"{found[key]:,} {key}" for key in told)
+        there = ", ".join(f"{count:,}" for count in told.values())
+        check.problems.append(f"{here} found, where {there} are expected")
+
+
+def _total(expect: Mapping[str, int]) -> int | None:
+    return expect["train"] + expect["test"] if {"train", "test"} <= set(expect) else None
+
+
+def _pictures(check: TaskCheck, raw: RawTask, spec: TaskSpec, full: bool, progress: Progress) -> None:
+    total, done = sum(check.pictures.values()), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(spec.name, done, total)
+
+    splits: dict[str, list[tuple[Entry, Look]]] = {}
+    for split, entries in raw.splits.items():
+        looks = look_at(entries, full=full, max_pixels=spec.max_pixels, tick=tick)
+        splits[split] = list(zip(entries, looks, strict=True))
+        bad = [look.problem for look in looks if look.problem]
+        told = check.notes if spec.on_error == "skip" else check.problems
+        told += bad[:NAMED]
+        if len(bad) > NAMED:
+            told.append(f"{len(bad) - NAMED:,} more pictures of {split} cannot be used, like the {NAMED} above")
+    for entry, look in (pair for found in splits.values() for pair in found if not pair[1].problem):
+        check.bytes += look.size
+        area = look.width * look.height
+        if check.smallest is None or area < check.smallest[0] * check.smallest[1]:
+            check.smallest = (look.width, look.height, entry.where)
+        if check.largest is None or area > check.largest[0] * check.largest[1]:
+            check.largest = (look.width, look.height, entry.where)
+    found = find_duplicates(splits)
+    (check.problems if spec.duplicates == "refuse" else check.notes).extend(found)
+
+
+def summary(checks: Collection[TaskCheck]) -> str:
+    """One line: how many tasks are ready, and which are not."""
+    bad = [check.name for check in checks if not check.ok]
+    if not bad:
+        return f"All {len(checks)} datasets are there and sound."
+    return f"{len(checks) - len(bad)} of {len(checks)} datasets are ready; not ready: {listing(bad, 12)}."

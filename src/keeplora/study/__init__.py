@@ -1,0 +1,1 @@
+"""Studies: many runs held against each other (`keeplora compare`), settings chosen without test pictures (`keeplora tune`)."""
