@@ -117,6 +117,20 @@ def test_a_file_or_link_that_leads_to_another_of_the_same_size_is_seen(files, tm
     assert file_digests(paths) == true_digests(paths)
 
 
+def test_twins_in_size_and_time_differ_in_their_inode(tmp_path):
+    """A link may come to lead from one file to another that was written within the same tick of a coarse clock."""
+    (tmp_path / "one").write_bytes(b"1")
+    status = os.stat(tmp_path / "one")
+    fields = list(status)
+    fields[1] += 1  # st_ino
+    twin = os.stat_result(fields, {n: getattr(status, n) for n in ("st_mtime_ns", "st_ctime_ns")})
+    one, two = digests.Stamp.of(status), digests.Stamp.of(twin)
+    assert one[:3] == two[:3]
+    assert one != two
+    fields[1] = 2**64 - 1  # some systems use the whole range; SQLite has no room for it
+    assert digests.Stamp.of(os.stat_result(fields)).inode < 2**63
+
+
 def test_what_has_just_changed_is_not_remembered(files, reads, monkeypatch):
     """A second change within one tick of the clock would leave every stamp as it was."""
     monkeypatch.setattr(digests, "SETTLED_NS", 2_000_000_000)

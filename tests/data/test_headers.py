@@ -60,6 +60,11 @@ def test_a_jpeg_that_ends_with_its_thumbnail_is_not_whole():
     assert header_of(cut) is None
 
 
+def test_a_jpeg_without_a_frame_before_its_scan_is_left_to_the_decoder():
+    scan = b"\xff\xda\x00\x02" + b"\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 30, 40) + bytes(8)
+    assert header_of(b"\xff\xd8" + scan + b"\xff\xd9") is None
+
+
 @pytest.mark.parametrize(
     "data",
     [b"not a picture at all, but long enough to be one", b"\xff\xd8\xff" + bytes(40) + b"\xff\xd9", b"BM" + bytes(60)],

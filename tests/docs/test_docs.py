@@ -108,38 +108,66 @@ def test_adding_a_method_runs(here, monkeypatch, capsys):
 
     file, line, *rest = blocks(ROOT / "docs/adding-a-method.md")
     run_block(file, here, {})
-    assert file.file == "src/keeplora/methods/wise_ft.py"
+    assert file.file == "src/keeplora/methods/lora_fa.py"
     stated: dict[str, Any] = {}
     exec(line.text, stated)
-    assert stated["METHOD_MODULES"] == (*registry.METHOD_MODULES, "wise_ft"), f"{line.where} is out of date"
+    modules = list(stated["METHOD_MODULES"])
+    assert modules.pop(modules.index("lora") + 1) == "lora_fa"
+    assert tuple(modules) == registry.METHOD_MODULES, f"{line.where} is out of date"
 
     monkeypatch.setattr(registry, "_METHODS", dict(registry._load()))
     monkeypatch.setattr(registry, "METHOD_MODULES", stated["METHOD_MODULES"])
-    spec = importlib.util.spec_from_file_location("keeplora.methods.wise_ft", here / file.file)
+    spec = importlib.util.spec_from_file_location("keeplora.methods.lora_fa", here / file.file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
 
-    run_all(rest, here, {}, at_least=1)
-    assert "wise-ft" in capsys.readouterr().out
-    run_keeplora(["run", "experiment.yaml", "--method", "full-ft"], "full fine-tuning")
-    shrunk, whole = (open_ledger(here / f"runs/first-{name}-seed0").records()[0] for name in ("wise-ft", "full-ft"))
-    assert set(shrunk.full) == set(whole.full)
-    assert any(delta.abs().max() > 1e-4 for delta in whole.full.values())
-    for name, delta in whole.full.items():
-        torch.testing.assert_close(shrunk.full[name], 0.8 * delta, atol=1e-6, rtol=1e-3)
-    records = open_ledger(here / "runs/first-wise-ft-seed0").records()
-    assert len(records) == 2
+    run_all(rest, here, {}, at_least=2)
+    assert "lora-fa: LoRA-FA" in capsys.readouterr().out
+    run_keeplora(["run", "experiment.yaml", "--method", "lora"], "sequential LoRA")
+    names = ("lora-fa", "lora", "lora-small")
+    frozen, whole, small = (open_ledger(here / f"runs/first-{name}-seed0").records() for name in names)
+    assert len(frozen) == len(whole) == len(small) == 2
 
-    # The three rules of the page, on the page's own example.
+    # LoRA-FA: A is what the seed gives, B is trained; sequential LoRA starts there and moves A as well.
     from keeplora import TrainedModel
+    from keeplora.tuner.adapter import random_factor
 
-    trained = TrainedModel("runs/first-wise-ft-seed0")
+    trained = TrainedModel("runs/first-lora-fa-seed0")
+    for i, record in enumerate(frozen):
+        generator = torch.Generator().manual_seed(i)
+        A = {t.name: random_factor(t, generator) for t in trained.learner.targets}
+        assert set(record.factors) == set(A)
+        assert all(torch.equal(factors.A, A[name]) for name, factors in record.factors.items())
+        assert not any(torch.equal(factors.A, A[name]) for name, factors in whole[i].factors.items())
+        assert any(factors.B.abs().max() > 1e-4 for factors in record.factors.values())
+
+    # The page's second example: λ Σ ‖B‖² leaves a smaller B.
+    def size(records: list[Any]) -> float:
+        return sum(float(f.B.square().sum()) for record in records for f in record.factors.values())
+
+    assert 0 < size(small) < 0.5 * size(whole)
+
+    # The rules of the page, on the page's own example.
     for name, W0 in trained.learner.store.W0.items():
-        expected = W0 + sum(record.full[name] for record in records)
+        expected = W0 + sum(record.factors[name].delta for record in frozen)
         torch.testing.assert_close(trained.learner.store.module(name).weight.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_method_page_names_every_hook():
+    """What `ContinualLearner` offers to be overridden is in the page's tables, and what they name is there."""
+    from keeplora.tuner import ContinualLearner
+
+    text = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)(?:\([\w, ]*\))?` \|", text, re.M))
+    assert named <= set(dir(ContinualLearner)), f"not there: {sorted(named - set(dir(ContinualLearner)))}"
+    source = (ROOT / "src/keeplora/tuner/learner.py").read_text(encoding="utf-8")
+    hooks = source.partition("# ---- what a training loop")[2].partition("# ---- looking and keeping")[0]
+    offered = set(re.findall(r"^    def (\w+)\(", hooks, re.M)) | set(re.findall(r"^    (\w+): ClassVar", source, re.M))
+    assert len(offered) > 12
+    assert offered - named == set(), f"adding-a-method.md does not describe {sorted(offered - named)}"
 
 
 OPEN_MAPS = {"layers", "versions", "test_counts", "chance", "energy_weights", "gamma"}  # their keys are names
@@ -245,14 +273,11 @@ def test_every_command_that_is_named_exists():
     from keeplora.cli import app
 
     root: Any = typer.main.get_command(app)
-    not_yet = {"compare"}  # the README says so
     seen = set()
     for where, words in commands():
         command, rest = root, list(words)
         while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
             name = rest.pop(0)
-            if name in not_yet:
-                break
             assert name in command.commands, f"{where}: there is no `keeplora {name}`"
             command = command.commands[name]
             seen.add(name)
@@ -260,7 +285,7 @@ def test_every_command_that_is_named_exists():
         for word in rest:
             if word.startswith("-") and command is not root:
                 assert word in options | {"--help"}, f"{where}: `keeplora {' '.join(words)}` has no {word}"
-    assert {"run", "resume", "predict", "export", "audit", "report", "fetch"} <= seen
+    assert {"run", "resume", "predict", "export", "audit", "report", "fetch", "compare", "tune", "doctor"} <= seen
 
 
 def test_methods_and_suites_that_are_stated_are_those_there_are():
@@ -270,6 +295,10 @@ def test_methods_and_suites_that_are_stated_are_those_there_are():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {__version__}" in changelog
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
-    assert set(method_names()) == {
-        "zero-shot", "full-ft", "lora", "keeplora", "keeplora++", "keeplora-cls", "keeplora++-cls",
-    }, "a method came or went: mend the table in README.md, CHANGELOG.md and this list"  # fmt: skip
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("docs/methods.md", "CHANGELOG.md", "README.md")]
+    titles = {"full-ft-all": "full fine-tuning", "rail-primal": "RAIL", "rail-dual": "RAIL", "joint": "joint training",
+              "oracle": "per-task oracle", "full-ft": "full fine-tuning", "lora": "sequential LoRA"}  # fmt: skip
+    for name in method_names():
+        assert f"| `{name}` |" in pages[0]
+        for page in pages[1:]:
+            assert titles.get(name, name.removesuffix("-cls")).lower() in page.lower(), name

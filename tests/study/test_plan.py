@@ -214,3 +214,27 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_documented_study_is_one(tmp_path: Path) -> None:
+    """docs/comparing.md: its STUDY.yaml runs as it stands, and its tables name every key and option."""
+    import inspect
+
+    from keeplora.cli.compare import compare
+    from tests.docs.documents import ROOT, blocks
+
+    page = ROOT / "docs" / "comparing.md"
+    (block,) = [b for b in blocks(page) if b.file == "study.yaml"]
+    (tmp_path / "study.yaml").write_text(block.text, encoding="utf-8")
+    made = make_plan(read_study(tmp_path / "study.yaml")[0])
+    assert list(made.orders) == ["1", "2", "shuffle-7"]
+    assert len(list(made.cells())) == 27
+    made.check()
+    text = page.read_text(encoding="utf-8")
+    assert all(f"`{key}`" in text for key in module.KEYS)
+    flags = {name.strip("_").replace("_", "-") for name in inspect.signature(compare).parameters} - {
+        "paths",
+        "set",
+        "quiet",
+    }
+    assert [flag for flag in flags - {"keep-ledgers"} if f"--{flag}" not in text] == []

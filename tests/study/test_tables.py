@@ -69,6 +69,14 @@ def test_seed_without_an_order_is_left_out_of_what_is_pooled() -> None:
     assert (found.n_text("a", None), found.n_text("b", None), found.n_text("a", "2")) == ("2 × 2 (+1)", "3 × 2", "2")
 
 
+def test_orders_are_compared_on_the_same_seeds() -> None:
+    part = {**A, "a": {k: v for k, v in A["a"].items() if k != ("2", 1)}}
+    found = study(part)
+    assert found.order_means["a", "1", "last"] == pytest.approx((60 + 61) / 2)
+    assert found.order_means["a", "2", "last"] == pytest.approx((64 + 65) / 2)
+    assert study({"a": {("1", 0): 1.0}, "b": {("1", 0): 1.0}}).order_means == {}
+
+
 def test_differences_are_between_cells_of_equal_seed_and_order() -> None:
     one = study(A).differences["a", None, "last"]
     # By cell: 10, 8, 7, 13, 3, 11; by seed: 9, 10, 7.

@@ -195,7 +195,7 @@ def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: st
         return {"order": shuffled, "order_name": name}, None
     choices = [*orders, "shuffle-SEED"]
     raise ConfigError(
-        f"{where}: order {name!r} is not known{did_you_mean(name, choices)}, or give a list of task names"
+        f"{where}: unknown order {name!r}{did_you_mean(name, choices)}; a list of task names will do as well"
     )
 
 

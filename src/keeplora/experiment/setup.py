@@ -106,6 +106,11 @@ def prepare(config: ExperimentConfig) -> Setup:
     method = get_method(config.method)
     if method.task_identity and config.candidates != "own":
         raise ConfigError(f"method {method.name!r} must be told the task of a picture: use `candidates: own`")
+    if method.learner.needs_reference and config.reference is None:
+        raise ConfigError(
+            f"method {method.name!r} needs a reference set, pictures and texts beside the tasks' own: name one under "
+            "`reference:`, in the form of a task (name, source, path)"
+        )
     make_options(method.learner.Options, config.tuner.options)  # refused now, not when the first task begins
     tasks, probes = load_tasks(config)
     reference = load_task(config.reference, data_folder(config), probe=True) if config.reference else None

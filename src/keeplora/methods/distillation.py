@@ -133,6 +133,7 @@ class ZSCL(LwF):
     """
 
     Options = ZSCLOptions
+    needs_reference = True
 
     def _make_teacher(self) -> nn.Module:
         """The original model: W₀ in every target of a copy, which is all that ever changes."""

@@ -6,9 +6,8 @@ A cell is one run: a method under one task order and one seed. An ``order`` of N
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from keeplora.evaluation.stats import Interval, Ranking
 from keeplora.report.runs import Run
@@ -121,7 +120,10 @@ Key = tuple[str, str | None, str]
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that the tables, the charts and the page show."""
+    """Everything that the tables, the charts and the page show.
+
+    ``order_means`` are over the seeds that have every order, so that orders differ in nothing but the order.
+    """
 
     name: str
     facts: tuple[tuple[str, str], ...]
@@ -131,6 +133,7 @@ class Study:
     seeds: tuple[int, ...]
     against: str | None
     estimates: Mapping[Key, Interval]
+    order_means: Mapping[Key, float]
     counts: Mapping[tuple[str, str | None], int]
     differences: Mapping[Key, Difference]
     untouched: Mapping[tuple[str | None, str], float]
@@ -139,7 +142,6 @@ class Study:
     costs: Mapping[str, Mapping[str, float]]
     settings: Sequence[tuple[str, Mapping[str, str]]] = ()
     notes: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scopes(self) -> list[str | None]:

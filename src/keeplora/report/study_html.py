@@ -92,12 +92,13 @@ def orders(study: Study) -> list[Figure]:
     for key, name, *_ in METRICS:
         rows = []
         for method in study.methods:
-            found = [study.estimates.get((method.name, label, key)) for label in labels]
-            rows.append((method.title, [one["mean"] if one else None for one in found]))
+            rows.append((method.title, [study.order_means.get((method.name, label, key)) for label in labels]))
         if any(v is not None for _, values in rows for v in values):
             told = "; ".join(f"{m} {', '.join(number(v) for v in values)}" for m, values in rows)
             chart = spread(rows, labels, label=f"{name} under the orders {', '.join(labels)}: {told}.")
-            figures.append({"title": name, "note": "mean over seeds, one mark per order", "chart": chart})
+            figures.append(
+                {"title": name, "note": "one mark per order: mean over the seeds that have all", "chart": chart}
+            )
     return figures
 
 

@@ -98,19 +98,18 @@ def forest(study: Study) -> Figure | None:
 
 def orders(study: Study) -> Figure | None:
     """Each method's mean under each order, joined by a line, a panel per metric."""
-    shown = [m for m in METRICS if any((one.name, None, m[0]) in study.estimates for one in study.methods)]
+    shown = [m for m in METRICS if any(key[2] == m[0] for key in study.order_means)]
     if len(study.orders) < 2 or not shown:
         return None
     figure, panels = _grid(len(shown), len(study.methods))
     for axes, (key, name, *_) in zip(panels, shown, strict=True):
         for k, method in enumerate(study.methods):
-            found = [study.estimates.get((method.name, order.label, key)) for order in study.orders]
-            known = [one["mean"] for one in found if one is not None]
+            found = [study.order_means.get((method.name, order.label, key)) for order in study.orders]
+            known = [value for value in found if value is not None]
             axes.plot(known, [k] * len(known), color=SOFT, linewidth=1.5, zorder=1)
-            for i, one in enumerate(found):
-                if one is not None:
-                    mark = PLOT_MARKERS[i % 8]
-                    axes.plot(one["mean"], k, mark, color=SERIES["light"][i % 8], markersize=6.5, zorder=2)
+            for i, value in enumerate(found):
+                if value is not None:
+                    axes.plot(value, k, PLOT_MARKERS[i % 8], color=SERIES["light"][i % 8], markersize=6.5, zorder=2)
         _axes(axes, name)
         _lanes(axes, [method.title for method in study.methods])
     for i, order in enumerate(study.orders):

@@ -68,6 +68,12 @@ class _Values:
                 found[seed] = fmean(known)
         return found
 
+    def order_means(self, method: str, metric: str) -> dict[str, float]:
+        """Each order's mean over the seeds that have every order: the orders are compared on the same seeds."""
+        seeds = list(self.by_seed(method, None, metric))
+        of = {order: self.by_seed(method, order, metric) for order in self.orders} if seeds else {}
+        return {order: fmean(values[seed] for seed in seeds) for order, values in of.items()}
+
     def whole_seeds(self, method: str, scope: str | None) -> int:
         orders = self.orders if scope is None else [scope]
         return sum(all((method, order, seed) in self._of for order in orders) for seed in self.seeds(method))
@@ -288,6 +294,11 @@ def summarise(
         name=name, facts=tuple(facts), cells=tuple(cells), methods=rows,
         orders=tuple(OrderRow(label, tasks.get(label, ())) for label in labels),
         seeds=tuple(sorted({cell.seed for cell in cells})), against=reference, estimates=estimates,
+        order_means={
+            (method, order, metric): value
+            for method in methods for metric, *_ in METRICS
+            for order, value in values.order_means(method, metric).items()
+        },
         counts={(m, scope): values.whole_seeds(m, scope) for m in methods for scope in scopes},
         differences=_differences(values, methods, reference, scopes) if reference else {},
         untouched=_untouched(cells, labels), rankings=tuple(one for one in ranked if one is not None),

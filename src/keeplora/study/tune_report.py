@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from keeplora.errors import KeepLoraError
@@ -37,26 +38,35 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def edge_warnings(outcome: Outcome) -> list[str]:
-    """A sentence for each method and range where nothing beyond the best value was tried: the best may lie outside.
+def edges(outcome: Outcome) -> list[tuple[str, Axis, str]]:
+    """(method, axis, "lower" or "upper") where nothing beyond the best value was tried: the best may lie outside.
 
     A trial that failed was tried too: where larger learning rates diverge there is nothing to look for.
     """
-    lines = []
+    found = []
     for method, trials in outcome.trials.items():
         best = outcome.best(method)
-        ended = [t for t in trials if t.state != "running"]
         for axis in outcome.spaces[method]:
-            if best is None or axis.kind == "choice" or len(ended) < 2:
+            tried = {t.settings[axis.key] for t in trials if t.state != "running"}
+            if best is None or axis.kind == "choice" or len(tried) < 2:
                 continue
-            value, tried = best.settings[axis.key], [t.settings[axis.key] for t in ended]
-            sides = [("lower", "smallest", min(tried)), ("upper", "largest", max(tried))]
-            for side, word, extreme in sides:
-                if value == extreme:
-                    lines.append(
-                        f"{method}: the best {axis.key}, {value:g}, is the {word} that was tried, at the {side} edge of its "
-                        f"range ({axis.text()}); search on by --range {method}:{axis.key}=LOW:HIGH into a new --output"
-                    )
+            sides = {min(tried): "lower", max(tried): "upper"}
+            if side := sides.get(best.settings[axis.key]):
+                found.append((method, axis, side))
+    return found
+
+
+def edge_warnings(outcome: Outcome) -> list[str]:
+    """A sentence for each of `edges`."""
+    lines = []
+    for method, axis, side in edges(outcome):
+        best = outcome.best(method)
+        assert best is not None
+        word = {"lower": "smallest", "upper": "largest"}[side]
+        lines.append(
+            f"{method}: the best {axis.key}, {best.settings[axis.key]:g}, is the {word} that was tried, at the {side} edge of "
+            f"its range ({axis.text()}); search on by --range {method}:{axis.key}=LOW:HIGH into a new --output"
+        )
     return lines
 
 
@@ -102,7 +112,7 @@ def write_tuned(outcome: Outcome) -> Path:
         "best": {method: {"criterion": t.criterion, "trial": t.number} for method, t in found.items()},
         "failed": {m: n for m, ts in outcome.trials.items() if (n := sum(t.state == "failed" for t in ts))},
         "ranges": {method: {a.key: a.entry() for a in axes} for method, axes in outcome.spaces.items()},
-        "at_an_edge": edge_warnings(outcome), "versions": record["versions"],
+        "at_an_edge": [f"{method}: {axis.key}, {side}" for method, axis, side in edges(outcome)], "versions": record["versions"],
     }  # fmt: skip
     value = {"per_method": {m: _sections(t.settings) for m, t in found.items()}, "search": search}
     return atomic_write_text(outcome.folder / TUNED, _HEADER + dump_yaml(value))
@@ -120,12 +130,12 @@ def table(outcome: Outcome) -> Any:
         shown.add_column(header, justify=justify)  # type: ignore[arg-type]
     for method, trials in outcome.trials.items():
         best = outcome.best(method)
-        values = sorted(t.criterion for t in trials if t.criterion is not None)
+        values = [t.criterion for t in trials if t.criterion is not None]
         failed = sum(t.state == "failed" for t in trials)
         settings = (
             ", ".join(f"{key}={value}" for key, value in best.settings.items()) if best else "none: every trial failed"
         )
-        numbers = (f"{values[-1]:.1f}", f"{values[len(values) // 2]:.1f}") if values else ("–", "–")
+        numbers = (f"{max(values):.1f}", f"{median(values):.1f}") if values else ("–", "–")
         shown.add_row(method, str(len(values) + failed), str(failed), *numbers, settings)
     return shown
 

@@ -101,6 +101,8 @@ class ContinualLearner:
     """Whether updates add up in the model. False: it stays at W₀, and `serving` puts a task's update in."""
     schedule: ClassVar[str] = "sequential"
     """"sequential", or "joint": one training on the data of all tasks, after the last has come."""
+    needs_reference: ClassVar[bool] = False
+    """Whether `start_task` must be given a reference set."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 

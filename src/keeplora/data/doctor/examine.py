@@ -17,7 +17,7 @@ from keeplora.data.sets import Entry
 from keeplora.data.spec import RawTask, TaskSpec, listing, parse_spec
 from keeplora.errors import ConfigError, DataError, KeepLoraError
 
-#: Damaged pictures of one split that are named one by one.
+#: Faults of one kind in one split that are named one by one.
 NAMED = 5
 
 
@@ -174,6 +174,11 @@ def _lists(check: TaskCheck, raw: RawTask, spec: TaskSpec, probe: bool) -> None:
         check.problems.append(f"{here} found, where {there} are expected")
 
 
+def _cut_short(told: list[str], what: str) -> list[str]:
+    more = len(told) - NAMED
+    return [*told[:NAMED], f"{more:,} more {what}, like the {NAMED} above"] if more > 0 else told
+
+
 def _total(expect: Mapping[str, int]) -> int | None:
     return expect["train"] + expect["test"] if {"train", "test"} <= set(expect) else None
 
@@ -192,9 +197,7 @@ def _pictures(check: TaskCheck, raw: RawTask, spec: TaskSpec, full: bool, progre
         splits[split] = list(zip(entries, looks, strict=True))
         bad = [look.problem for look in looks if look.problem]
         told = check.notes if spec.on_error == "skip" else check.problems
-        told += bad[:NAMED]
-        if len(bad) > NAMED:
-            told.append(f"{len(bad) - NAMED:,} more pictures of {split} cannot be used, like the {NAMED} above")
+        told += _cut_short(bad, f"pictures of {split} cannot be used")
     for entry, look in (pair for found in splits.values() for pair in found if not pair[1].problem):
         check.bytes += look.size
         area = look.width * look.height
