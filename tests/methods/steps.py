@@ -22,7 +22,7 @@ def make_learner(name: str, encoder: Any, options: dict[str, Any] | None = None,
     return method.learner(encoder.model, method.make_config({**values, "options": options or {}}))
 
 
-def start(learner: ContinualLearner, task: FamilyTask, name: str, reference: Any = None) -> Any:
+def start(learner: ContinualLearner, task: Any, name: str, reference: Any = None) -> Any:
     """Start ``task`` under a name of its own, so that one can be learned twice."""
     return learner.start_task(
         name, task.batches, task.loss, objective=task, reference=reference,

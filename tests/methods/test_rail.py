@@ -3,97 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.methods import get_method
 from keeplora.methods.rail import Rail, RailDual, RailPrimal, rbf, ridge
-from keeplora.tuner import KeepLoraConfig
+from tests.methods.analytic import CLASSES, D, N, Pictures, features, learn, make, make_model, never
 from tests.tuner.blocks import same, weights
-
-D, N = 6, 20  # feature dimension, pictures per task
-CLASSES = {"one": ["cat", "dog", "owl"], "two": ["car", "bus"], "again": ["owl", "tram"]}
-ROOT = {"r": 1, "target_modules": ["linear"]}
-
-
-class Encoder(nn.Module):
-    """Pictures [N, 8] -> unit features [N, D]; dropout shows whether the pass is in evaluation mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.dropout = nn.Linear(8, D), nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.normalize(self.dropout(self.linear(x)), dim=-1)
-
-
-class Pictures:
-    """A task of noise around one picture per class: batches, and the `Objective` of its classes."""
-
-    def __init__(self, model: nn.Module, name: str, seed: int = 0) -> None:
-        self.model = model
-        self.classes: Sequence[str] = CLASSES[name]
-        self.templates: Sequence[str] = ["{}"]
-        self.text_batch: Mapping[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
-        labels = torch.arange(N) % len(self.classes)
-        x = torch.randn(len(self.classes), 8, generator=generator)[labels] + 0.3 * torch.randn(
-            N, 8, generator=generator
-        )
-        self.x, self.labels = x, labels
-        self.batches = [{"pixel_values": x[i : i + 8], "labels": labels[i : i + 8]} for i in range(0, N, 8)]
-
-    def image_features(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
-        return (model or self.model)(batch["pixel_values"])
-
-    def text_features(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
-        raise AssertionError("the regression needs no text")
-
-    def logits_of(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        raise AssertionError("the regression needs no text")
-
-    def logits(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
-        raise AssertionError("the regression needs no text")
-
-
-def make_model(seed: int = 0) -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Encoder()
-
-
-def make(name: str, model: nn.Module | None = None, seed: int = 0, **options: Any) -> Rail:
-    if name == "rail-primal":
-        options = {"hidden": 32, **options}
-    method = get_method(name)
-    learner = method.learner(model or make_model(), method.make_config({**ROOT, "seed": seed, "options": options}))
-    assert isinstance(learner, Rail)
-    return learner
-
-
-def never(model: nn.Module, batch: Any) -> Tensor:
-    raise AssertionError("nothing is trained by gradient")
-
-
-def learn(learner: Rail, name: str, seed: int = 0, **kwargs: Any) -> Pictures:
-    task = Pictures(learner.model, name, seed)
-    with learner.task(name, task.batches, never, objective=task, **kwargs):
-        pass
-    return task
-
-
-@torch.no_grad()
-def features(learner: Rail, task: Pictures) -> Tensor:
-    learner.model.eval()
-    found = task.image_features({"pixel_values": task.x})
-    learner.model.train()
-    return found
-
 
 METHODS = pytest.mark.parametrize("name", ["rail-primal", "rail-dual"])
 
@@ -191,87 +110,6 @@ def test_a_class_of_two_tasks_is_one_column_fed_by_both(name):
     with other.task("union", together.batches, never, objective=together):
         pass
     torch.testing.assert_close(other.scores(x)[1], scores, atol=1e-7, rtol=1e-6)
-
-
-# ---- inference ------------------------------------------------------------------------------------------------------
-
-
-class Fixed(RailPrimal):
-    """Scores of the test's choice for the learned classes "a" and "b"."""
-
-    table: Tensor
-
-    def scores(self, image_features: Tensor) -> tuple[list[str], Tensor]:
-        return ["a", "b"], self.table[: len(image_features)]
-
-
-def fixed(table: list[list[float]], **options: Any) -> Fixed:
-    learner = Fixed(make_model(), KeepLoraConfig(**ROOT, options={"hidden": 4, **options}))
-    learner.table = torch.tensor(table, dtype=torch.float64)
-    return learner
-
-
-def test_fusion_by_hand():
-    learner = fixed([[0.1, 0.9], [0.1, 0.9]], beta=0.8)
-    classes = ["new", "b", "a"]
-    logits = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
-    found = learner.readout(torch.zeros(2, D), logits, classes)
-    p = logits[0].double().softmax(0)
-    # Row 0: zero-shot says "a", which is learned; the regression says "b".
-    fused = torch.stack([0.2 * p[0], 0.2 * p[1] + 0.8 * 0.9, 0.2 * p[2] + 0.8 * 0.1])
-    torch.testing.assert_close(found[0], fused.log().float())
-    assert int(found[0].argmax()) == 1
-    torch.testing.assert_close(found[0].softmax(0), (fused / fused.sum()).float())
-    assert torch.equal(found[1], logits[1])  # zero-shot says "new": zero-shot alone, to the bit
-
-
-def test_a_negative_score_counts_as_nothing():
-    learner = fixed([[0.6, -0.4]])
-    found = learner.readout(torch.zeros(1, D), torch.tensor([[2.0, 1.0]]), ["a", "b"])
-    assert torch.isfinite(found).all()
-    torch.testing.assert_close(found.softmax(1), torch.tensor([[1.0, 0.0]]))
-    logits = torch.tensor([[1.0, 2.0]])
-    found = fixed([[-3.0, -4.0]]).readout(torch.zeros(1, D), logits, ["a", "b"])
-    assert torch.equal(found, logits)  # nothing is above zero: zero-shot alone
-
-
-def test_beta_is_the_regressions_share():
-    logits = torch.tensor([[1.0, 0.0]])
-    only_zero_shot = fixed([[0.0, 1.0]], beta=0.0).readout(torch.zeros(1, D), logits, ["a", "b"])
-    torch.testing.assert_close(only_zero_shot.softmax(1), logits.softmax(1))
-    only_regression = fixed([[0.25, 0.75]], beta=1.0).readout(torch.zeros(1, D), logits, ["a", "b"])
-    torch.testing.assert_close(only_regression.softmax(1), torch.tensor([[0.25, 0.75]]))
-
-
-@METHODS
-def test_candidates_are_found_by_name(name):
-    learner = make(name)
-    learn(learner, "one")
-    task = learn(learner, "two")
-    x = features(learner, task)
-    logits = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
-    classes = ["bus", "plane", "cat", "car"]
-    found = learner.readout(x, logits, classes)
-    order = [2, 0, 3, 1]
-    permuted = learner.readout(x, logits[:, order], [classes[i] for i in order])
-    torch.testing.assert_close(permuted, found[:, order])
-    changed = (found != logits).any(1)
-    assert torch.equal(changed, logits.argmax(1) != 1)  # "plane" is not learned
-    p = logits.softmax(1)
-    torch.testing.assert_close(found[changed, 1].exp(), 0.2 * p[changed, 1])  # ... and gets nothing from the regression
-    assert learner.readout(x, logits[:, :2], ["plane", "ship"]) is not None
-    assert torch.equal(learner.readout(x, logits[:, :2], ["plane", "ship"]), logits[:, :2])
-
-
-@METHODS
-def test_the_read_out_is_exact_under_autocast(name):
-    learner = make(name)
-    x = features(learner, learn(learner, "one"))
-    logits = torch.zeros(N, 3)
-    outside = learner.readout(x, logits, CLASSES["one"])
-    learner._fitted = None  # solved under autocast too
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(learner.readout(x, logits, CLASSES["one"]), outside)
 
 
 # ---- the learner ----------------------------------------------------------------------------------------------------

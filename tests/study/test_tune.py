@@ -21,6 +21,7 @@ from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.yaml_text import read_yaml
 from keeplora.methods import get_method, method_names
 from keeplora.study import tune as module
+from keeplora.study import tune_plan
 from keeplora.study import tune_report as report
 from keeplora.study.plan import read_per_method
 from keeplora.study.search import LEARNING_RATE, Axis, Searcher, design, make_space, parse_ranges
@@ -146,8 +147,9 @@ for trial in searcher.trials():
 """
 
 
+@pytest.mark.slow
 def test_proposals_do_not_depend_on_kills(tmp_path):
-    """Killed (SIGKILL) at ten different moments, the database goes on as if it had never been."""
+    """Killed (SIGKILL) at several moments, the database goes on as if it had never been."""
 
     def start(name: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -162,14 +164,14 @@ def test_proposals_do_not_depend_on_kills(tmp_path):
     assert straight.count("error='diverged'") == 1
     assert straight.count("proposed_by='tpe'") == 4
     draw, kills = random.Random(0), 0
-    while kills < 10:
+    while kills < 6:
         process = start("killed.db")
         assert process.stdout is not None
         first = process.stdout.readline()
         if not first.startswith("asked"):
             process.communicate()
             break
-        time.sleep(draw.random() * 0.25)
+        time.sleep(draw.random() * 0.4)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
@@ -185,14 +187,14 @@ def test_tpe_waits_for_earlier_trials_and_learns_from_them(tmp_path):
     for trial in begun:
         searcher.tell(trial.number, -abs(math.log10(trial.settings[LEARNING_RATE]) + 2.4), 1.0)
     after = []
-    for _ in range(10):
+    for _ in range(6):
         trial = searcher.ask()
         assert trial is not None
         assert trial.proposed_by == "tpe"
         assert searcher.ask() is None
         searcher.tell(trial.number, -abs(math.log10(trial.settings[LEARNING_RATE]) + 2.4), 1.0)
         after.append(abs(math.log10(trial.settings[LEARNING_RATE]) + 2.4))
-    assert sum(after) / 10 < 0.55  # at random it would be 0.85 on average
+    assert sum(after) / 6 < 0.55  # at random it would be 0.85 on average
 
 
 def test_a_damaged_database_is_told(tmp_path):
@@ -275,7 +277,7 @@ def test_every_method_gets_the_same_number_of_trials_in_turn(tmp_path, fake):
     assert [name.split("/")[0] for name in fake.begun] == ["lora", "keeplora++"] * 3
     assert len(lines) == 6
     best = outcome.best("lora")
-    assert best.settings[LEARNING_RATE] == 0.001 or best.settings[LEARNING_RATE] == 0.00464
+    assert best.settings[LEARNING_RATE] == 0.001  # nearest to the made-up best, 10 ** -2.7
     assert best.criterion == max(t.criterion for t in outcome.trials["lora"])
     # Again: everything is read back, nothing is run.
     begun = len(fake.begun)
@@ -283,29 +285,30 @@ def test_every_method_gets_the_same_number_of_trials_in_turn(tmp_path, fake):
     assert len(fake.begun) == begun
 
 
-def test_jobs_do_not_change_what_is_found(tmp_path, fake):
-    """12 trials: two are TPE's, and each waits for all before it."""
-    one = tune(plan(tmp_path / "one", methods=("lora", "ewc"), trials=12))
+def test_jobs_do_not_change_what_is_found(tmp_path, fake, monkeypatch):
+    """Two of seven trials are TPE's, and each waits for all before it."""
+    monkeypatch.setattr(tune_plan, "DESIGN", 5)
+    one = tune(plan(tmp_path / "one", methods=("lora",), trials=7))
     assert fake.most == 1
-    four = tune(plan(tmp_path / "four", methods=("lora", "ewc"), trials=12, jobs=4))
+    four = tune(plan(tmp_path / "four", methods=("lora",), trials=7, jobs=4))
     assert fake.most == 4
     assert told(four) == told(one)
-    assert [t.proposed_by for t in one.trials["ewc"]] == ["design"] * 10 + ["tpe"] * 2
+    assert [t.proposed_by for t in one.trials["lora"]] == ["design"] * 5 + ["tpe"] * 2
 
 
 def test_a_search_can_grow_by_trials_and_methods_alone(tmp_path, fake):
     first = tune(plan(tmp_path / "t"))
-    grown = tune(plan(tmp_path / "t", trials=5, methods=("lora", "keeplora++", "ewc")))
-    assert [len(ts) for ts in grown.trials.values()] == [5, 5, 5]
+    grown = tune(plan(tmp_path / "t", trials=4, methods=("lora", "keeplora++", "ewc")))
+    assert [len(ts) for ts in grown.trials.values()] == [4, 4, 4]
     for method in ("lora", "keeplora++"):
         assert told(grown)[method][:3] == told(first)[method]
     for changes, words in {
-        ("trials", 4): "holds 5 trials a method", ("methods", ("lora",)): "also holds keeplora",
+        ("trials", 3): "holds 4 trials a method", ("methods", ("lora",)): "also holds ewc, keeplora",
         ("seed", 7): "another seed", ("tasks", 3): "another first_tasks", ("validation", 0.5): "another validation",
         ("settings", ("training.epochs=1",)): "another training", ("order", "shuffle-1"): "another order",
         ("ranges", (f"lora:{LEARNING_RATE}=1e-3:1",)): "another range of training.learning_rate",
     }.items():  # fmt: skip
-        same = {"trials": 5, "methods": ("lora", "keeplora++", "ewc")}
+        same = {"trials": 4, "methods": ("lora", "keeplora++", "ewc")}
         with pytest.raises(KeepLoraError, match=words):
             tune(plan(tmp_path / "t", **{**same, changes[0]: changes[1]}))
 
@@ -329,7 +332,7 @@ def test_the_share_held_out(tmp_path, own, asked, held):
 def test_a_failed_trial_is_told_and_costs_no_other(tmp_path, fake):
     fake.fails = lambda c: "FloatingPointError: the loss is nan" if c["training"]["learning_rate"] > 2e-3 else None
     outcome = tune(plan(tmp_path / "t", methods=("lora",), trials=4))
-    assert sorted(t.state for t in outcome.trials["lora"]) == ["failed"] * 1 + ["finished"] * 3 or True
+    assert sorted(t.state for t in outcome.trials["lora"]) == ["failed", "finished", "finished", "finished"]
     failed = [t for t in outcome.trials["lora"] if t.state == "failed"]
     assert {t.settings[LEARNING_RATE] for t in failed} == {0.00562}
     assert report.failures(outcome) == [f"lora, trial {failed[0].number}: failed: FloatingPointError: the loss is nan"]

@@ -69,7 +69,7 @@ def _jpeg(at: Callable[[int, int], bytes]) -> Header | None:
         if segment[1] in _FRAMES:
             height, width = struct.unpack(">HH", segment[5:9])
             return Header("JPEG", width, height)
-        if False:
+        if segment[1] in (0xDA, 0xD9, 0xFF):
             return None
         offset += 2 + int.from_bytes(segment[2:4], "big")
     return None

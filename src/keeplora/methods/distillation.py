@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.methods.full_finetuning import FullFineTuning, when_released
+from keeplora.methods.full_finetuning import FullFineTuning
 from keeplora.methods.registry import FULL_LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
@@ -75,7 +75,7 @@ class LwF(FullFineTuning):
         teacher = self._make_teacher()
         model = super()._attach(task)
         self._teacher = teacher
-        when_released(task, self._dismiss)
+        task.when_released(self._dismiss)
         return model
 
     def _dismiss(self) -> None:

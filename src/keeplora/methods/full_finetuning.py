@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -40,18 +38,6 @@ class FullFineTuning(ContinualLearner):
                 raise FloatingPointError(f"the trained weight of {name} holds NaN or infinity; nothing is kept")
             full[name] = W - self.store.current(name).to(torch.float32)
         return TaskRecord(task.name, full=full)
-
-
-def when_released(task: OpenTask, action: Callable[[], None]) -> None:
-    """Have ``action`` called as well when the task gives the model back: for what a method holds while a task is open."""
-    release = task.release
-
-    def both() -> None:
-        action()
-        if release is not None:
-            release()
-
-    task.release = both
 
 
 class FullFineTuningAll(FullFineTuning):

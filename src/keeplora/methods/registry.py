@@ -1,9 +1,10 @@
-"""Methods by name. A new one is a file that ends in a `register` call, and its module's name in `METHOD_MODULES`."""
+"""Methods by name. A new one is one file in this folder that ends in a `register` call."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.metadata
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,14 @@ from keeplora.tuner import ContinualLearner, KeepLoraConfig
 ONE_SCALE = {"gamma": 1.0, "schedule": "constant"}
 """`KeepLoraConfig` fields of a method whose layers all move at one scale."""
 
+#: Where tables show which method: in this order; files that are not named here come after.
 METHOD_MODULES = (
     "zero_shot", "full_finetuning", "lora", "regularised", "distillation", "wise_ft", "gpm", "inflora", "o_lora", "sd_lora",
     "nusa", "rail", "replay", "keeplora", "joint", "oracle",
 )  # fmt: skip
+
+ENTRY_POINTS = "keeplora.methods"
+"""Entry-point group of other packages: each value is a module that calls `register` when it is imported."""
 
 Space = tuple[str, float, float] | tuple[str, list[Any]]
 """One axis of a search: ("log", low, high), ("uniform", low, high) or ("choice", values)."""
@@ -73,11 +78,18 @@ def register(method: Method) -> Method:
     return method
 
 
+def _modules() -> list[str]:
+    """Those of `METHOD_MODULES`, then any other file beside this one, then what other packages offer."""
+    package = "keeplora.methods"
+    folder = importlib.import_module(package).__path__
+    found = [m.name for m in pkgutil.iter_modules(folder) if m.name not in (*METHOD_MODULES, "registry")]
+    offered = sorted(point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS))
+    return [*(f"{package}.{name}" for name in (*METHOD_MODULES, *sorted(found))), *offered]
+
+
 def _load() -> dict[str, Method]:
-    for module in METHOD_MODULES:
-        if importlib.util.find_spec(f"keeplora.methods.{module}") is None:
-            continue  # TEMPORARY while the baselines are being written
-        importlib.import_module(f"keeplora.methods.{module}")
+    for module in _modules():
+        importlib.import_module(module)
     return _METHODS
 
 

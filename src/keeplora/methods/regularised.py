@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
-from keeplora.methods.full_finetuning import FullFineTuning, when_released
+from keeplora.methods.full_finetuning import FullFineTuning
 from keeplora.methods.registry import FULL_LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
@@ -121,7 +121,7 @@ class L2(FullFineTuning):
             held.append((p, p.detach().to(torch.float32, copy=True), f.to(p.device) if isinstance(f, Tensor) else f))
         model = super()._attach(task)
         self._held = held
-        when_released(task, held.clear)
+        task.when_released(held.clear)
         return model
 
     def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
