@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from keeplora.data import read_picture
 from keeplora.errors import ConfigError, KeepLoraError, LedgerError
 from keeplora.experiment import TrainedModel
 from keeplora.models import load_model
@@ -240,3 +241,27 @@ def test_damaged_ledger_is_named(world, tmp_path):
     file.write_bytes(bytes(data))
     with pytest.raises(LedgerError, match=r"0002-stripes/tensors.safetensors does not have the SHA-256"):
         TrainedModel(path, device="cpu")
+
+
+@pytest.mark.parametrize(("method", "why"), [("oracle", "one model per task"), ("rail-dual", "a regression beside the model")])
+def test_what_is_no_single_model_is_not_exported(world, tmp_path, method, why):
+    path, _ = world.run(method=method)
+    for format in ("peft", "merged"):
+        with pytest.raises(KeepLoraError, match=why):
+            TrainedModel(path).export(tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_go_through_the_task_s_own_model_and_the_method_s_read_out(world):
+    path, results = world.run(method="oracle")
+    files = sorted((world.root / "paint/test").rglob("*.png"))
+    oracle = TrainedModel(path)
+    right = sum(oracle.predict(read_picture(f), task="paint")[0].label == f.parent.name for f in files)
+    assert 100 * right / len(files) == pytest.approx(results["accuracy"][3][0])
+    with pytest.raises(ConfigError, match="must be told which task"):
+        oracle.predict(read_picture(files[0]))
+    path, results = world.run(method="rail-dual")
+    rail = TrainedModel(path)
+    right = sum(rail.predict(read_picture(f), task="paint")[0].label == f.parent.name for f in files)
+    assert 100 * right / len(files) == pytest.approx(results["accuracy"][3][0])
+    assert abs(results["accuracy"][3][0] - results["accuracy"][0][0]) > 5  # the regression has a say

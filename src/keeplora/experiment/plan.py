@@ -61,12 +61,13 @@ def make_plan(setup: Setup) -> Plan:
         statistics += min(len(task.train), tuner.gradient_samples or len(task.train))
     forward, train = _time_one_batch(setup, targets)
     evaluations = (len(setup.tasks) + 1) * sum(len(t.test) for t in [*setup.tasks, *setup.probes])
+    pictures = sum(len(t.train) for t in setup.tasks)
     features = sum(
         min(len(t.train), config.tuner.samples("feature_samples", len(t.train)) or len(t.train)) for t in setup.tasks
     )
     seconds = {"evaluation": evaluations * forward}
     if setup.method.trains:
-        seconds["training"] = trained * train
+        seconds["training"] = trained * train if learner.planned_parameters() else pictures * forward
         if setup.method.learner.protects:
             seconds["statistics"] = statistics * train + features * forward
     else:

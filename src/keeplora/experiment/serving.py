@@ -128,6 +128,11 @@ class TrainedModel:
             raise KeepLoraError(
                 f"{self.path}: method {self.config.method} keeps one model per task, which no single adapter or checkpoint holds"
             )
+        if type(self.learner).readout is not ContinualLearner.readout:
+            raise KeepLoraError(
+                f"{self.path}: method {self.config.method} answers through a regression beside the model, which no adapter or "
+                "checkpoint holds; use `keeplora predict`, or TrainedModel in Python"
+            )
         if format == "merged":
             return self.family.save_pretrained(target)
         factors = concatenated(self.learner.records)

@@ -30,4 +30,4 @@ class ZeroShot(ContinualLearner):
 
 
 register(Method("zero-shot", "Zero-shot", ZeroShot, "the untouched model; trains nothing", trains=False,
-                trained="nothing", search={}))  # fmt: skip
+                trained="nothing", search={}, inference="none"))  # fmt: skip
