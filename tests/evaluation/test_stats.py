@@ -9,7 +9,7 @@ from itertools import pairwise, product
 from statistics import NormalDist
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import friedmanchisquare, rankdata, ttest_rel
 
@@ -133,6 +133,7 @@ def test_wilcoxon_by_hand(differences: list[float], p: float, n: int) -> None:
     assert found.smallest <= found.p
 
 
+@settings(deadline=None)  # the first example imports scipy.stats
 @given(st.lists(st.integers(-6, 6), min_size=1, max_size=8))
 def test_wilcoxon_is_the_share_of_sign_patterns(values: list[int]) -> None:
     """Against the definition: every pattern of signs is as likely as any other."""

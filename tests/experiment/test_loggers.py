@@ -206,7 +206,9 @@ def tensorboard_points(run: Path) -> dict[tuple[str, int], float]:
 
     events = EventAccumulator(str(run / "loggers/tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    points = [((tag, e.step), e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+    assert len(dict(points)) == len(points)  # nothing is shown twice
+    return dict(points)
 
 
 def test_tensorboard_shows_a_resumed_run_once(told):

@@ -110,6 +110,7 @@ def test_cells_that_are_not_finished_count_nowhere() -> None:
     assert found.estimates["a", None, "last"]["mean"] == 50.5
     assert [one.state for one in found.missing] == ["running", "failed", "interrupted", "pending"]
     assert found.matrices["a", "1"].n == 2
+    assert found.counts["a", None] == found.counts["a", "1"] == 2
 
 
 def test_metrics_that_do_not_exist_stay_away() -> None:

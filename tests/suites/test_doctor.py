@@ -16,21 +16,15 @@ from PIL import Image
 
 from keeplora.data import SOURCES, digests, load_task
 from keeplora.data.benchmarks import dtd, flowers102, mnist
-from keeplora.data.doctor import TaskCheck, examine, look, summary
+from keeplora.data.doctor import look, summary
 from keeplora.data.doctor.layouts import LAYOUTS, needed
 from keeplora.data.spec import parse_spec
 from keeplora.errors import DataError
 from keeplora.suites import load_suite
 from tests.data.benchmarks.mini import MAKERS, make_mini
+from tests.suites.examined import cache, look_over, text  # noqa: F401 (cache is a fixture)
 
 KEYS = {name: keys for name, (_, keys) in SOURCES.items()}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEEPLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("KEEPLORA_NO_CACHE", raising=False)
-    monkeypatch.setattr(digests, "SETTLED_NS", -(10**9))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +56,6 @@ def spec_of(specs: dict[str, list[dict[str, Any]]], task: str, suite: str = "mti
 def copied(trees: dict[str, Path], tmp_path: Path) -> Path:
     """A private copy of the MTIL tree."""
     return Path(shutil.copytree(trees["mtil"], tmp_path / "mtil"))
-
-
-def look_over(spec: dict[str, Any], root: Path, **options: Any) -> TaskCheck:
-    return examine(spec, root, SOURCES, fetch="from the cellar", **options)
-
-
-def text(check: TaskCheck) -> str:
-    return "\n".join(check.problems)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -133,6 +119,21 @@ def test_what_a_layout_names_is_told_as_missing_and_its_loader_needs_it(trees, s
     assert check.missing == [name.replace("|", " or ")]
     assert check.problems == [f"{tmp_path / spec['path']}: lacks {name.replace('|', ' or ')}"]
     assert check.fetch == "from the cellar"
+
+
+@pytest.mark.parametrize("task", [spec["name"] for spec in load_suite("mtil")["tasks"]])
+def test_every_list_that_a_loader_needs_is_in_its_layout(specs, copied, task):
+    spec = spec_of(specs, task)
+    lists = [p for p in sorted((copied / spec["path"]).rglob("*")) if p.is_file() and p.suffix != ".jpg"]
+    for file in lists:
+        away = file.rename(copied / "away")
+        try:
+            load_task(spec, copied)
+        except DataError:
+            name = file.relative_to(copied / spec["path"]).as_posix()
+            missing = [part for entry in look_over(spec, copied).missing for part in entry.split(" or ")]
+            assert name in missing, name
+        away.rename(file)
 
 
 def test_everything_that_is_missing_is_told_at_once(specs, copied):
@@ -214,15 +215,6 @@ def test_many_unusable_pictures_are_counted(specs, copied):
     assert f"{expect['train'] - 5} more pictures of train cannot be used, like the 5 above" in check.problems
 
 
-def test_damage_in_the_middle_is_found_by_the_full_check_alone(tmp_path, pets_spec):
-    file = tmp_path / "pets/train/cat/0.png"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    file.write_bytes(bytes(data))
-    assert look_over(pets_spec, tmp_path).ok
-    assert f"{file}: damaged or cut short" in text(look_over(pets_spec, tmp_path, full=True))
-
-
 def test_the_same_picture_in_train_and_test(specs, copied):
     task = load_task(spec_of(specs, "Aircraft"), copied)
     train, test = (Path(s.where(0)) for s in (task.train, task.test))
@@ -280,56 +272,6 @@ def test_wrong_classes_are_told(specs, copied):
     assert "3, " in text(check)
     spec = {**spec_of(specs, "DTD"), "classes": ["banded", "dotted", "polka-dotted", "zigzaged"]}
     assert "`classes` names 'zigzaged', which has no picture" in text(look_over(spec, copied))
-
-
-def test_a_class_without_pictures_is_a_problem(tmp_path, pets_spec):
-    (tmp_path / "pets/train/emu").mkdir()
-    assert "the class folder 'emu' of train holds no picture" in text(look_over(pets_spec, tmp_path))
-
-
-@pytest.fixture
-def pets_spec(tmp_path: Path) -> dict[str, Any]:
-    """A task of a person's own, as class folders."""
-    for split, count in (("train", 4), ("test", 2)):
-        for label in ("cat", "dog"):
-            (tmp_path / "pets" / split / label).mkdir(parents=True)
-            for i in range(count):
-                value = np.random.default_rng([len(split), len(label) + ord(label[0]), i]).integers(0, 256, (9, 7, 3))
-                Image.fromarray(value.astype(np.uint8)).save(tmp_path / "pets" / split / label / f"{i}.png")
-    return {"name": "pets", "source": "folder", "path": "pets"}
-
-
-def test_sources_of_ones_own(tmp_path, pets_spec):
-    check = look_over(pets_spec, tmp_path)
-    assert (check.ok, check.classes, check.pictures) == (True, 2, {"train": 8, "test": 4})
-    assert check.smallest is not None
-    assert check.smallest[:2] == (7, 9)
-    assert look_over({**pets_spec, "expect": {"classes": 2, "test": 5}}, tmp_path).problems == [
-        "2 classes, 4 test found, where 2, 5 are expected"
-    ]
-    flat = {**pets_spec, "path": "pets/train", "test": 0.25}  # cut when it is loaded: only the sum is known
-    assert look_over({**flat, "expect": {"train": 6, "test": 2}}, tmp_path).ok
-    assert look_over({**flat, "expect": {"train": 6, "test": 3}}, tmp_path).problems == [
-        "8 train and test found, where 9 are expected"
-    ]
-    assert look_over({**pets_spec, "split_classes": {"tasks": 2}}, tmp_path).ok  # the whole dataset is looked at
-    assert "did you mean 'classes'" in text(look_over({**pets_spec, "clases": []}, tmp_path))
-    probe = look_over(pets_spec, tmp_path, probe=True)
-    assert (probe.ok, probe.classes) == (True, 2)
-
-
-def test_pictures_that_are_to_be_skipped_are_a_note(tmp_path, pets_spec):
-    (tmp_path / "pets/train/cat/0.png").write_bytes(b"x")
-    assert not look_over(pets_spec, tmp_path).ok
-    check = look_over({**pets_spec, "on_error": "skip"}, tmp_path)
-    assert check.ok
-    assert any("0.png: not a picture" in note for note in check.notes)
-
-
-def test_a_picture_that_loading_would_refuse_by_its_size_is_told(tmp_path, pets_spec):
-    assert "more than max_pixels (50)" in text(look_over({**pets_spec, "max_pixels": 50}, tmp_path))
-    Image.new("RGB", (300, 1)).save(tmp_path / "pets/train/cat/0.png")
-    assert "a strip longer than 100 times its width" in text(look_over(pets_spec, tmp_path))
 
 
 def test_one_broken_dataset_never_hides_the_others(trees, specs, copied, monkeypatch):

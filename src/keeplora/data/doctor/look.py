@@ -171,7 +171,7 @@ def find_duplicates(splits: Mapping[str, Sequence[tuple[Entry, Look]]]) -> list[
     for split, found in splits.items():
         candidates[split] = kept = []
         for entry, look in found:
-            if look.problem or not (id(entry) in doubtful or (look.pixels and by_pixels[look.pixels] > 1)):
+            if id(entry) not in doubtful and not (look.pixels and by_pixels[look.pixels] > 1):
                 continue
             path = file_of(entry)
             # a picture in memory has its SHA-256 for a sample; what cannot be read is equal to nothing
