@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("KEEPLORA_NO_CACHE", "1")  # no test writes into the cache of whoever runs it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

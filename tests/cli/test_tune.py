@@ -17,7 +17,7 @@ import pytest
 
 from keeplora.experiment import Experiment
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.yaml_text import read_yaml
+from keeplora.yaml_text import read_yaml
 from tests.cli.tiny_world import TEST, TRAIN, results_of
 
 pytest.importorskip("optuna", reason="optuna is not installed")

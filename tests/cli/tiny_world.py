@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from keeplora.experiment import Experiment
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.yaml_text import dump_yaml
+from keeplora.yaml_text import dump_yaml
 from tests.models.tiny import make_tiny
 
 METHODS = ("zero-shot", "full-ft", "lora", "keeplora", "keeplora++", "keeplora-cls", "keeplora++-cls")

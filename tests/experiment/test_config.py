@@ -9,7 +9,7 @@ from config_samples import METHODS, base, refuse
 
 import keeplora.suites
 from keeplora.experiment.config import ExperimentConfig, load_config
-from keeplora.experiment.yaml_text import dump_yaml, parse_yaml
+from keeplora.yaml_text import dump_yaml, parse_yaml
 
 
 @pytest.fixture

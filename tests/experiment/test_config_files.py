@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keeplora.errors import ConfigError
 from keeplora.experiment.config import load_config, parse_overrides
-from keeplora.experiment.yaml_text import dump_yaml, parse_yaml, read_yaml
+from keeplora.yaml_text import dump_yaml, parse_yaml, read_yaml
 
 GOOD = "tasks:\n  - {name: pets, source: folder}\nmodel: embedded\nmethod: lora\n"
 

@@ -161,6 +161,19 @@ def test_a_resumed_run_goes_on_at_its_epoch(monkeypatch, told):
     assert logger.calls[1][2] == 3
 
 
+def test_a_run_that_fails_after_an_evaluation_has_told_it(monkeypatch, told):
+    logger = Keeping()
+    loggers, _ = opened(monkeypatch, told, logger)
+    ends = [i for i, event in enumerate(told.events) if event["event"] == "epoch"]
+    for event in told.events[: ends[0]]:  # row 0, and then the first task fails
+        loggers.event(event)
+    loggers.close("failed")
+    (_, values, step), finish = logger.calls[1:]
+    assert step == 0
+    assert values == {key: value for (key, at), value in expected_points(told).items() if at == 0}
+    assert finish == ("finish", "failed")
+
+
 def test_values_that_are_not_finite_are_left_out(monkeypatch, told):
     logger = Keeping()
     loggers, lines = opened(monkeypatch, told, logger)

@@ -100,6 +100,8 @@ def test_more_candidates_never_help(world):
     assert seen[0] == own[0]  # in the beginning none is
     assert all(a >= b for later, earlier in zip(seen, seen[1:]) for a, b in zip(later, earlier))
     assert len({rows[c]["comparison_key"] for c in rows}) == 3
+    assert rows["own"]["chance"]["paint"] == pytest.approx(100 / 3)
+    assert rows["all"]["chance"]["paint"] == pytest.approx(100 / 7)
 
 
 def test_heads_need_to_know_the_task(world):

@@ -18,7 +18,7 @@ import pytest
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import load_config
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.yaml_text import read_yaml
+from keeplora.yaml_text import read_yaml
 from keeplora.methods import get_method, method_names
 from keeplora.study import tune as module
 from keeplora.study import tune_plan
@@ -105,6 +105,8 @@ def test_a_fixed_key_leaves_the_search_and_the_learning_rate_must_stay():
         make_space("m", search, [LEARNING_RATE], {})
     with pytest.raises(ConfigError, match="m has nothing to search"):
         make_space("m", {}, [], {})
+    closed_form = {"tuner.options.lam": ("log", 1, 10)}
+    assert [a.key for a in make_space("m", closed_form, [LEARNING_RATE], {})] == ["tuner.options.lam"]
 
 
 def test_ranges_of_the_command_line():

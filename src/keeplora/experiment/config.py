@@ -33,7 +33,7 @@ from keeplora.experiment.config_schema import (
     variant_of,
 )
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
-from keeplora.experiment.yaml_text import KeyPath, parse_yaml, read_yaml
+from keeplora.yaml_text import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
     "AcceptConfig",

@@ -17,7 +17,7 @@ from keeplora.experiment.config_schema import (
     TrainingConfig,
     TunerConfig,
 )
-from keeplora.experiment.yaml_text import KeyPath
+from keeplora.yaml_text import KeyPath
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,

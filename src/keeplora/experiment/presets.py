@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from keeplora.errors import ConfigError, did_you_mean
-from keeplora.experiment.yaml_text import parse_yaml
+from keeplora.yaml_text import parse_yaml
 
 _FOLDER = resources.files("keeplora.experiment") / "presets"
 

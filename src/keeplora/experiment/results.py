@@ -10,6 +10,7 @@ from typing import Any
 
 from keeplora.data import TaskData
 from keeplora.evaluation.metrics import summary
+from keeplora.experiment.candidates import candidates_for
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.methods import Method
 from keeplora.tuner import ContinualLearner
@@ -69,13 +70,14 @@ def build_results(
     }
     audit = learner.audit() if learner.protects and learner.records else None
     sets = [*tasks, *probes]
+    rivals = tasks if config.candidates != "own" else ()  # with "seen": in the end
     return {
         "format": FORMAT, "version": VERSION, "name": config.label, "method": method.name, "method_title": method.title,
         "variant": "cls" if method.classifier else "text", "order": config.order_name, "candidates": config.candidates,
         "evaluate_on": config.evaluate_on, "model": config.model.name, "suite": config.suite,
         "seed": config.seed, "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
-        "chance": {t.name: 100.0 / len(t.classes) for t in sets}, "metrics": summary(scores.tasks, scores.probes),
+        "chance": {t.name: 100.0 / len(candidates_for(t, rivals).classes) for t in sets}, "metrics": summary(scores.tasks, scores.probes),
         "layers": layer_rows(learner) if learner.protects else [],
         "tasks_info": [
             {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.experiment.yaml_text import parse_yaml
+from keeplora.yaml_text import parse_yaml
 from keeplora.methods import get_method, method_names
 from keeplora.report.runs import Run, load_run
 from keeplora.report.study_data import Study, StudyCell

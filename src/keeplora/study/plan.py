@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from keeplora.errors import ConfigError, did_you_mean
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.config_errors import Problem, raise_problems
-from keeplora.experiment.yaml_text import KeyPath, read_yaml
+from keeplora.yaml_text import KeyPath, read_yaml
 from keeplora.methods import method_names
 
 KEYS = {
@@ -124,7 +124,9 @@ class StudyPlan:
         for order in self.orders:
             names = tuple(spec["name"] for spec in self.config(self.methods[0], order).ordered_tasks)
             if (other := seen.setdefault(names, order)) != order:
-                raise ConfigError(f"orders {other!r} and {order!r} are the same sequence ({', '.join(names)}); keep one")
+                raise ConfigError(
+                    f"orders {other!r} and {order!r} are the same sequence ({', '.join(names)}); keep one"
+                )
 
 
 def parse_seeds(text: Any) -> list[int]:

@@ -102,7 +102,7 @@ def make_space(method: str, search: Mapping[str, Any], fixed: Sequence[str], ran
 
     Raises `ConfigError` for a method without anything to search, and for a learning rate that is fixed.
     """
-    if LEARNING_RATE in fixed:
+    if LEARNING_RATE in fixed and LEARNING_RATE in search:
         raise ConfigError(f"-o {LEARNING_RATE}: it is what is searched; narrow it by --range {LEARNING_RATE}=LOW:HIGH")
     axes = [Axis.make(key, ranges.get(key, entry)) for key, entry in search.items() if key not in fixed]
     if not axes:

@@ -24,7 +24,7 @@ from typing import Any
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.progress import duration
 from keeplora.experiment.run_directory import RunDirectory, _Lock
-from keeplora.experiment.yaml_text import dump_yaml
+from keeplora.yaml_text import dump_yaml
 from keeplora.files import atomic_write_text
 from keeplora.study.execute import PATIENCE, POLL, _terminate_as_interrupt, drop_ledger, last_lines
 from keeplora.study.resources import Slots, cores, slots

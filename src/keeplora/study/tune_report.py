@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.experiment.yaml_text import dump_yaml
+from keeplora.yaml_text import dump_yaml
 from keeplora.files import atomic_write_bytes, atomic_write_text
 from keeplora.study.search import LEARNING_RATE, Axis, Trial
 from keeplora.study.tune import Outcome
