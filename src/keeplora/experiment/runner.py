@@ -17,6 +17,7 @@ from keeplora.errors import CapacityError, KeepLoraError
 from keeplora.experiment.candidates import Candidates, candidates_for
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
 from keeplora.experiment.environment import collect_environment
+from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
 from keeplora.experiment.pictures import (
     Batches,
@@ -125,6 +126,7 @@ class _Run:
                 record.info["seconds"] |= told["seconds"]
         self.evaluation_seconds = 0.0
         self._joint = learner.schedule == "joint"
+        self.loggers = Loggers({}, 0, self._warning)
 
     def go(self) -> dict[str, Any]:
         done = len(self.learner.records)
@@ -134,15 +136,16 @@ class _Run:
             rows = len(self.scores.tasks)
             self.directory.set_status(state="running", tasks_done=done, error=None)
             with self.progress:
+                self.directory.cut_events(max(0, rows - 1))
+                self.loggers = Loggers.open(
+                    self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
+                )
                 if rows == 0:
-                    self.directory.cut_events(0)
                     self._evaluate(0)
                     self._write()
-                else:
-                    self.directory.cut_events(max(0, rows - 1))
-                    if done == rows:  # killed between the ledger's record and its scores
-                        self._log_epochs(done)
-                        self._score_last(done)
+                elif done == rows:  # killed between the ledger's record and its scores
+                    self._log_epochs(done)
+                    self._score_last(done)
                 for i in range(done + 1, len(self.setup.tasks) + 1):
                     task = self.setup.tasks[i - 1]
                     self.progress.task(task.name, i, len(self.setup.tasks))
@@ -151,11 +154,14 @@ class _Run:
                     if os.environ.get(STOP_AFTER) == str(i):
                         raise KeyboardInterrupt
         except KeyboardInterrupt:
+            self.loggers.close("interrupted")
             self.directory.set_status(state="interrupted", error="interrupted; go on with `keeplora resume`")
             raise
         except BaseException as error:
+            self.loggers.close("failed")
             self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
             raise
+        self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(self.learner.records))
         results = self._write()
         render_report(self.directory.path)
@@ -163,6 +169,11 @@ class _Run:
 
     def _event(self, event: Mapping[str, Any]) -> None:
         self.directory.append_event(event)
+        self.loggers.event(event)
+
+    def _warning(self, line: str) -> None:
+        self.warnings.append(line)
+        self.progress.line(f"warning: {line}")
 
     def _log_epochs(self, i: int) -> None:
         """The epochs of task ``i`` from its record: those in metrics.jsonl were cut with everything unfinished."""
@@ -196,8 +207,7 @@ class _Run:
             yield
         for entry in caught:
             if issubclass(entry.category, UserWarning) and "keeplora" in entry.filename:
-                self.warnings.append(str(entry.message))
-                self.progress.line(f"warning: {entry.message}")
+                self._warning(str(entry.message))
 
     def _heads(self) -> dict[tuple[str, ...], Tensor]:
         """Trained class weights by the class list they belong to."""
@@ -348,6 +358,5 @@ class _Run:
         )  # fmt: skip
 
     def _sit_out(self, task: TaskData, info: dict[str, Any], why: str) -> None:
-        self.warnings.append(why)
-        self.progress.line(f"warning: {why}")
+        self._warning(why)
         self.learner.sit_out(task.name, {**info, "not_learned": why})

@@ -13,6 +13,7 @@ from keeplora.data import TaskData, load_task, split_validation
 from keeplora.errors import ConfigError
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
+from keeplora.experiment.loggers import check_loggers
 from keeplora.experiment.pictures import PictureTensors, TensorCache
 from keeplora.methods import Method, get_method
 from keeplora.models import load_model
@@ -103,6 +104,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     """Load model and data. Everything that can be refused is refused here, before a run directory exists."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_loggers(config.loggers)
     method = get_method(config.method)
     if method.task_identity and config.candidates != "own":
         raise ConfigError(f"method {method.name!r} must be told the task of a picture: use `candidates: own`")

@@ -139,6 +139,7 @@ class StudyProgress:
 
     def ended(self, record: CellRecord) -> None:
         """A cell's process is over."""
+        self._running = [(key, seconds) for key, seconds in self._running if key != record.key]
         done = f"[{self._count('finished')}/{len(self.keys)}] {name_of(record.key)}: {record.state}"
         if record.state == "finished":
             took = f" in {duration(record.seconds)}" if record.seconds is not None else ""
