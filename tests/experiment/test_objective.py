@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from keeplora.data import load_task
-from keeplora.experiment.device import Precision
 from keeplora.experiment.candidates import candidates_for
+from keeplora.experiment.device import Precision
 from keeplora.experiment.objective import TaskObjective, accuracy, add_head, initial_head, predict
 from keeplora.experiment.pictures import Collate, PictureTensors, TensorCache, loader
 from keeplora.models import load_model

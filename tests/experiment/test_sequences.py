@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from keeplora.errors import ConfigError
@@ -34,14 +36,14 @@ def test_a_shuffled_order_is_the_seed_s(world):
 
 
 def test_unknown_orders_are_refused(world):
-    with pytest.raises(ConfigError, match="unknown order '3'.*shuffle-SEED"):
+    with pytest.raises(ConfigError, match=r"unknown order '3'.*shuffle-SEED"):
         load_config({"suite": "mtil", "method": "lora", "order": 3})
     with pytest.raises(ConfigError, match="unknown order 'shufle-1'; did you mean 'shuffle-SEED'"):
         load_config(world.config(order="shufle-1"))
 
 
 def test_the_first_tasks_alone(world):
-    path, results = world.run(method="lora", order="shuffle-2", first_tasks=2)
+    _, results = world.run(method="lora", order="shuffle-2", first_tasks=2)
     assert results["tasks"] == load_config(world.config(order="shuffle-2")).order[:2]
     assert len(results["accuracy"]) == 3
     assert results["order"] == "shuffle-2"
@@ -58,7 +60,12 @@ def test_one_source_becomes_a_sequence_of_its_classes(world, tmp_path):
             for folder in (world.root / task / kind).iterdir():
                 (tmp_path / "all" / kind).mkdir(parents=True, exist_ok=True)
                 (tmp_path / "all" / kind / folder.name).symlink_to(folder)
-    spec = {"name": "all", "source": "folder", "path": str(tmp_path / "all"), "split_classes": {"tasks": 2, "seed": 1993}}
+    spec = {
+        "name": "all",
+        "source": "folder",
+        "path": str(tmp_path / "all"),
+        "split_classes": {"tasks": 2, "seed": 1993},
+    }
     config = load_config(world.config(tasks=[spec], probes=[]))
     assert [t["name"] for t in config.tasks] == ["all-1", "all-2"]
     assert load_config(config.resolved()).tasks == config.tasks
@@ -72,17 +79,23 @@ def test_one_source_becomes_a_sequence_of_its_classes(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("split", "told"),
-    [({"tasks": 1}, "split_classes.tasks is 1"), ({"parts": 2}, "must be {tasks: T}"), ({"tasks": 2, "seed": -1}, "seed is -1")],
+    [
+        ({"tasks": 1}, "split_classes.tasks is 1"),
+        ({"parts": 2}, "must be {tasks: T}"),
+        ({"tasks": 2, "seed": -1}, "seed is -1"),
+    ],
 )
 def test_a_split_that_is_none_is_refused(world, split, told):
     with pytest.raises(ConfigError, match=f"task 'paint'.*{told}"):
-        load_config(world.config(tasks=[{"name": "paint", "source": "folder", "path": "paint", "split_classes": split}]))
+        load_config(
+            world.config(tasks=[{"name": "paint", "source": "folder", "path": "paint", "split_classes": split}])
+        )
 
 
 def test_a_method_that_needs_a_reference_set_says_so_before_it_starts(world):
-    with pytest.raises(ConfigError, match="'zscl' needs a reference set.*reference:"):
+    with pytest.raises(ConfigError, match=r"'zscl' needs a reference set.*reference:"):
         Experiment(world.config(method="zscl")).setup  # noqa: B018
-    path, results = world.run(method="zscl", reference={"name": "other", "source": "folder", "path": "grey"})
+    _, results = world.run(method="zscl", reference={"name": "other", "source": "folder", "path": "grey"})
     assert len(results["accuracy"]) == 4
 
 
@@ -98,7 +111,7 @@ def test_more_candidates_never_help(world):
     assert len({tuple(row) for row in every}) == 1  # who competes does not change with time
     assert seen[-1] == every[-1]  # in the end all are seen
     assert seen[0] == own[0]  # in the beginning none is
-    assert all(a >= b for later, earlier in zip(seen, seen[1:]) for a, b in zip(later, earlier))
+    assert all(a >= b for later, earlier in itertools.pairwise(seen) for a, b in zip(later, earlier))
     assert len({rows[c]["comparison_key"] for c in rows}) == 3
     assert rows["own"]["chance"]["paint"] == pytest.approx(100 / 3)
     assert rows["all"]["chance"]["paint"] == pytest.approx(100 / 7)
@@ -125,7 +138,9 @@ def test_rows_on_validation_pictures_open_no_test_picture(world, tmp_path, monke
         return picture(self, index)
 
     monkeypatch.setattr(PictureSet, "picture", noting)
-    values = world.config(method="lora", evaluate_on="validation", validation=0.3, first_tasks=2, output=str(tmp_path / "run"))
+    values = world.config(
+        method="lora", evaluate_on="validation", validation=0.3, first_tasks=2, output=str(tmp_path / "run")
+    )
     results = Experiment(values, quiet=True).run()
     assert results["test_counts"] == {"paint": 9, "stripes": 6}  # three tenths of ten per class
     assert results["probes"] == []
@@ -156,7 +171,7 @@ def test_joint_training_has_one_moment(world):
 
 
 def test_the_oracle_keeps_every_task_at_its_own_best(world):
-    path, results = world.run(method="oracle")
+    _, results = world.run(method="oracle")
     rows = results["accuracy"]
     for j in range(3):
         assert len({rows[i][j] for i in range(j + 1, 4)}) == 1  # from when it is learned on

@@ -243,7 +243,9 @@ def test_damaged_ledger_is_named(world, tmp_path):
         TrainedModel(path, device="cpu")
 
 
-@pytest.mark.parametrize(("method", "why"), [("oracle", "one model per task"), ("rail-dual", "a regression beside the model")])
+@pytest.mark.parametrize(
+    ("method", "why"), [("oracle", "one model per task"), ("rail-dual", "a regression beside the model")]
+)
 def test_what_is_no_single_model_is_not_exported(world, tmp_path, method, why):
     path, _ = world.run(method=method)
     for format in ("peft", "merged"):

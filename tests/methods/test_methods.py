@@ -88,7 +88,9 @@ def test_two_tasks_and_back_from_disk(name, family, folders, tmp_path):
         if name == "zero-shot" or name in ANALYTIC:
             assert loss == start
         else:
-            assert loss < start - (0.005 if name == "zscl" else 0.02), "nothing was learned"  # a teacher that never learned
+            assert loss < start - (0.005 if name == "zscl" else 0.02), (
+                "nothing was learned"
+            )  # a teacher that never learned
         if name in ANALYTIC:
             assert accuracy(learner, task) == 1.0  # noise around one picture per class
     assert [r.name for r in learner.records] == list(TASKS)

@@ -18,7 +18,6 @@ import pytest
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import load_config
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.yaml_text import read_yaml
 from keeplora.methods import get_method, method_names
 from keeplora.study import tune as module
 from keeplora.study import tune_plan
@@ -27,6 +26,7 @@ from keeplora.study.plan import read_per_method
 from keeplora.study.search import LEARNING_RATE, Axis, Searcher, design, make_space, parse_ranges
 from keeplora.study.tune import Outcome, tune
 from keeplora.study.tune_plan import TunePlan
+from keeplora.yaml_text import read_yaml
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed")
 

@@ -19,7 +19,9 @@ def run(
     method: Annotated[str | None, typer.Option(help="How to learn (see `keeplora methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling, sampling and random starts.")] = None,
     order: Annotated[str | None, typer.Option(help="The suite's order by name (1, 2), or shuffle-SEED.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the benchmark's data; default $KEEPLORA_DATA, ./data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's data; default $KEEPLORA_DATA, ./data.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory; default runs/NAME-METHOD-seedSEED.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("-o", "--set", help="Any key: -o training.epochs=2. Repeatable.")

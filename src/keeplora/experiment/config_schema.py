@@ -280,7 +280,9 @@ class ExperimentConfig(_Section):
         default=None, description="where the data of benchmark suites is; None: $KEEPLORA_DATA, else ./data"
     )
     base_dir: str = Field(default=".", description="the folder that relative paths in tasks and probes start from")
-    loggers: list[str] = Field(default_factory=list, description="tensorboard, wandb, mlflow, trackio: beside our own record")
+    loggers: list[str] = Field(
+        default_factory=list, description="tensorboard, wandb, mlflow, trackio: beside our own record"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; None: torch's own choice")
 

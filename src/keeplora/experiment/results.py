@@ -77,7 +77,8 @@ def build_results(
         "evaluate_on": config.evaluate_on, "model": config.model.name, "suite": config.suite,
         "seed": config.seed, "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
-        "chance": {t.name: 100.0 / len(candidates_for(t, rivals).classes) for t in sets}, "metrics": summary(scores.tasks, scores.probes),
+        "chance": {t.name: 100.0 / len(candidates_for(t, rivals).classes) for t in sets},
+        "metrics": summary(scores.tasks, scores.probes),
         "layers": layer_rows(learner) if learner.protects else [],
         "tasks_info": [
             {

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.yaml_text import dump_yaml, read_yaml
 from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
 VERSION = 0

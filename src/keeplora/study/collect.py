@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.yaml_text import parse_yaml
 from keeplora.methods import get_method, method_names
 from keeplora.report.runs import Run, load_run
 from keeplora.report.study_data import Study, StudyCell
 from keeplora.study.plan import LISTED
 from keeplora.study.store import StudyStore, is_study
 from keeplora.study.tables import summarise
+from keeplora.yaml_text import parse_yaml
 
 
 class Collected(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from keeplora.errors import ConfigError, did_you_mean
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.config_errors import Problem, raise_problems
-from keeplora.yaml_text import KeyPath, read_yaml
 from keeplora.methods import method_names
+from keeplora.yaml_text import KeyPath, read_yaml
 
 KEYS = {
     "name": "text", "suite": "text", "experiment": "text", "data": "text", "methods": "a list of methods",

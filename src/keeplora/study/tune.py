@@ -24,13 +24,13 @@ from typing import Any
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.progress import duration
 from keeplora.experiment.run_directory import RunDirectory, _Lock
-from keeplora.yaml_text import dump_yaml
 from keeplora.files import atomic_write_text
 from keeplora.study.execute import PATIENCE, POLL, _terminate_as_interrupt, drop_ledger, last_lines
 from keeplora.study.resources import Slots, cores, slots
 from keeplora.study.search import LEARNING_RATE, Axis, Searcher, Trial
 from keeplora.study.store import is_being_written
 from keeplora.study.tune_plan import CRITERION, TunePlan, join, refuse_strangers
+from keeplora.yaml_text import dump_yaml
 
 DATABASE = "optuna.db"
 _STOPPED = {signal.SIGINT, signal.SIGTERM}

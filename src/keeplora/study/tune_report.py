@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.yaml_text import dump_yaml
 from keeplora.files import atomic_write_bytes, atomic_write_text
 from keeplora.study.search import LEARNING_RATE, Axis, Trial
 from keeplora.study.tune import Outcome
+from keeplora.yaml_text import dump_yaml
 
 TUNED, TRIALS, PLOT = "tuned.yaml", "trials.csv", "trials.png"
 _HEADER = """\
