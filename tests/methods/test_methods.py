@@ -267,3 +267,28 @@ def test_registry():
         assert method.trains == (name != "zero-shot")
     with pytest.raises(ConfigError, match=re.escape("method: unknown name 'kepplora'; did you mean 'keeplora'?")):
         get_method("kepplora")
+
+
+def test_a_new_file_and_another_package_s_module_are_found(tmp_path, monkeypatch):
+    import importlib.metadata
+
+    from keeplora.methods import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._load()))
+    unnamed = tuple(m for m in registry.METHOD_MODULES if m != "oracle")
+    monkeypatch.setattr(registry, "METHOD_MODULES", unnamed)
+    assert "keeplora.methods.oracle" in registry._modules()[len(unnamed) :]  # a file that the tuple does not name
+    assert not any(name.endswith("registry") for name in registry._modules())
+
+    (tmp_path / "their_method.py").write_text(
+        "from keeplora.methods import Method, register\n"
+        "from keeplora.methods.lora import SequentialLora\n"
+        "register(Method('theirs', 'Theirs', SequentialLora, 'a method of another package'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = importlib.metadata.EntryPoint("theirs", "their_method", registry.ENTRY_POINTS)
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else []
+    )
+    assert get_method("theirs").title == "Theirs"
+    assert method_names()[-1] == "theirs"

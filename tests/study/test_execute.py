@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,16 @@ def wait_for(done: Any, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(params=["SIGINT", "SIGTERM", "SIGTERM, in the background"])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A shell starts what it puts into the background with SIGINT ignored, and so do its children unless told otherwise."""
+    before = signal.getsignal(signal.SIGINT)
+    if "background" in request.param:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield signal.Signals[request.param.split(",")[0]]
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_interrupts_the_cells_and_keeps_their_state(tmp_path: Path, number: signal.Signals) -> None:
     study = Started(tmp_path, act="hang", jobs=2)
     folders = [study.store.folder(CellKey(m, "1", 0)) for m in ("lora", "ewc")]
@@ -155,6 +165,7 @@ def test_ctrl_c_interrupts_the_cells_and_keeps_their_state(tmp_path: Path, numbe
     assert not any(is_being_written(folder) for folder in folders)
     assert "Interrupting 2 runs; their finished tasks are kept" in study.told.getvalue()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     again = Started(tmp_path, act="hang", jobs=2)
     assert again.executor.run() == []
     assert again.states() == ["finished"] * 4
@@ -177,6 +188,24 @@ def test_a_run_that_outlived_its_study_is_waited_for(tmp_path: Path) -> None:
     assert "lora, order 1, seed 0: still running since an earlier call" in study.told.getvalue()
     assert study.store.cells[key].attempts == 1
     assert study.seen()["words"][0] == "resume"
+
+
+def test_a_run_that_has_not_even_imported_anything_is_waited_for_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(f"import runpy, time\ntime.sleep(1)\nrunpy.run_path({str(FAKE)!r}, run_name='__main__')\n")
+    monkeypatch.setattr(execute, "PROGRAM", (sys.executable, str(late)))
+    killed = Started(tmp_path / "s", methods=("lora",), seeds=(0,))
+    killed.executor._start(CellKey("lora", "1", 0))  # and then the study was killed: nobody waits for its process
+    study = Started(tmp_path / "s", methods=("lora",), seeds=(0,))
+    assert study.executor.run() == []
+    assert study.states() == ["finished"]
+    assert study.store.cells["lora", "1", 0].attempts == 1
+    assert "still running since an earlier call" in study.told.getvalue()
+    (job,) = killed.executor._running
+    assert job.process is not None
+    assert job.process.wait(10) == 0
 
 
 def test_ledgers_are_dropped_once_results_are_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from keeplora.study.plan import CellKey, StudyPlan
 from keeplora.study.progress import StudyProgress
@@ -57,10 +58,17 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, raise_interrupt)
+    # A shell that starts us in the background has SIGINT ignored, which the runs would inherit and then never hear ours. A
+    # handler that does nothing ignores it here alone: handlers do not outlive exec.
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def last_lines(text: str, count: int = ERROR_LINES) -> str:
@@ -80,6 +88,24 @@ def drop_ledger(folder: Path) -> int:
         freed += file.stat().st_size
         file.unlink()
     return freed
+
+
+def _hold(log: Path) -> IO[bytes] | None:
+    """The cell's own lock, to be passed on to its process, or None while a process has it.
+
+    The process holds it from its first moment to its last, whatever becomes of this one: the run directory's lock comes
+    only when everything is imported, and until then an orphan would be taken for a cell that never began.
+    """
+    handle = open(f"{log}.lock", "ab")  # noqa: SIM115 (it outlives this function)
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            return None
+    return handle
 
 
 class Executor:
@@ -133,7 +159,11 @@ class Executor:
     def _start(self, key: CellKey) -> None:
         record, folder = self.store.cells[key], self.store.folder(key)
         log = self.store.path / "logs" / (key.folder.removeprefix("cells/").replace("/", "."))
-        if folder.is_dir() and is_being_written(folder):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        held = _hold(log)
+        if held is None or (folder.is_dir() and is_being_written(folder)):
+            if held is not None:
+                held.close()
             record.state = "running"
             self._running.append(_Job(key, None, None, time.monotonic(), log))
             self.progress.started(key, adopted=True)
@@ -145,12 +175,11 @@ class Executor:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.slots.threads)}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
-        log.parent.mkdir(parents=True, exist_ok=True)
         # Each attempt starts its logs anew: the last lines must be this attempt's.
-        with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
+        with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err, held:
             process = subprocess.Popen(
                 [*PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                env=environment, start_new_session=True,
+                env=environment, start_new_session=True, pass_fds=(held.fileno(),) if os.name == "posix" else (),
             )  # fmt: skip
         record.state, record.error, record.attempts = "running", None, record.attempts + 1
         self._running.append(_Job(key, process, gpu, time.monotonic(), log))
@@ -160,6 +189,10 @@ class Executor:
     def _ended(self, job: _Job) -> bool:
         if job.process is not None:
             return job.process.poll() is not None
+        held = _hold(job.log)
+        if held is None:
+            return False
+        held.close()
         return not is_being_written(self.store.folder(job.key))
 
     def _finish(self, job: _Job, interrupted: bool = False) -> CellRecord:
