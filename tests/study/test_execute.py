@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.study import execute, resources
 from keeplora.study.execute import Executor, StudyInterrupted, last_lines
 from keeplora.study.plan import CellKey, StudyPlan
@@ -163,6 +164,8 @@ def test_ctrl_c_interrupts_the_cells_and_keeps_their_state(tmp_path: Path, numbe
     presser.join()
     assert study.states() == ["interrupted", "interrupted", "pending", "pending"]
     assert not any(is_being_written(folder) for folder in folders)
+    told = [RunDirectory(folder).read_status()["state"] for folder in folders]
+    assert told == ["interrupted"] * 2  # by the runs themselves: they were not killed
     assert "Interrupting 2 runs; their finished tasks are kept" in study.told.getvalue()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     signal.signal(signal.SIGINT, signal.default_int_handler)
