@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -110,7 +109,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(searched, process, tmp_path):
     """SIGKILL while trials run: they end by themselves, are waited for, and the search ends as the undisturbed one."""
     words = ("-m", "keeplora", "tune", searched.config, *SEARCH, "--output", tmp_path / "tune")
     child = process(*words)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not (tmp_path / "tune/lora/trial-00/config.yaml").is_file():
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < end
@@ -119,7 +118,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(searched, process, tmp_path):
     child.wait()
     assert not (tmp_path / "tune/tuned.yaml").exists()
     again = process(*words)
-    _, err = again.communicate(timeout=300)
+    _, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     assert rows_of(tmp_path / "tune") == rows_of(searched.folder)
     mine, theirs = ((folder / "tuned.yaml").read_text() for folder in (tmp_path / "tune", searched.folder))
@@ -132,13 +131,13 @@ def test_interrupted_its_trials_write_their_state(world, process, tmp_path):
     words = ("-m", "keeplora", "tune", config, "--methods", "lora", "--trials", "1", "--output", tmp_path / "tune")
     child = process(*words)
     trial = tmp_path / "tune/lora/trial-00"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not (trial / "metrics.jsonl").is_file():
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=120)
+    _, err = child.communicate(timeout=600)
     assert child.returncode == 130
     assert "repeat the command to go on" in err
     assert RunDirectory(trial).read_status()["state"] == "interrupted"
@@ -172,12 +171,3 @@ def test_refusals_of_the_command_line(world, cli, tmp_path):
         assert answer.code == 1
         assert told in answer.err, answer.err
     assert not (tmp_path / "tune").exists()
-
-
-def test_a_model_that_is_not_there_ends_the_search(world, cli, tmp_path):
-    config = world.yaml(tmp_path / "experiment.yaml", model=str(tmp_path / "no-model"))
-    answer = cli("tune", config, "--methods", "lora", "--jobs", "1", "--output", tmp_path / "tune")
-    assert answer.code == 1
-    assert answer.err.startswith("Error: lora could not begin: ")
-    assert "no-model" in answer.err
-    assert json.loads((tmp_path / "tune/tune.json").read_text())["format"] == "keeplora-tune"

@@ -33,9 +33,9 @@ def main() -> None:
             run.write_config(options)
         began = time.time()
         seen = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-        (folder / "seen.json").write_text(json.dumps({**seen, "words": words, "began": began}))
         run.set_status(state="running")
         try:
+            (folder / "seen.json").write_text(json.dumps({**seen, "words": words, "began": began}))
             if act == "fail":
                 print("a line before\nError: the disk is on fire", file=sys.stderr)
                 run.set_status(state="failed", error="the disk is on fire")
