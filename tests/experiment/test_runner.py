@@ -476,3 +476,23 @@ def test_overrides_reach_a_mapping(world):
     assert (experiment.config.method, experiment.config.training.epochs) == ("lora", 1)
     later = Experiment(experiment.config, {"seed": 7}, quiet=True)
     assert (later.config.seed, later.config.method) == (7, "lora")
+
+
+def test_a_run_killed_in_its_first_task_keeps_the_untouched_model_s_row_in_its_log(world, tmp_path, monkeypatch):
+    path, expected = world.run(method="lora")
+
+    def killed(self, task, index):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_learn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Experiment(world.config(method="lora", output=str(tmp_path / "run")), quiet=True).run()
+    results = Experiment.resume(tmp_path / "run", quiet=True)
+    assert results["accuracy"] == expected["accuracy"]
+    events = [
+        [(e["after"], e["set"], e["accuracy"]) for e in events_of(run, "evaluation")]
+        for run in (path, tmp_path / "run")
+    ]
+    assert events[0] == events[1]
+    assert len(events[0]) == 4 * len(SETS)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,8 @@ class _Run:
                 self.loggers = Loggers.open(
                     self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
                 )
+                if rows == 1:  # row 0 was cut with the unfinished first task: no `task_finished` stands between them
+                    self._tell_row(0, self.scores.tasks[0], self.scores.probes[0])
                 if rows == 0:
                     self._evaluate(0)
                     self._write()
@@ -231,6 +233,12 @@ class _Run:
                 self.config.training.eval_batch_size, head, self.progress.advance, self.learner.readout,
             )  # fmt: skip
 
+    def _tell_row(self, after: int, tasks: Sequence[float | None], probes: Sequence[float | None]) -> None:
+        for kind, group, row in (("task", self.setup.tasks, tasks), ("probe", self.setup.probes, probes)):
+            for task, value in zip(group, row, strict=True):
+                event = {"event": "evaluation", "after": after, "set": task.name, "kind": kind}
+                self._event({**event, "accuracy": value, "n": len(task.test)})
+
     def _evaluate(self, after: int) -> None:
         """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
         started = time.perf_counter()
@@ -246,10 +254,7 @@ class _Run:
             rows = {"task": list(self.scores.tasks[-1]), "probe": list(self.scores.probes[-1])}
         else:
             rows = {kind: [self._accuracy(t, sets[t.name].test) for t in group] for kind, group in groups}
-        for kind, group in groups:
-            for task, value in zip(group, rows[kind], strict=True):
-                event = {"event": "evaluation", "after": after, "set": task.name, "kind": kind}
-                self._event({**event, "accuracy": value, "n": len(task.test)})
+        self._tell_row(after, rows["task"], rows["probe"])
         known = [value for value in rows["task"] if value is not None]
         if known:
             self.progress.advance(0, accuracy=sum(known) / len(known))
