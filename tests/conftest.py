@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("KEEPLORA_NO_CACHE", "1")  # no test writes into the cache of whoever runs it
 
 

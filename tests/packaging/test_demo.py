@@ -46,7 +46,7 @@ def suite(tmp_path, monkeypatch, model) -> Path:
         "training": {"epochs": 1},
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(value))
-    monkeypatch.setattr(suites, "suite_folder", lambda: folder)
+    monkeypatch.setattr(suites, "suite_folder", lambda *_: folder)
     monkeypatch.chdir(tmp_path)
     return folder / "tiny.yaml"
 
