@@ -57,6 +57,11 @@ class OLora(SequentialLora):
         task.when_released(lambda: setattr(self, "_held", ()))
         return model
 
+    def state_bytes(self) -> int:
+        """The old A's, which the penalty reads."""
+        old = [f.A for record in self.records for f in record.factors.values()]
+        return super().state_bytes() + sum(A.numel() * A.element_size() for A in old)
+
     def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
         """λ₁ Σ |A_old A_newᵀ| + λ₂ (Σ ‖A_new‖ + Σ ‖B_new‖); None where both are zero by themselves."""
         terms = []
