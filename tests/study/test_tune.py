@@ -177,7 +177,7 @@ def test_proposals_do_not_depend_on_kills(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += 1
-    assert kills >= 3
+    assert kills  # how many depends on how quick the machine is
     assert start("killed.db").communicate()[0].splitlines()[-10:] == straight.splitlines()[-10:]
 
 
