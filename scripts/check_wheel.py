@@ -31,6 +31,8 @@ DATA = (
     "keeplora/experiment/presets/*.yaml",
     "keeplora/report/templates/report.html.j2",
     "keeplora/report/templates/style.css",
+    "keeplora/report/templates/study.html.j2",
+    "keeplora/report/templates/study.css",
 )
 SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",

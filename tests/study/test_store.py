@@ -140,8 +140,8 @@ def test_living_run_is_seen_and_the_study_has_one_writer(tmp_path: Path) -> None
     (run / ".lock").write_text("12345\n")  # what a killed process leaves
     assert not is_being_written(run)
     code = (
-        "import sys, time; from keeplora.experiment.run_directory import _Lock; from pathlib import Path\n"
-        "locks = [_Lock(Path(p)) for p in sys.argv[1:]]\n"
+        "import sys, time; from keeplora.experiment.run_directory import FolderLock; from pathlib import Path\n"
+        "locks = [FolderLock(Path(p)) for p in sys.argv[1:]]\n"
         "for lock in locks: lock.acquire()\n"
         "print('held', flush=True); time.sleep(60)"
     )

@@ -21,8 +21,8 @@ from keeplora.experiment.config_errors import (
     raise_problems,
     unknown_key,
 )
+from keeplora.experiment.config_fields import DEFAULT_KEY
 from keeplora.experiment.config_schema import (
-    DEFAULT_KEY,
     AcceptConfig,
     EarlyStoppingConfig,
     ExperimentConfig,

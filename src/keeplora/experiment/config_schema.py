@@ -7,18 +7,26 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from keeplora.errors import ConfigError, did_you_mean
+from keeplora.errors import did_you_mean
+from keeplora.experiment.config_fields import (
+    DEFAULT_KEY,
+    Count,
+    CountPer,
+    Modules,
+    Positive,
+    PositivePer,
+    Samples,
+    SchedulePer,
+    SharePer,
+    ValidationPer,
+    pick,
+)
 from keeplora.experiment.presets import preset_values
-
-T = TypeVar("T")
-
-#: In a mapping over towers or tasks, the value of every tower or task that is not named.
-DEFAULT_KEY = "default"
 
 
 def variant_of(method: str) -> str | None:
@@ -33,90 +41,6 @@ def variant_of(method: str) -> str | None:
 class _Section(BaseModel):
     # strict: `r: true` is not 1 and `epochs: "3"` is not 3; a configuration says what it means.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _not_empty(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not value:
-        raise ValueError("must hold at least one entry")
-    return value
-
-
-def _one_or_each(value: Any) -> str:
-    return "each" if isinstance(value, Mapping) else "one"
-
-
-_NotEmpty = AfterValidator(_not_empty)
-
-
-def _samples(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a whole number of samples, or a share between 0 and 1")
-    if isinstance(value, int) and value < 1:
-        raise ValueError("must be at least 1 sample (or a share between 0 and 1, or null for all)")
-    if isinstance(value, float) and not 0 < value < 1:
-        raise ValueError("must be a share between 0 and 1 (both excluded), or a whole number of samples")
-    return value
-
-
-def _layer_schedule(value: Any) -> Any:
-    if isinstance(value, str) and value in ("linear", "constant"):
-        return value
-    if isinstance(value, str):
-        raise ValueError(f"must be linear, constant or a list of numbers{did_you_mean(value, ['linear', 'constant'])}")
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numbers or not value or not all(math.isfinite(v) and v >= 0 for v in value):
-        raise ValueError("must be linear, constant or a list of finite numbers >= 0, one per block, shallowest first")
-    return value
-
-
-def _modules(value: Any) -> Any:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
-        return value
-    raise ValueError("must be a list of module names, one pattern as text, or null")
-
-
-def _validation(value: Any) -> Any:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError("must be a share of the training data between 0 and 1 (both excluded), or a path")
-    return value
-
-
-_Positive = Annotated[float, Field(gt=0)]
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Count = Annotated[int, Field(ge=1)]
-_LayerSchedule = Annotated[Any, BeforeValidator(_layer_schedule)]
-_Validation = Annotated[Any, BeforeValidator(_validation)]
-Modules = Annotated[Any, BeforeValidator(_modules)]
-_Each = Discriminator(_one_or_each)
-CountPer = Annotated[Annotated[_Count, Tag("one")] | Annotated[dict[str, _Count], _NotEmpty, Tag("each")], _Each]
-SharePer = Annotated[Annotated[_Share, Tag("one")] | Annotated[dict[str, _Share], _NotEmpty, Tag("each")], _Each]
-PositivePer = Annotated[
-    Annotated[_Positive, Tag("one")] | Annotated[dict[str, _Positive], _NotEmpty, Tag("each")], _Each
-]
-SchedulePer = Annotated[
-    Annotated[_LayerSchedule, Tag("one")] | Annotated[dict[str, _LayerSchedule], _NotEmpty, Tag("each")], _Each
-]
-ValidationPer = Annotated[
-    Annotated[_Validation, Tag("one")] | Annotated[dict[str, _Validation], _NotEmpty, Tag("each")], _Each
-]
-
-
-def pick(value: T | Mapping[str, T], *names: str, key: str) -> T:
-    """The entry of ``value`` for the first of ``names`` in it, else its ``default``; a plain value is everyone's.
-
-    >>> pick({"vision": 0.2, "default": 1.0}, "text_model", "text", key="tuner.gamma")
-    1.0
-    """
-    if not isinstance(value, Mapping):
-        return value
-    for name in (*names, DEFAULT_KEY):
-        if name in value:
-            return value[name]
-    raise ConfigError(f"{key} gives no value for {names[0]!r}; add `{names[-1]}:` or `{DEFAULT_KEY}:` to it")
 
 
 class ModelConfig(_Section):
@@ -138,16 +62,16 @@ class TunerConfig(_Section):
     )
     exclude_modules: Modules | None = Field(default=None, description="modules left out of the targets; same forms")
     r: CountPer = Field(description="rank, at least 1")
-    lora_alpha: _Positive = Field(description="s = layer_scale * lora_alpha / r")
+    lora_alpha: Positive = Field(description="s = layer_scale * lora_alpha / r")
     energy_weights: SharePer = Field(description="energy of W to protect (M1), 0 to 1")
     energy_features: SharePer = Field(description="energy of the features to protect (M8), 0 to 1")
     gamma: SharePer = Field(description="scale of the shallowest block (M6), 0 to 1; 1 is KeepLoRA")
     schedule: SchedulePer = Field(description="linear (M6), constant, or a list with one scale per block")
     memory: Literal["features", "gradients"] = Field(description="what is protected after a task: M8 or M8g")
-    gradient_samples: Annotated[Any, BeforeValidator(_samples)] | None = Field(
+    gradient_samples: Samples | None = Field(
         default=None, description="cap on the samples of G: a number, a share of the task's data, or None for all"
     )
-    feature_samples: Annotated[Any, BeforeValidator(_samples)] | None = Field(
+    feature_samples: Samples | None = Field(
         default=None, description="cap on the samples of C: a number, a share of the task's data, or None for all"
     )
 
@@ -167,7 +91,7 @@ class TrainingConfig(_Section):
 
     epochs: CountPer
     learning_rate: PositivePer
-    batch_size: _Count
+    batch_size: Count
     optimizer: Literal["adamw"] = "adamw"
     weight_decay: float = Field(ge=0)
     schedule: Literal["onecycle", "cosine", "constant"]
@@ -176,7 +100,7 @@ class TrainingConfig(_Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; None: no clipping")
-    eval_batch_size: _Count = 64
+    eval_batch_size: Count = 64
     workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
 
     def for_task(self, task: str) -> TrainingConfig:
@@ -188,7 +112,7 @@ class TrainingConfig(_Section):
 class EarlyStoppingConfig(_Section):
     """Stop a task when its validation accuracy has not risen for ``patience`` epochs."""
 
-    patience: _Count
+    patience: Count
 
 
 class AcceptConfig(_Section):

@@ -28,7 +28,7 @@ STATES = ("running", "finished", "failed", "interrupted")
 _held: set[Path] = set()  # locks of this process: a POSIX record lock does not see them
 
 
-class _Lock:
+class FolderLock:
     """One writer per folder. The system drops the lock when its process ends, so a killed run leaves nothing to clean up.
 
     A record lock (lockf) and not flock: data-loading processes inherit flock's lock and would hold it past their parent.
@@ -123,7 +123,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
-        self._lock: _Lock | None = None
+        self._lock: FolderLock | None = None
         self._opened = time.monotonic()
         self._earlier_seconds = 0.0
 
@@ -201,7 +201,7 @@ class RunDirectory:
         return run
 
     def _acquire(self) -> None:
-        lock = _Lock(self.path)
+        lock = FolderLock(self.path)
         try:
             lock.acquire()
         except OSError as error:

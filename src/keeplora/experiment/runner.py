@@ -26,7 +26,6 @@ from keeplora.experiment.pictures import (
     PictureTensors,
     ReferenceBatches,
     TaskBatches,
-    TensorCache,
     loader,
 )
 from keeplora.experiment.progress import Progress
@@ -310,8 +309,7 @@ class _Run:
             accept = self.config.accept
             reference = None
             if setup.reference is not None:
-                pictures_of = PictureTensors(setup.reference.test, setup.family, TensorCache())
-                reference = ReferenceBatches(setup.family, setup.reference, pictures_of, training.batch_size, seed)
+                reference = ReferenceBatches(setup.family, *setup.reference, training.batch_size, seed)
             try:
                 model = self.learner.start_task(
                     task.name, batches, objective.loss, labels=data.labels,

@@ -44,8 +44,8 @@ class Setup:
     sets: dict[str, Sets]
     guards: dict[str, PictureTensors] = field(default_factory=dict)
     """Held-out half of each probe, which `accept` may look at; empty without `accept`."""
-    reference: TaskData | None = None
-    """Pictures and texts beside the tasks', for the methods that ask for them."""
+    reference: tuple[TaskData, PictureTensors] | None = None
+    """Texts and pictures beside the tasks', for a method that needs them."""
 
     def tuner_config(self, task: TaskData | None = None) -> KeepLoraConfig:
         """The learner's settings; shares of the data become counts for ``task``."""
@@ -115,7 +115,6 @@ def prepare(config: ExperimentConfig) -> Setup:
         )
     make_options(method.learner.Options, config.tuner.options)  # refused now, not when the first task begins
     tasks, probes = load_tasks(config)
-    reference = load_task(config.reference, data_folder(config), probe=True) if config.reference else None
     device = choose_device(config.device)
     family = open_model(config, device)
     cache = TensorCache()
@@ -134,6 +133,10 @@ def prepare(config: ExperimentConfig) -> Setup:
         sets[probe.name] = Sets(
             PictureTensors(probe.train, family, cache), PictureTensors(probe.test, family, cache), None
         )
+    reference = None
+    if method.learner.needs_reference and config.reference is not None:
+        beside = load_task(config.reference, data_folder(config), probe=True)
+        reference = (beside, PictureTensors(beside.test, family, cache))
     return Setup(
         config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards, reference
     )

@@ -48,7 +48,7 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM (a scheduler's time limit) is heard as Ctrl-C, so that the cells' state is kept."""
 
     def raise_interrupt(*_: object) -> None:
@@ -69,6 +69,23 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
         if deaf:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_gently(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Pass Ctrl-C on to keeplora's processes and wait until they have written their state.
+
+    After `PATIENCE`, or at a second Ctrl-C, what is left is ended at once.
+    """
+    until = time.monotonic() + PATIENCE
+    for process in processes:  # one that has ended already is not signalled: Popen looks first
+        process.send_signal(signal.SIGINT) if os.name == "posix" else process.terminate()
+    with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def last_lines(text: str, count: int = ERROR_LINES) -> str:
@@ -127,7 +144,7 @@ class Executor:
             After the runs under way were interrupted and their state was kept.
         """
         failed: list[CellRecord] = []
-        with _terminate_as_interrupt(), self.progress:
+        with terminate_as_interrupt(), self.progress:
             try:
                 while self._waiting or self._running:
                     while self._waiting and len(self._running) < self.slots.jobs:
@@ -229,23 +246,7 @@ class Executor:
         """Pass Ctrl-C on, and wait until the runs have written their state; a second one ends them at once."""
         jobs = [job for job in self._running if job.process is not None]
         self.progress.interrupting(len(jobs))
-        until = time.monotonic() + PATIENCE
-        for job in jobs:
-            assert job.process is not None
-            with contextlib.suppress(ProcessLookupError):
-                job.process.send_signal(signal.SIGINT) if os.name == "posix" else job.process.terminate()
-        try:
-            for job in jobs:
-                assert job.process is not None
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    job.process.wait(max(0.0, until - time.monotonic()))
-        except KeyboardInterrupt:
-            pass
-        for job in jobs:
-            assert job.process is not None
-            if job.process.poll() is None:
-                job.process.kill()
-                job.process.wait()
+        end_gently([job.process for job in jobs if job.process is not None])
         for job in self._running:
             if job.process is not None:
                 self._finish(job, interrupted=True)

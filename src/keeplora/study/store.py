@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.experiment.run_directory import RunDirectory, _Lock
+from keeplora.experiment.run_directory import FolderLock, RunDirectory
 from keeplora.files import atomic_write_json
 from keeplora.study.plan import CellKey, StudyPlan
 
@@ -54,7 +54,7 @@ def is_being_written(folder: Path) -> bool:
     """Whether a living process holds a run directory open: a cell that outlived the study that started it."""
     if not (folder / ".lock").is_file():
         return False
-    lock = _Lock(folder)
+    lock = FolderLock(folder)
     try:
         lock.acquire()
     except KeepLoraError:
@@ -72,7 +72,7 @@ class StudyStore:
         self.threads: int | None = None
         self.started = _now()
         self.cells: dict[CellKey, CellRecord] = {}
-        self._lock: _Lock | None = None
+        self._lock: FolderLock | None = None
 
     @property
     def file(self) -> Path:
@@ -80,7 +80,7 @@ class StudyStore:
 
     def lock(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = _Lock(self.path)
+        lock = FolderLock(self.path)
         try:
             lock.acquire()
         except KeepLoraError as error:

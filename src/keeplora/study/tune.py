@@ -23,9 +23,9 @@ from typing import Any
 
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.progress import duration
-from keeplora.experiment.run_directory import RunDirectory, _Lock
+from keeplora.experiment.run_directory import FolderLock, RunDirectory
 from keeplora.files import atomic_write_text
-from keeplora.study.execute import PATIENCE, POLL, _terminate_as_interrupt, drop_ledger, last_lines
+from keeplora.study.execute import POLL, drop_ledger, end_gently, last_lines, terminate_as_interrupt
 from keeplora.study.resources import Slots, cores, slots
 from keeplora.study.search import LEARNING_RATE, Axis, Searcher, Trial
 from keeplora.study.store import is_being_written
@@ -99,7 +99,7 @@ def tune(plan: TunePlan, say: Callable[[str], None] = lambda line: None) -> Outc
 @contextlib.contextmanager
 def _locked(folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _Lock(folder)
+    lock = FolderLock(folder)
     lock.acquire()
     try:
         yield
@@ -137,7 +137,7 @@ class _Search:
         self.running: list[_Job] = []
 
     def run(self) -> None:
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             try:
                 for searcher in self.searchers.values():
                     for trial in searcher.trials():
@@ -241,17 +241,7 @@ class _Search:
 
     def _interrupt(self) -> None:
         """Let the trials under way write their state; a second Ctrl-C ends them at once."""
-        processes = [job.process for job in self.running if job.process is not None and job.process.poll() is None]
-        for process in processes:
-            process.send_signal(signal.SIGINT) if os.name == "posix" else process.terminate()
-        until = time.monotonic() + PATIENCE
-        with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-            for process in processes:
-                process.wait(max(0.0, until - time.monotonic()))
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        end_gently([job.process for job in self.running if job.process is not None])
 
 
 def read_criterion(folder: Path, tasks: int) -> tuple[float | None, str]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,40 +33,8 @@ from keeplora.tuner.persistence import apply_records, create_ledger, open_ledger
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.task import OpenTask
 from keeplora.tuner.weights import WeightStore
-
-
-@dataclass
-class OpenTask:
-    """A task between `start_task` and `finish_task`."""
-
-    name: str
-    batches: Iterable[Any]
-    loss_fn: LossFn
-    labels: Sequence[int] | None = None
-    feature_batches: Iterable[Any] | None = None
-    forward_fn: Callable[[nn.Module, Any], Any] | None = None
-    mask_fn: MaskFn = attention_masks
-    acceptance: Acceptance | None = None
-    objective: Objective | None = None
-    reference: Iterable[Any] | None = None
-    adapter: TaskAdapter | None = None
-    release: Callable[[], None] | None = None
-    """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""
-    info: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    statistics_seconds: float = 0.0
-
-    def when_released(self, action: Callable[[], None]) -> None:
-        """Have ``action`` called as well when the model is given back: for what a method holds while a task is open."""
-        release = self.release
-
-        def both() -> None:
-            action()
-            if release is not None:
-                release()
-
-        self.release = both
 
 
 class ContinualLearner:

@@ -1,0 +1,99 @@
+"""The kinds of values that a configuration's keys may hold, and one value or one per tower or task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+
+from keeplora.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+#: In a mapping over towers or tasks, the value of every tower or task that is not named.
+DEFAULT_KEY = "default"
+
+
+def _not_empty(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not value:
+        raise ValueError("must hold at least one entry")
+    return value
+
+
+def _one_or_each(value: Any) -> str:
+    return "each" if isinstance(value, Mapping) else "one"
+
+
+_NotEmpty = AfterValidator(_not_empty)
+
+
+def _samples(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a whole number of samples, or a share between 0 and 1")
+    if isinstance(value, int) and value < 1:
+        raise ValueError("must be at least 1 sample (or a share between 0 and 1, or null for all)")
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError("must be a share between 0 and 1 (both excluded), or a whole number of samples")
+    return value
+
+
+def _layer_schedule(value: Any) -> Any:
+    if isinstance(value, str) and value in ("linear", "constant"):
+        return value
+    if isinstance(value, str):
+        raise ValueError(f"must be linear, constant or a list of numbers{did_you_mean(value, ['linear', 'constant'])}")
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or not value or not all(math.isfinite(v) and v >= 0 for v in value):
+        raise ValueError("must be linear, constant or a list of finite numbers >= 0, one per block, shallowest first")
+    return value
+
+
+def _modules(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+        return value
+    raise ValueError("must be a list of module names, one pattern as text, or null")
+
+
+def _validation(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError("must be a share of the training data between 0 and 1 (both excluded), or a path")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Samples = Annotated[Any, BeforeValidator(_samples)]
+_LayerSchedule = Annotated[Any, BeforeValidator(_layer_schedule)]
+_Validation = Annotated[Any, BeforeValidator(_validation)]
+Modules = Annotated[Any, BeforeValidator(_modules)]
+_Each = Discriminator(_one_or_each)
+CountPer = Annotated[Annotated[Count, Tag("one")] | Annotated[dict[str, Count], _NotEmpty, Tag("each")], _Each]
+SharePer = Annotated[Annotated[_Share, Tag("one")] | Annotated[dict[str, _Share], _NotEmpty, Tag("each")], _Each]
+PositivePer = Annotated[Annotated[Positive, Tag("one")] | Annotated[dict[str, Positive], _NotEmpty, Tag("each")], _Each]
+SchedulePer = Annotated[
+    Annotated[_LayerSchedule, Tag("one")] | Annotated[dict[str, _LayerSchedule], _NotEmpty, Tag("each")], _Each
+]
+ValidationPer = Annotated[
+    Annotated[_Validation, Tag("one")] | Annotated[dict[str, _Validation], _NotEmpty, Tag("each")], _Each
+]
+
+
+def pick(value: T | Mapping[str, T], *names: str, key: str) -> T:
+    """The entry of ``value`` for the first of ``names`` in it, else its ``default``; a plain value is everyone's.
+
+    >>> pick({"vision": 0.2, "default": 1.0}, "text_model", "text", key="tuner.gamma")
+    1.0
+    """
+    if not isinstance(value, Mapping):
+        return value
+    for name in (*names, DEFAULT_KEY):
+        if name in value:
+            return value[name]
+    raise ConfigError(f"{key} gives no value for {names[0]!r}; add `{names[-1]}:` or `{DEFAULT_KEY}:` to it")

@@ -1,0 +1,47 @@
+"""What a learner holds of a task while it is being learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from keeplora.tuner.acceptance import Acceptance
+from keeplora.tuner.adapter import TaskAdapter
+from keeplora.tuner.objective import Objective
+from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
+
+
+@dataclass
+class OpenTask:
+    """A task between `start_task` and `finish_task`."""
+
+    name: str
+    batches: Iterable[Any]
+    loss_fn: LossFn
+    labels: Sequence[int] | None = None
+    feature_batches: Iterable[Any] | None = None
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    mask_fn: MaskFn = attention_masks
+    acceptance: Acceptance | None = None
+    objective: Objective | None = None
+    reference: Iterable[Any] | None = None
+    adapter: TaskAdapter | None = None
+    release: Callable[[], None] | None = None
+    """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""
+    info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    statistics_seconds: float = 0.0
+
+    def when_released(self, action: Callable[[], None]) -> None:
+        """Have ``action`` called as well when the model is given back: for what a method holds while a task is open."""
+        release = self.release
+
+        def both() -> None:
+            action()
+            if release is not None:
+                release()
+
+        self.release = both
