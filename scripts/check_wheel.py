@@ -54,11 +54,14 @@ from keeplora.models import assets
 from keeplora.suites import load_suite, suite_folder, suite_names
 for name in suite_names():
     suite = load_suite(name)
-    for kind in ("tasks", "probes"):
-        for spec in suite[kind]:
+    assert suite["tasks"], name
+    if suite.get("data") == "external":  # it brings no pictures
+        continue
+    for kind, specs in (("tasks", suite["tasks"]), ("probes", [*suite["probes"], suite["reference"]])):
+        for spec in specs:
             task = load_task(spec, suite_folder(), probe=kind == "probes")
             assert len(task.test) > 0 and task.test.picture(0).mode == "RGB", spec
-assert {"demo", "demo-small"} <= set(suite_names())
+assert {"demo", "demo-small", "mtil", "x-tail"} <= set(suite_names())
 assert all(preset_values(name)["training"] for name in preset_names()) and "mtil" in preset_names()
 assert assets.HEAD.is_file()
 print(f"{len(names)} modules, {len(suite_names())} suites, {len(preset_names())} presets")
