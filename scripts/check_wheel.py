@@ -28,6 +28,12 @@ DATA = (
     "keeplora/models/head/head.safetensors",
     "keeplora/models/head/head.json",
     "keeplora/models/head/training_items.txt.gz",
+    "keeplora/models/stand_in_files/*.json",
+    "keeplora/models/stand_in_files/chat_template.jinja",
+    "keeplora/models/stand_in_files/stand_in.safetensors",
+    "keeplora/suites/vqa/*.parquet",
+    "keeplora/suites/vqa/ATTRIBUTION.md",
+    "keeplora/suites/vqa/provenance.json",
     "keeplora/experiment/presets/*.yaml",
     "keeplora/report/templates/report.html.j2",
     "keeplora/report/templates/style.css",
@@ -38,7 +44,7 @@ SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
     "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
 )  # fmt: skip
-MAX_WHEEL_BYTES = 20_000_000
+MAX_WHEEL_BYTES = 32_000_000
 
 SMOKE = """
 import importlib, pathlib, pkgutil, sys

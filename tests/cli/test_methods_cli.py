@@ -44,6 +44,18 @@ def test_task_identity_in_words():
     assert row(get_method("lora"))[list(COLUMNS).index("task_identity")] == "no"
 
 
+def test_kinds_and_export_in_words(cli):
+    assert row(get_method("lora"))[list(COLUMNS).index("kinds")] == "classification, generation"
+    assert row(get_method("lwf"))[list(COLUMNS).index("kinds")] == "classification"
+    answer = cli("methods", "show", "moelora")
+    assert "kinds: classification, generation" in answer.out
+    assert f"export: none: it {get_method('moelora').unmergeable}" in answer.out
+    assert "export: one adapter, or merged" in cli("methods", "show", "lora").out
+    found = json.loads(cli("methods", "show", "oracle", "--json").out)
+    assert found["kinds"] == ["classification", "generation"]
+    assert found["unmergeable"].startswith("keeps one model per task")
+
+
 @pytest.mark.parametrize("words", [("methods", "--json"), ("methods", "ls", "--json")], ids=" ".join)
 def test_the_list_as_json(cli, words):
     answer = cli(*words)

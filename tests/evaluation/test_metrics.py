@@ -27,6 +27,27 @@ def test_hand_worked_three_tasks() -> None:
     assert metrics.forgetting(HAND) == pytest.approx((12 + 6) / 2)
     assert metrics.bwt(HAND) == pytest.approx((-12 - 6) / 2)
     assert metrics.per_task_forgetting(HAND) == [12.0, 6.0, None]
+    assert metrics.mft(HAND) == pytest.approx((90 + 80 + 70) / 3)
+    assert metrics.mfn(HAND) == pytest.approx((78 + 74 + 70) / 3)
+    assert metrics.maa(HAND) == pytest.approx((90 + (84 + 80) / 2 + (78 + 74 + 70) / 3) / 3)
+
+
+def test_instruction_tuning_metrics_of_four_tasks() -> None:
+    # The diagonal is 10, 20, 30, 40; below it a task has lost 1 point per later task; above it is nothing that counts.
+    lost = [[0.0] * 4, *([10.0 * (j + 1) - (i - j) if j <= i else 77.0 for j in range(4)] for i in range(4))]
+    assert metrics.mft(lost) == 25.0
+    assert metrics.mfn(lost) == 25.0 - (3 + 2 + 1) / 4
+    moments = [10.0, (9 + 20) / 2, (8 + 19 + 30) / 3, (7 + 18 + 29 + 40) / 4]
+    assert metrics.maa(lost) == pytest.approx(sum(moments) / 4)
+    assert metrics.bwt(lost) == pytest.approx(-(3 + 2 + 1) / 3)
+
+
+@given(st.deferred(lambda: matrices()))
+def test_mfn_is_last_and_bwt_ties_it_to_mft(acc: list[list[float]]) -> None:
+    summary, n = metrics.summary(acc), len(acc[0])
+    assert summary["mfn"] == summary["last"]
+    # What is left in the end is what was learned plus what it changed by since: N MFN = N MFT + (N - 1) BWT.
+    assert summary["mfn"] == pytest.approx(summary["mft"] + summary["bwt"] * (n - 1) / n, abs=1e-9)
 
 
 def test_forgetting_counts_from_the_best_row_even_before_the_task_was_learned() -> None:
@@ -60,6 +81,9 @@ def test_brute_force(acc: list[list[float]]) -> None:
     drops = [max(a[i, j] for i in range(1, n)) - a[n, j] for j in range(1, n)]
     assert metrics.forgetting(acc) == pytest.approx(sum(drops) / (n - 1), abs=1e-9)
     assert metrics.bwt(acc) == pytest.approx(sum(a[n, j] - a[j, j] for j in range(1, n)) / (n - 1), abs=1e-9)
+    assert metrics.mft(acc) == pytest.approx(sum(a[i, i] for i in range(1, n + 1)) / n)
+    total = sum(sum(a[t, j] for j in range(1, t + 1)) / t for t in range(1, n + 1))
+    assert metrics.maa(acc) == pytest.approx(total / n)
 
 
 @given(matrices(), st.floats(0, 100))
@@ -93,6 +117,9 @@ def test_one_task() -> None:
         "last": 80.0,
         "forgetting": None,
         "bwt": None,
+        "mft": 80.0,
+        "mfn": 80.0,
+        "maa": 80.0,
         "probe": 28.0,
         "probe_before": 30.0,
     }
@@ -112,6 +139,9 @@ def test_missing_cells_make_only_what_needs_them_undefined() -> None:
     assert found["transfer"] == pytest.approx(36.5)
     assert found["average"] is None
     assert found["bwt"] is None
+    assert found["mfn"] == 74.0
+    assert found["mft"] is None
+    assert found["maa"] is None
     assert metrics.per_task_forgetting(acc) == [12.0, None, None]
 
 

@@ -66,8 +66,8 @@ def test_generative_presets(name, r, alpha, rate, batch, samples):
     tuner, training = loaded.tuner, loaded.training
     assert (tuner.r, tuner.lora_alpha, tuner.energy_weights, tuner.energy_features) == (r, alpha, 0.6, 0.99)
     assert (tuner.gamma, tuner.gradient_samples) == (0.2, samples)
-    assert tuner.target_modules is not None
-    assert len(tuner.target_modules) == 7
+    assert tuner.target_modules is None  # the seven linears of each block of the language model, found by the family
+    assert tuner.parts.model_dump() == {"language": "protected", "projector": "free", "vision": "frozen"}
     assert (training.learning_rate, training.batch_size, training.weight_decay) == (rate, batch, 0)
     assert (training.schedule, training.warmup) == ("cosine", 0.03)
 

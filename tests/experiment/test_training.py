@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from keeplora.experiment.config import load_config
 from keeplora.experiment.device import Precision
-from keeplora.experiment.pictures import Collate, MixedBatches, TaskBatches
+from keeplora.experiment.objective import TaskObjective
+from keeplora.experiment.pictures import Collate, MixedBatches, TaskBatches, loader
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.training import Selection, train_task
 
@@ -27,7 +28,9 @@ class Points(Dataset):
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(N, 2, generator=generator)
         self.labels = (self.x[:, 0] > 0).long().tolist()
-        self.pictures = SimpleNamespace(where=lambda i: f"point-{i}.png")
+
+    def where(self, i: int) -> str:
+        return f"point-{i}.png"
 
     def __len__(self) -> int:
         return N
@@ -36,19 +39,19 @@ class Points(Dataset):
         return {"pixel_values": self.x[i], "labels": self.labels[i], "index": i}
 
 
-class Plane:
-    """Stands for a TaskObjective: logits of a linear model, and a head that adds to them."""
+class Plane(TaskObjective):
+    """A TaskObjective whose logits are those of a linear model, and of a head that adds to them."""
 
     def __init__(self, model: nn.Module, head: nn.Parameter | None = None) -> None:
         self.model, self.head = model, head
         self.precision = Precision("fp32", torch.device("cpu"))
         self.collate = Collate()
-        self.task = SimpleNamespace(name="plane")
+        self.task = SimpleNamespace(name="plane")  # type: ignore[assignment]
         self.order: list[int] = []
         self.broken_at: int | None = None
         self.modes: set[bool] = set()
 
-    def logits(self, batch) -> torch.Tensor:
+    def logits(self, batch, model=None) -> torch.Tensor:
         self.order += batch["index"].tolist()
         self.modes.add(self.model.training)
         out = self.model(batch["pixel_values"])
@@ -77,6 +80,10 @@ class Hooks:
         pass
 
 
+def batches_of(data, size, collate, seed):
+    return TaskBatches(data, loader(data, size, collate, shuffle_seed=seed))
+
+
 def run(*, hooks=None, head=False, selection=None, seed=3, frozen=(), broken_at=None, **changes):
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
@@ -89,7 +96,7 @@ def run(*, hooks=None, head=False, selection=None, seed=3, frozen=(), broken_at=
     told: list[dict] = []
     stream = io.StringIO()
     config = training(**changes)
-    batches = TaskBatches(Points(), config.batch_size, objective.collate, workers=0, seed=seed)  # type: ignore[arg-type]
+    batches = batches_of(Points(), config.batch_size, objective.collate, seed)
     log = train_task(
         model, objective, batches, config, hooks=hooks, progress=Progress(True, stream),  # type: ignore[arg-type]
         on_epoch=told.append, selection=selection(model) if selection else None,
@@ -248,7 +255,7 @@ def test_joint_training_mixes_whole_batches_of_every_task_with_their_own_prompts
     first, second = Points(), Points()
     second.x = second.x + 100
     tasks = [
-        TaskBatches(data, 8, Collate({"input_ids": torch.tensor([i])}), workers=0, seed=i)  # type: ignore[arg-type]
+        batches_of(data, 8, Collate({"input_ids": torch.tensor([i])}), i)
         for i, data in enumerate((first, second))
     ]
     mixed = MixedBatches(tasks, seed=0)
@@ -262,3 +269,51 @@ def test_joint_training_mixes_whole_batches_of_every_task_with_their_own_prompts
             assert sorted(i for b in epoch if b["task"] == task for i in b["index"].tolist()) == list(range(N))
     assert [b["task"] for b in epochs[0]] != [b["task"] for b in epochs[1]]
     assert mixed.where(epochs[0][0])[0].startswith("point-")
+
+
+class Tokens:
+    """Stands for a generative objective: a batch in parts, several losses a sample, no classes."""
+
+    head = None
+    task = SimpleNamespace(name="tokens")
+
+    def __init__(self, model: nn.Linear, size: int) -> None:
+        self.model, self.size = model, size
+
+    def parts(self, batch):
+        x, y = batch["pixel_values"], batch["labels"]
+        return [{"x": x[i : i + self.size], "y": y[i : i + self.size]} for i in range(0, len(x), self.size)]
+
+    def count(self, part):
+        return int((part["y"] + 1).sum())  # a sample of class 1 has two losses, one of class 0 has one
+
+    def part_loss(self, part, total):
+        losses = self.model(part["x"]).square().sum(dim=1) * (part["y"] + 1)
+        return losses.sum() / total, None
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_parts_of_a_batch_add_up_to_the_batch(size):
+    def trained(size):
+        torch.manual_seed(0)
+        model, calls = nn.Linear(2, 2), []
+
+        class Counting(Hooks):
+            def penalty(self, batch, logits):
+                calls.append(len(batch["x"]))
+                return model.weight.square().sum()
+
+        data, stream = Points(), io.StringIO()
+        log = train_task(
+            model, Tokens(model, size), batches_of(data, 8, Collate(), 1), training(epochs=2), hooks=Counting(),
+            progress=Progress(True, stream), on_epoch=lambda entry: None,
+        )  # fmt: skip
+        return model.weight.detach(), log, calls
+
+    whole, parts = trained(8), trained(size)
+    torch.testing.assert_close(whole[0], parts[0], rtol=1e-4, atol=1e-6)
+    assert len(parts[2]) == len(whole[2]) == 2 * 3  # the penalty is the step's, not each part's
+    for one, other in zip(whole[1].epochs, parts[1].epochs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["penalty"] == pytest.approx(other["penalty"], rel=1e-5)
+        assert "train_accuracy" not in other

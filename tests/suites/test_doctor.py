@@ -24,7 +24,7 @@ from keeplora.suites import load_suite
 from tests.data.benchmarks.mini import MAKERS, make_mini
 from tests.suites.examined import cache, look_over, text  # noqa: F401 (cache is a fixture)
 
-KEYS = {name: keys for name, (_, keys) in SOURCES.items()}
+KEYS = {name: source.keys for name, source in SOURCES.items()}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from keeplora.data import SOURCES
+from keeplora.data.conversation_spec import parse_conversation_spec
 from keeplora.data.spec import parse_spec
 from keeplora.errors import ConfigError
 from keeplora.experiment.presets import preset_names, preset_values
@@ -37,25 +38,29 @@ def counts(spec: dict) -> tuple[int, int, int]:
     return spec["expect"]["classes"], spec["expect"]["train"], spec["expect"]["test"]
 
 
-def test_there_are_four_packaged_suites():
-    assert suite_names() == ["demo", "demo-small", "mtil", "x-tail"]
+def test_the_packaged_suites():
+    assert suite_names() == ["demo", "demo-small", "mllm-dcl", "mtil", "ucit", "vqa", "x-tail"]
 
 
 @pytest.mark.parametrize("name", suite_names())
 def test_every_packaged_suite_is_whole(name):
     suite = load_suite(name)
     assert suite["name"] == name
-    sources = {source: keys for source, (_, keys) in SOURCES.items()}
+    sources = {name: source.keys for name, source in SOURCES.items()}
     for spec in (*suite["tasks"], *suite["probes"]):
-        assert parse_spec(spec, sources).templates == spec["templates"]
+        if SOURCES[spec["source"]].kind == "generation":
+            assert parse_conversation_spec(spec, sources).scorer == spec["scorer"]
+        else:
+            assert parse_spec(spec, sources).templates == spec["templates"]
     tasks = {spec["name"] for spec in suite["tasks"]}
-    assert set(suite["orders"]) == {"1", "2"}
+    one = name in ("mllm-dcl", "ucit")  # no second order is published
+    assert set(suite["orders"]) == ({"1"} if one else {"1", "2"})
     for entry in suite["orders"].values():
         assert set(entry["order"]) == tasks
         assert len(entry["order"]) == len(tasks)
         assert entry.get("preset", "default") in preset_names()
     assert suite["orders"]["1"]["order"] == [spec["name"] for spec in suite["tasks"]]
-    assert suite["orders"]["2"]["order"] != suite["orders"]["1"]["order"]
+    assert one or suite["orders"]["2"]["order"] != suite["orders"]["1"]["order"]
 
 
 def test_mtil_is_the_published_protocol():
@@ -210,7 +215,10 @@ def test_a_broken_suite_is_refused_with_a_sentence(own, text, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no.yaml", r"no\.yaml: no such suite file \(packaged suites: demo, demo-small, mtil, x-tail\)"),
+        (
+            "no.yaml",
+            r"no\.yaml: no such suite file \(packaged suites: demo, demo-small, mllm-dcl, mtil, ucit, vqa, x-tail\)",
+        ),
         ("folder/", "is a folder; name the suite's YAML file in it"),
     ],
 )

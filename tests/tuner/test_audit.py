@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from keeplora import ContinualLearner
+from keeplora.errors import KeepLoraError
 from keeplora.math import backward_bound
+from keeplora.methods import get_method
 from keeplora.tuner.audit import layer_rows
 from keeplora.tuner.observers import collect_features, collect_gradients
 from tests.tuner.blocks import config, learn, loader, loss_fn, make_net, make_towers
@@ -168,3 +170,10 @@ def test_layer_rows_follow_the_tasks():
         assert len(row["used"]) == 3
         assert row["used"][-1] == learner.U[t.name].shape[1]
         assert row["rank"] == [r.factors[t.name].A.shape[0] for r in learner.records]
+
+
+def test_method_without_protection_is_told_in_a_sentence():
+    method = get_method("lora")
+    learner = learn(method.learner(make_net(), method.make_config(config().to_dict())), "a", 0)
+    with pytest.raises(KeepLoraError, match="SequentialLora protects no subspace, so there is nothing to audit"):
+        learner.audit()

@@ -16,23 +16,28 @@ app = typer.Typer(help="List and show the methods.", invoke_without_command=True
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 COLUMNS = {
-    "name": "name", "title": "title", "trained": "trained parameters", "state": "state kept", "extra_data": "extra data",
-    "task_identity": "task identity", "inference": "inference cost",
+    "name": "name", "title": "title", "kinds": "kinds", "trained": "trained parameters", "state": "state kept",
+    "extra_data": "extra data", "task_identity": "task identity", "inference": "inference cost",
 }  # fmt: skip
 """Fields of `Method` that the table shows, and their headers."""
 
 
 def row(method: Method) -> list[str]:
     """A method's cells of the table."""
-    values = [getattr(method, key) for key in COLUMNS]
-    return [value if isinstance(value, str) else ("needed" if value else "no") for value in values]
+
+    def text(value: str | bool | tuple[str, ...]) -> str:
+        if isinstance(value, tuple):
+            return ", ".join(value)
+        return value if isinstance(value, str) else ("needed" if value else "no")
+
+    return [text(getattr(method, key)) for key in COLUMNS]
 
 
 def describe(method: Method) -> dict[str, Any]:
     """All that is known of a method, as JSON values."""
     from dataclasses import fields
 
-    keys = (*COLUMNS, "summary", "paper", "trains", "classifier")
+    keys = (*COLUMNS, "summary", "paper", "trains", "classifier", "unmergeable")
     return {
         **{key: getattr(method, key) for key in keys},
         "options": [
@@ -106,6 +111,7 @@ def show(
     line(f"paper: {method.paper or 'none'}")
     for header, cell in list(zip(COLUMNS.values(), row(method), strict=True))[2:]:
         line(f"{header}: {cell}")
+    line(f"export: {f'none: it {method.unmergeable}' if method.unmergeable else 'one adapter, or merged'}")
     for field, value in found["config"].items():
         line(f"fixed by the method: tuner.{field} = {value}")
     for key, axis in found["search"].items():

@@ -1,4 +1,4 @@
-"""`keeplora predict`: classify pictures with what a run has learned."""
+"""`keeplora predict`: name pictures, or answer a question about them, with what a run has learned."""
 
 from __future__ import annotations
 
@@ -10,25 +10,40 @@ import typer
 
 def predict(
     directory: Annotated[Path, typer.Argument(help="The run directory.")],
-    image: Annotated[list[Path], typer.Option(help="A picture. Repeatable.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture. Repeatable.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="For a generative model: what to ask about the pictures, all of them at once.")
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="Candidates, separated by commas; any words will do.")] = None,
-    task: Annotated[str | None, typer.Option(help="Candidates are the classes of this learned task.")] = None,
+    task: Annotated[str | None, typer.Option(help="Candidates are this learned task's classes; the task of a question.")] = None,
     template: Annotated[str | None, typer.Option(help="Prompt with {} for the class; default: the task's own.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many candidates to print.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
-    """Print the likeliest classes of pictures; without --classes or --task, among every class learned so far."""
+    """Print the likeliest classes of pictures, or the answer to a --question about them.
+
+    Without --classes or --task, the candidates are every class learned so far.
+    """
     import json
 
     from rich.console import Console
     from rich.table import Table
 
     from keeplora.data import read_picture
+    from keeplora.errors import KeepLoraError
     from keeplora.experiment import TrainedModel
 
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes is not None else None
-    pictures = [(path, read_picture(path)) for path in image]
+    pictures = [(path, read_picture(path)) for path in image or []]
+    if not pictures and question is None:
+        raise KeepLoraError("nothing to look at: give --image FILE (and for a generative model --question TEXT)")
     model = TrainedModel(directory)
+    if question is not None:
+        answer = model.answer([picture for _, picture in pictures], question, task=task)
+        names = [str(path) for path, _ in pictures]
+        told = {"images": names, "question": question, "answer": answer}
+        typer.echo(json.dumps(told, ensure_ascii=False) if as_json else answer)
+        return
     console = Console()
     for path, picture in pictures:
         found = model.predict(picture, classes=names, task=task, template=template)[:top]

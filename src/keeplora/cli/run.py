@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from keeplora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from keeplora.experiment.plan import Plan
 
 
 def run(
@@ -27,12 +24,19 @@ def run(
         list[str] | None, typer.Option("-o", "--set", help="Any key: -o training.epochs=2. Repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and estimates; train nothing.")] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --dry-run, of a generative model: tokens=700, samples=10000, tflops=100, ... Repeatable."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
     against: Annotated[
         list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
     ] = None,
 ) -> None:
     """Run an experiment: every task in turn, evaluation after each, a report at the end."""
+    from keeplora.cli.plan_text import print_plan
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
 
@@ -53,8 +57,10 @@ def run(
             overrides["suite"] = suite
         experiment = Experiment(config, overrides, quiet=quiet or None)
     if dry_run:
-        _print_plan(experiment)
+        print_plan(experiment, assume or [])
         return
+    if assume:
+        raise ConfigError("--assume is for --dry-run: a run measures what a plan must assume")
     experiment.run()
     finish(experiment.config.output_path, against or [])
 
@@ -76,34 +82,3 @@ def finish(path: Path, against: list[Path]) -> None:
     others = [load_results(other) for other in paths.values()]
     console.print(results_table([results, *others]))
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
-
-
-def _print_plan(experiment: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from keeplora.experiment.plan import make_plan
-    from keeplora.experiment.progress import duration
-
-    plan: Plan = make_plan(experiment.setup)
-    config = experiment.config
-    table = Table(title=f"{config.label}: {config.method}, seed {config.seed} → {config.output_path}")
-    for header in ("task", "classes", "train", "validation", "test", "epochs", "steps"):
-        table.add_column(header, justify="left" if header == "task" else "right")
-    for row in plan.tasks:
-        table.add_row(*(str(row[key]) for key in ("name", "classes", "train", "validation", "test", "epochs", "steps")))
-    console = Console()
-    console.print(table)
-    for probe in experiment.setup.probes:
-        console.print(f"probe {probe.name}: {len(probe.test)} pictures, {len(probe.classes)} classes, never trained on")
-    towers: dict[str, int] = {}
-    for target in plan.targets:
-        towers[target.tower] = towers.get(target.tower, 0) + 1
-    console.print(f"targets: {', '.join(f'{n} in {tower}' for tower, n in towers.items())}")
-    console.print(f"trained parameters per task: {plan.trained_parameters:,}")
-    console.print(f"precision: {experiment.setup.precision.name} on {experiment.setup.precision.device}")
-    console.print(f"memory: about {plan.memory_bytes / 2**30:.1f} GiB (measured on one trained batch)")
-    parts = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
-    console.print(f"time: about {duration(plan.total_seconds)} ({parts}; scaled up from one timed batch)")
-    for item in config.overridden:
-        console.print(f"differs from preset {config.preset}: {item}", highlight=False)

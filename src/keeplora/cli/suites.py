@@ -45,7 +45,7 @@ def ls() -> None:
 
 @app.command()
 def show(name: _Name) -> None:
-    """Show a suite: its tasks, class counts, prompts, orders, and where its data is looked for."""
+    """Show a suite: its tasks, counts, prompts, scores, orders, and where its data is looked for."""
     from rich.table import Table
 
     from keeplora.suites import data_folder, load_suite
@@ -65,19 +65,30 @@ def show(name: _Name) -> None:
         preset = f" (preset {entry['preset']})" if "preset" in entry else ""
         _line(console, f"order {order}{preset}: {', '.join(entry['order'])}")
     table = Table()
-    for header in ("", "name", "source", "path", "classes", "train", "test", "prompt"):
+    asked = any(_asks(spec) for key in ("tasks", "probes") for spec in suite[key])
+    for header in ("", "name", "source", "path", "classes", "train", "test", "prompt", *(["score"] if asked else [])):
         table.add_column(header, justify="right" if header in ("classes", "train", "test") else "left")
     for kind, key in (("task", "tasks"), ("probe", "probes")):
         for spec in suite[key]:
             expect = spec.get("expect") or {}
             counts = (f"{expect[count]:,}" if count in expect else "" for count in ("classes", "train", "test"))
-            prompts = spec.get("templates", "")
+            prompts = spec.get("templates", spec.get("prompt", ""))
             prompt = prompts if isinstance(prompts, str) else prompts[0] if prompts else ""
             place = str(spec.get("path", spec.get("train", "")))
+            score = str(spec.get("scorer", "exact")) if _asks(spec) else "accuracy"
             split = spec.get("split_classes")
             parts = f" in {split.get('tasks')} tasks" if isinstance(split, dict) else ""
-            table.add_row(kind, spec["name"] + parts, str(spec.get("source", "folder")), place, *counts, prompt)
+            cells = (kind, spec["name"] + parts, str(spec.get("source", "folder")), place, *counts, prompt)
+            table.add_row(*cells, *([score] if asked else []))
     console.print(table)
+
+
+def _asks(spec: dict[str, Any]) -> bool:
+    """Whether a task is of questions and answers."""
+    from keeplora.data import SOURCES
+
+    source = SOURCES.get(str(spec.get("source")))
+    return source is not None and source.kind == "generation"
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""Task sources: folders, tables, `datasets`, parquet packs.
+"""Task sources: folders, tables, `datasets`, parquet packs; questions and answers in LLaVA's format and in tables.
 
-A new source is one file with ``read(spec, base_dir, probe) -> RawTask`` and one line in `SOURCES`.
+A new source is one file with ``read(spec, base_dir, probe)``, which returns a `RawTask` or, for questions, `RawConversations`,
+and one line in `SOURCES`.
 
 >>> from keeplora.data import load_task
 >>> task = load_task({"name": "pets", "source": "folder", "path": "pets"}, Path("."))  # doctest: +SKIP
@@ -13,59 +14,74 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keeplora.data.conversation_load import assemble_conversations
+from keeplora.data.conversation_spec import ConversationSpec, parse
+from keeplora.data.conversations import ConversationSet, ConversationTask
 from keeplora.data.load import assemble
 from keeplora.data.pictures import decode_picture, read_picture
 from keeplora.data.sets import PictureSet, TaskData
-from keeplora.data.spec import parse_spec
+from keeplora.data.spec import Source
 from keeplora.data.splits import split_validation
 from keeplora.errors import DataError
 
-#: Source name -> (module, spec keys that it alone knows). The module is imported when a task asks for it.
-SOURCES: dict[str, tuple[str, frozenset[str]]] = {
-    "folder": ("keeplora.data.folder", frozenset()),
-    "table": ("keeplora.data.table", frozenset({"image_column", "label_column", "split_column", "delimiter"})),
-    "datasets": ("keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision"})),
-    "pack": ("keeplora.data.pack", frozenset({"task"})),
-    "fgvc-aircraft": ("keeplora.data.benchmarks.fgvc_aircraft", frozenset()),
-    "caltech101": ("keeplora.data.benchmarks.caltech101", frozenset()),
-    "cifar100": ("keeplora.data.benchmarks.cifar100", frozenset()),
-    "dtd": ("keeplora.data.benchmarks.dtd", frozenset()),
-    "eurosat": ("keeplora.data.benchmarks.eurosat", frozenset()),
-    "flowers102": ("keeplora.data.benchmarks.flowers102", frozenset()),
-    "food101": ("keeplora.data.benchmarks.food101", frozenset()),
-    "mnist": ("keeplora.data.benchmarks.mnist", frozenset({"shots"})),
-    "oxford-pet": ("keeplora.data.benchmarks.oxford_pet", frozenset()),
-    "stanford-cars": ("keeplora.data.benchmarks.stanford_cars", frozenset()),
-    "sun397": ("keeplora.data.benchmarks.sun397", frozenset()),
-    "coop": ("keeplora.data.benchmarks.coop", frozenset({"split_file", "images", "shots"})),
+_TABLE = {"image_column", "split_column", "delimiter"}
+#: Every source by name.
+SOURCES: dict[str, Source] = {
+    "folder": Source("keeplora.data.folder"),
+    "table": Source("keeplora.data.table", frozenset(_TABLE | {"label_column"})),
+    "datasets": Source("keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision"})),
+    "pack": Source("keeplora.data.pack", frozenset({"task"})),
+    "fgvc-aircraft": Source("keeplora.data.benchmarks.fgvc_aircraft"),
+    "caltech101": Source("keeplora.data.benchmarks.caltech101"),
+    "cifar100": Source("keeplora.data.benchmarks.cifar100"),
+    "dtd": Source("keeplora.data.benchmarks.dtd"),
+    "eurosat": Source("keeplora.data.benchmarks.eurosat"),
+    "flowers102": Source("keeplora.data.benchmarks.flowers102"),
+    "food101": Source("keeplora.data.benchmarks.food101"),
+    "mnist": Source("keeplora.data.benchmarks.mnist", frozenset({"shots"})),
+    "oxford-pet": Source("keeplora.data.benchmarks.oxford_pet"),
+    "stanford-cars": Source("keeplora.data.benchmarks.stanford_cars"),
+    "sun397": Source("keeplora.data.benchmarks.sun397"),
+    "coop": Source("keeplora.data.benchmarks.coop", frozenset({"split_file", "images", "shots"})),
+    "llava": Source("keeplora.data.llava", frozenset({"images", "references"}), "generation"),
+    "llava-pack": Source("keeplora.data.llava_pack", kind="generation"),
+    "vqa-table": Source(
+        "keeplora.data.vqa_table", frozenset(_TABLE | {"images", "question_column", "answer_column"}), "generation"
+    ),
 }
 
 
-def load_task(spec: Mapping[str, Any], base_dir: str | Path, *, probe: bool = False) -> TaskData:
+def load_task(spec: Mapping[str, Any], base_dir: str | Path, *, probe: bool = False) -> TaskData | ConversationTask:
     """Load one task, or one probe set that is tested but never trained on.
 
     Every picture file is read once (hash and header check; ``check: full`` decodes it too); pictures are decoded
     again when asked for, and never kept.
 
     Args:
-        spec: ``name``, ``source`` (folder, table, datasets, pack), ``path`` or ``train`` / ``test`` / ``validation``,
+        spec: ``name``, ``source`` (one of `SOURCES`), ``path`` or ``train`` / ``test`` / ``validation``,
             and the options that docs/data.md lists.
         base_dir: where relative paths start.
-        probe: only ``test`` is filled; a source without a test split gives all its pictures.
+        probe: only ``test`` is filled; a source without a test split gives all it has.
 
     Returns:
-        The task; things that a person should know but that stop nothing are in its ``warnings``.
+        The task, of the source's kind; things that a person should know but that stop nothing are in its ``warnings``.
 
     Raises:
         ConfigError: a key or value of ``spec``.
         DataError: a file, row or class, named, with the way to mend it.
     """
-    parsed = parse_spec(spec, {name: keys for name, (_, keys) in SOURCES.items()})
-    reader = importlib.import_module(SOURCES[parsed.source][0])
+    parsed = parse(spec, SOURCES)
+    reader = importlib.import_module(SOURCES[parsed.source].module)
     try:
-        return assemble(reader.read(parsed, Path(base_dir), probe), parsed, probe=probe)
+        raw = reader.read(parsed, Path(base_dir), probe)
+        if isinstance(parsed, ConversationSpec):
+            return assemble_conversations(raw, parsed, probe=probe)
+        return assemble(raw, parsed, probe=probe)
     except DataError as error:
         raise type(error)(f"task {parsed.name!r}: {error}") from error
 
 
-__all__ = ["SOURCES", "PictureSet", "TaskData", "decode_picture", "load_task", "read_picture", "split_validation"]
+__all__ = [
+    "SOURCES", "ConversationSet", "ConversationTask", "PictureSet", "TaskData", "decode_picture", "load_task",
+    "read_picture", "split_validation",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from keeplora.data.digests import FileFacts, Stamp, holds, in_threads, read_sett
 from keeplora.data.headers import read_header
 from keeplora.data.pictures import MAX_ASPECT, PictureError, check_picture
 from keeplora.data.sets import Entry, FileBytes
-from keeplora.data.spec import TaskSpec, listing
+from keeplora.data.spec import SourceSpec, listing
 from keeplora.errors import DataError
 
 #: Part of the name under which good pictures are remembered: another number whenever `check_picture` refuses other ones.
@@ -23,7 +23,7 @@ def file_of(entry: Entry) -> str | None:
     return os.path.abspath(entry.source.path) if isinstance(entry.source, FileBytes) else None
 
 
-def check_entries(entries: Sequence[Entry], spec: TaskSpec, split: str) -> tuple[list[Entry], list[str]]:
+def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tuple[list[Entry], list[str]]:
     """Read every picture and look at it, a few at a time; nothing decoded is kept.
 
     A good picture file that has not changed since it was last read is not read again (`keeplora.data.digests`). With
@@ -59,7 +59,7 @@ def check_entries(entries: Sequence[Entry], spec: TaskSpec, split: str) -> tuple
                         if stamp is not None:
                             new[path] = (stamp, fact)
                 except PictureError as error:
-                    found.append(error)
+                    found.append(_named(error, entry))
                     continue
             digest, _, pixels = fact.partition(" ")
             found.append(replace(entry, digest=digest, pixels=pixels))
@@ -78,7 +78,14 @@ def check_entries(entries: Sequence[Entry], spec: TaskSpec, split: str) -> tuple
     return good, [f"{len(bad)} unusable picture(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
 
 
-def _whole_array(data: bytes, spec: TaskSpec) -> bool:
+def _named(error: PictureError, entry: Entry) -> PictureError:
+    """The error under the entry's name, which tells the row or entry of a list that named the file."""
+    path = str(entry.source.path) if isinstance(entry.source, FileBytes) else ""
+    told = str(error)
+    return PictureError(entry.where + told[len(path) :]) if path and told.startswith(f"{path}: ") else error
+
+
+def _whole_array(data: bytes, spec: SourceSpec) -> bool:
     """Whether these are a plain uncompressed picture of the right length, which nothing can be wrong with."""
     header = read_header(len(data), lambda offset, count: data[offset : offset + count])
     return header is not None and header.format == "PPM" and may_be_used(header.width, header.height, spec.max_pixels)
@@ -93,11 +100,14 @@ def _names(pairs: Sequence[tuple[Entry, Entry]]) -> str:
     return listing((f"{copy.where} = {original.where}" for copy, original in pairs), 3)
 
 
-def handle_duplicates(splits: dict[str, list[Entry]], policy: str) -> tuple[dict[str, list[Entry]], list[str]]:
+def handle_duplicates(
+    splits: dict[str, list[Entry]], policy: str, what: str = "picture(s)"
+) -> tuple[dict[str, list[Entry]], list[str]]:
     """Find one picture on two sides: equal bytes, or equal pixels where the check was full.
 
     Training copies of test and validation pictures, and validation copies of test pictures, are warned of, refused
     or dropped; the test set is never changed. Equal pictures in one training set under two classes are warned of.
+    ``what`` says what an entry stands for.
     """
     warnings: list[str] = []
     kept = dict(splits)
@@ -115,16 +125,16 @@ def handle_duplicates(splits: dict[str, list[Entry]], policy: str) -> tuple[dict
             continue
         if policy == "refuse":
             raise DataError(
-                f"{len(pairs)} picture(s) of {side} are also in {against}: {_names(pairs)}; "
+                f"{len(pairs)} {what} of {side} are also in {against}: {_names(pairs)}; "
                 "delete one of each, or set `duplicates: drop`"
             )
         if policy == "drop":
             copies = {id(copy) for copy, _ in pairs}
             kept[side] = [entry for entry in kept[side] if id(entry) not in copies]
-            warnings.append(f"{len(pairs)} picture(s) of {side} dropped, being in {against} too: {_names(pairs)}")
+            warnings.append(f"{len(pairs)} {what} of {side} dropped, being in {against} too: {_names(pairs)}")
         else:
             warnings.append(
-                f"{len(pairs)} picture(s) of {side} are also in {against}, which flatters the result: {_names(pairs)}; "
+                f"{len(pairs)} {what} of {side} are also in {against}, which flatters the result: {_names(pairs)}; "
                 "set `duplicates: drop` to take them out of "
                 f"{side}"
             )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from PIL import Image
 
@@ -155,6 +155,8 @@ class TaskData:
         warnings: sentences a person should read; nothing was refused.
         licence: what the source states, if anything.
     """
+
+    kind: ClassVar[str] = "classification"
 
     name: str
     classes: list[str]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, check_max_pixels
 from keeplora.data.sets import Entry
@@ -18,11 +18,13 @@ DEFAULT_TEST_FRACTION = 0.2
 ON_ERROR = ("raise", "skip")
 CHECKS = ("header", "full")
 DUPLICATES = ("warn", "refuse", "drop")
-COMMON_KEYS = frozenset(
-    {"name", "source", "path", "train", "test", "validation", "classes", "templates", "max_train_per_class"}
-    | {"max_test_per_class", "max_pixels", "on_error", "check", "duplicates", "split_seed", "licence"}
-    | {"part", "expect"}
+#: Keys of every source.
+SHARED_KEYS = frozenset(
+    {"name", "source", "path", "train", "test", "validation", "max_pixels", "on_error", "check", "duplicates"}
+    | {"split_seed", "licence", "expect"}
 )
+#: Keys of every source of pictures with classes.
+COMMON_KEYS = SHARED_KEYS | {"classes", "templates", "max_train_per_class", "max_test_per_class", "part"}
 #: Of the keys that only some sources know, those that are whole numbers.
 NUMBER_KEYS = frozenset({"shots"})
 EXPECT_KEYS = ("classes", "train", "test")
@@ -45,12 +47,25 @@ class Part:
     seed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TaskSpec:
-    """A checked task description.
+class Source(NamedTuple):
+    """A source in the registry.
 
-    ``extra`` and ``numbers`` hold the keys that only some sources know: text, and whole numbers (`NUMBER_KEYS`).
-    ``expect`` holds the published counts of classes and pictures, where the description gives them.
+    Attributes:
+        module: with ``read(spec, base_dir, probe)``; imported when a task asks for it.
+        keys: the keys that it alone knows.
+        kind: "classification" (pictures with classes) or "generation" (questions with answers).
+    """
+
+    module: str
+    keys: frozenset[str] = frozenset()
+    kind: str = "classification"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """What every checked task description has, whatever its kind.
+
+    ``extra`` holds the texts that only some sources know; ``expect`` the published counts, where the description gives them.
     """
 
     name: str
@@ -59,26 +74,32 @@ class TaskSpec:
     train: str | None = None
     test: str | float | None = None
     validation: str | float | None = None
-    classes: list[str] | dict[str, str] | None = None
-    templates: list[str] = field(default_factory=lambda: list(DEFAULT_TEMPLATES))
-    max_train_per_class: int | None = None
-    max_test_per_class: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     on_error: str = "raise"
     check: str = "header"
     duplicates: str = "warn"
     split_seed: int = 0
     licence: str | None = None
-    part: Part | None = None
     expect: dict[str, int] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
-    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def split_names(self) -> dict[str, str]:
         """The splits that the person named, e.g. ``{"train": "photos/train"}``; fractions are not names."""
         named = {"train": self.train, "test": self.test, "validation": self.validation}
         return {split: value for split, value in named.items() if isinstance(value, str)}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec(SourceSpec):
+    """A checked description of pictures with classes; ``numbers`` holds the whole numbers of some sources (`NUMBER_KEYS`)."""
+
+    classes: list[str] | dict[str, str] | None = None
+    templates: list[str] = field(default_factory=lambda: list(DEFAULT_TEMPLATES))
+    max_train_per_class: int | None = None
+    max_test_per_class: int | None = None
+    part: Part | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -129,81 +150,97 @@ def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
     raise DataError(f"{path}: no such {kind}; {hint}")
 
 
-def parse_spec(spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]]) -> TaskSpec:
-    """Check a task description.
+class Keys:
+    """The keys of a task as a person wrote them, each read with one sentence for every mistake.
 
     Args:
-        spec: the keys as a person wrote them; a key whose value is None counts as absent.
+        spec: a key whose value is None counts as absent.
         extra_keys: source name -> the keys that it alone knows; its keys are the known sources.
+        common: the keys that every source of this kind knows.
+    """
+
+    def __init__(
+        self, spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]], common: Collection[str]
+    ) -> None:
+        self.given = {str(key): value for key, value in spec.items() if value is not None}
+        name = self.given.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"a task needs a `name` (text), got {name!r} in {sorted(self.given)}")
+        self.name, self.where = name, f"task {name!r}"
+        self.source = self.given.get("source", "folder")
+        if self.source not in extra_keys:
+            raise ConfigError(
+                f"{self.where}: unknown source {self.source!r}{did_you_mean(str(self.source), extra_keys)}"
+            )
+        known = {*common, *extra_keys[self.source]}
+        for key in self.given:
+            if key not in known:
+                raise ConfigError(
+                    f"{self.where}: unknown key {key!r} for source {self.source!r}{did_you_mean(key, known)}"
+                )
+
+    def text(self, key: str) -> str | None:
+        value = self.given.get(key)
+        if value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
+            raise ConfigError(f"{self.where}: `{key}` is {value!r}: give text")
+        return None if value is None else str(value)
+
+    def choice(self, key: str, allowed: Sequence[str]) -> str:
+        value = self.given.get(key, allowed[0])
+        if value not in allowed:
+            raise ConfigError(f"{self.where}: `{key}` is {value!r}{did_you_mean(str(value), allowed)}")
+        return value
+
+    def whole(self, key: str, least: int) -> int | None:
+        return _whole(self.given.get(key), self.where, f"`{key}`", least)
+
+    def fraction_or_text(self, key: str) -> str | float | None:
+        value = self.given.get(key)
+        if isinstance(value, int | float):
+            if isinstance(value, bool) or not 0.0 < value < 1.0:
+                raise ConfigError(
+                    f"{self.where}: `{key}` is {value!r}: give a fraction between 0 and 1, or a path or split"
+                )
+            return float(value)
+        return self.text(key)
+
+    def shared(self, extra: Collection[str], expect: Sequence[str]) -> dict[str, Any]:
+        """The arguments of `SourceSpec`; ``extra`` are the source's own keys of text, ``expect`` the counts it may name."""
+        try:
+            max_pixels = check_max_pixels(self.given.get("max_pixels", DEFAULT_MAX_PIXELS))
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {error}") from error
+        values: dict[str, Any] = {
+            "name": self.name, "source": self.source, "path": self.text("path"), "train": self.text("train"),
+            "test": self.fraction_or_text("test"), "validation": self.fraction_or_text("validation"),
+            "max_pixels": max_pixels, "on_error": self.choice("on_error", ON_ERROR),
+            "check": self.choice("check", CHECKS), "duplicates": self.choice("duplicates", DUPLICATES),
+            "split_seed": self.whole("split_seed", 0) or 0, "licence": self.text("licence"),
+            "expect": _expect(self.given.get("expect"), self.where, expect),
+            "extra": {key: value for key in extra if (value := self.text(key)) is not None},
+        }  # fmt: skip
+        if values["path"] is None and values["train"] is None and not isinstance(values["test"], str):
+            raise ConfigError(f"{self.where}: no pictures named: give `path`, or `train` and `test`")
+        return values
+
+
+def parse_spec(spec: Mapping[str, Any], extra_keys: Mapping[str, Collection[str]]) -> TaskSpec:
+    """Check the description of pictures with classes; see `Keys` for the arguments.
 
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    given = {str(key): value for key, value in spec.items() if value is not None}
-    name = given.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"a task needs a `name` (text), got {name!r} in {sorted(given)}")
-    where = f"task {name!r}"
-    source = given.get("source", "folder")
-    if source not in extra_keys:
-        raise ConfigError(f"{where}: unknown source {source!r}{did_you_mean(str(source), extra_keys)}")
-    known = COMMON_KEYS | set(extra_keys[source])
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r} for source {source!r}{did_you_mean(key, known)}")
-
-    def text(key: str) -> str | None:
-        value = given.get(key)
-        if value is not None and (not isinstance(value, str | Path) or not str(value).strip()):
-            raise ConfigError(f"{where}: `{key}` is {value!r}: give text")
-        return None if value is None else str(value)
-
-    def choice(key: str, allowed: Sequence[str]) -> str:
-        value = given.get(key, allowed[0])
-        if value not in allowed:
-            raise ConfigError(f"{where}: `{key}` is {value!r}{did_you_mean(str(value), allowed)}")
-        return value
-
-    def whole(key: str, least: int) -> int | None:
-        return _whole(given.get(key), where, f"`{key}`", least)
-
-    def fraction_or_text(key: str) -> str | float | None:
-        value = given.get(key)
-        if isinstance(value, int | float):
-            if isinstance(value, bool) or not 0.0 < value < 1.0:
-                raise ConfigError(f"{where}: `{key}` is {value!r}: give a fraction between 0 and 1, or a path or split")
-            return float(value)
-        return text(key)
-
-    try:
-        max_pixels = check_max_pixels(given.get("max_pixels", DEFAULT_MAX_PIXELS))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    parsed = TaskSpec(
-        name=name,
-        source=source,
-        path=text("path"),
-        train=text("train"),
-        test=fraction_or_text("test"),
-        validation=fraction_or_text("validation"),
-        classes=_classes(given.get("classes"), where),
-        templates=_templates(given.get("templates"), where),
-        max_train_per_class=whole("max_train_per_class", 1),
-        max_test_per_class=whole("max_test_per_class", 1),
-        max_pixels=max_pixels,
-        on_error=choice("on_error", ON_ERROR),
-        check=choice("check", CHECKS),
-        duplicates=choice("duplicates", DUPLICATES),
-        split_seed=whole("split_seed", 0) or 0,
-        licence=text("licence"),
-        part=_part(given.get("part"), where),
-        expect=_expect(given.get("expect"), where),
-        extra={k: value for k in extra_keys[source] if k not in NUMBER_KEYS and (value := text(k)) is not None},
-        numbers={k: value for k in extra_keys[source] if k in NUMBER_KEYS and (value := whole(k, 1)) is not None},
+    keys = Keys(spec, extra_keys, COMMON_KEYS)
+    own = extra_keys[keys.source]
+    return TaskSpec(
+        classes=_classes(keys.given.get("classes"), keys.where),
+        templates=_templates(keys.given.get("templates"), keys.where),
+        max_train_per_class=keys.whole("max_train_per_class", 1),
+        max_test_per_class=keys.whole("max_test_per_class", 1),
+        part=_part(keys.given.get("part"), keys.where),
+        numbers={key: value for key in own if key in NUMBER_KEYS and (value := keys.whole(key, 1)) is not None},
+        **keys.shared([key for key in own if key not in NUMBER_KEYS], EXPECT_KEYS),
     )
-    if parsed.path is None and parsed.train is None and not isinstance(parsed.test, str):
-        raise ConfigError(f"{where}: no pictures named: give `path`, or `train` and `test`")
-    return parsed
 
 
 def _whole(value: object, where: str, what: str, least: int, most: int | None = None) -> int | None:
@@ -235,8 +272,8 @@ def _part(value: object, where: str) -> Part | None:
     return Part(index, of, _whole(given.get("seed"), where, "`seed` in `part`", 0, LARGEST_SEED))
 
 
-def _expect(value: object, where: str) -> dict[str, int]:
-    counts = _mapping(value, where, "expect", EXPECT_KEYS)
+def _expect(value: object, where: str, known: Sequence[str]) -> dict[str, int]:
+    counts = _mapping(value, where, "expect", known)
     return {k: n for k, v in counts.items() if (n := _whole(v, where, f"`{k}` in `expect`", 1)) is not None}
 
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from typing import Any, Protocol, TypeVar
 
-from keeplora.data.sets import PictureSet
 from keeplora.errors import ConfigError, DataError
+
+
+class Samples(Protocol):
+    """A `PictureSet` or a `ConversationSet`."""
+
+    labels: list[int]
+
+    @property
+    def keys(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def digest(self, index: int) -> str: ...
+    def subset(self, indices: Sequence[int]) -> Any: ...
+
+
+S = TypeVar("S", bound=Samples)
 
 
 def _rank(seed: int, name: str) -> bytes:
@@ -77,17 +92,17 @@ def cap_per_class(keys: Sequence[str], labels: Sequence[Hashable], limit: int | 
     return sorted(i for group in by_class.values() for i in sorted(group, key=lambda i: _rank(seed, keys[i]))[:limit])
 
 
-def split_validation(pictures: PictureSet, fraction: float, seed: int) -> tuple[PictureSet, PictureSet]:
+def split_validation(pictures: S, fraction: float, seed: int) -> tuple[S, S]:
     """Split a training set into (train, validation), stratified by class; no class loses its last picture.
 
-    Pictures of a class with the same bytes go to the same side. The split depends on the pictures' names and the
-    seed, not on their order.
+    Pictures of a class with the same bytes go to the same side, and so do conversations about the same pictures. The
+    split depends on names and the seed, not on the order.
 
     Raises:
         ConfigError: ``fraction`` is not between 0 and 1.
         DataError: no class has two different pictures, so that nothing can be held out.
 
-    >>> from keeplora.data.sets import Entry, HeldBytes
+    >>> from keeplora.data.sets import Entry, HeldBytes, PictureSet
     >>> entries = [Entry(f"{i}.png", "a", f"{i}.png", HeldBytes(bytes([i]))) for i in range(10)]
     >>> train, validation = split_validation(PictureSet(entries, [0] * 10), 0.2, seed=0)
     >>> len(train), len(validation)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.data.sets import Entry, FileBytes
-from keeplora.data.spec import SPLIT_ALIASES, RawTask, TaskSpec, listing, locate, suggest
+from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, listing, locate, suggest
 from keeplora.errors import ConfigError, DataError
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "file_name", "filename")
@@ -24,14 +24,18 @@ Row = tuple[int, dict[str, Any]]
 def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
     """One table per split, or one table at ``path`` whose split column (where it has one) tells them apart."""
     raw = RawTask(splits={})
+    for split, (table, rows, columns) in split_tables(spec, base_dir, probe).items():
+        raw.splits[split] = _entries(table, rows, columns, split, spec, raw)
+    return raw
+
+
+def split_tables(spec: SourceSpec, base_dir: Path, probe: bool) -> dict[str, tuple[Path, list[Row], list[str]]]:
+    """Table, rows and columns of each split."""
     if spec.path is None:
-        for split, name in spec.split_names.items():
-            table = locate(name, base_dir, kind="table")
-            rows, columns = _rows(table, spec)
-            raw.splits[split] = _entries(table, rows, columns, split, spec, raw)
-        if not probe and "train" not in raw.splits:
+        named = {split: locate(name, base_dir, kind="table") for split, name in spec.split_names.items()}
+        if not probe and "train" not in named:
             raise ConfigError("no training table named: give `train`, or `path` for one table with all pictures")
-        return raw
+        return {split: (table, *_rows(table, spec)) for split, table in named.items()}
     table = locate(spec.path, base_dir, kind="table")
     rows, columns = _rows(table, spec)
     column = spec.extra.get("split_column") or ("split" if "split" in columns else None)
@@ -42,18 +46,16 @@ def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
                 f"{table}: has no split column to find `{split}: {name}` in; name it with `split_column`, "
                 "or give one table each as `train` and `test` without `path`"
             )
-        raw.splits["train"] = _entries(table, rows, columns, "train", spec, raw)
-        return raw
+        return {"train": (table, rows, columns)}
     _known(column, columns, table, "split_column")
     by_split: dict[str, list[Row]] = {}
     for line, row in rows:
         by_split.setdefault(_text(row.get(column), table, line, column), []).append((line, row))
-    for split, name in pick_splits(by_split, spec, str(table), probe).items():
-        raw.splits[split] = _entries(table, by_split[name], columns, split, spec, raw)
-    return raw
+    chosen = pick_splits(by_split, spec, str(table), probe)
+    return {split: (table, by_split[name], columns) for split, name in chosen.items()}
 
 
-def pick_splits(available: Collection[str], spec: TaskSpec, where: str, probe: bool) -> dict[str, str]:
+def pick_splits(available: Collection[str], spec: SourceSpec, where: str, probe: bool) -> dict[str, str]:
     """Which of the source's splits are train, test and validation: those named, else those with the usual names.
 
     Raises:
@@ -146,7 +148,7 @@ def _entries(
     return list(entries.values())
 
 
-def _rows(table: Path, spec: TaskSpec) -> tuple[list[Row], list[str]]:
+def _rows(table: Path, spec: SourceSpec) -> tuple[list[Row], list[str]]:
     """All rows with their line numbers, and the columns."""
     ending = table.suffix.lower()
     if not table.is_file() or ending not in (*_DELIMITERS, *_JSON_LINES):
@@ -161,7 +163,7 @@ def _rows(table: Path, spec: TaskSpec) -> tuple[list[Row], list[str]]:
     except OSError as error:
         raise DataError(f"{table}: cannot be read ({error.strerror or error}); check its permissions") from error
     if ending in _JSON_LINES:
-        rows = list(_json_rows(text, table))
+        rows = list(json_rows(text, table))
         columns = list(dict.fromkeys(key for _, row in rows for key in row))
     else:
         rows, columns = _csv_rows(text, table, spec.extra.get("delimiter") or _DELIMITERS[ending])
@@ -196,7 +198,7 @@ def _csv_rows(text: str, table: Path, delimiter: str) -> tuple[list[Row], list[s
     return rows, columns
 
 
-def _json_rows(text: str, table: Path) -> Iterator[Row]:
+def json_rows(text: str, table: Path) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

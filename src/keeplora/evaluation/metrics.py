@@ -127,6 +127,37 @@ def bwt(accuracy: Matrix) -> float | None:
     return _mean([None if end is None or start is None else end - start for end, start in pairs])
 
 
+def mft(accuracy: Matrix) -> float | None:
+    """Mean Finetune accuracy: mean over i of acc[i][i], each task right after it was learned.
+
+    >>> mft([[50, 40, 30], [90, 42, 34], [88, 80, 32], [86, 81, 70]])
+    80.0
+    """
+    rows = _rows(accuracy)
+    return None if rows is None else _mean([row[i] for i, row in enumerate(rows)])
+
+
+def mfn(accuracy: Matrix) -> float | None:
+    """Mean Final accuracy: mean over j of acc[N][j], all tasks after the last one.
+
+    This is `last` under the name that continual instruction tuning gives it; the two are always equal.
+
+    >>> mfn([[50, 40], [90, 42], [88, 80]])
+    84.0
+    """
+    return last(accuracy)
+
+
+def maa(accuracy: Matrix) -> float | None:
+    """Mean Average Accuracy: mean over i of the mean over j <= i of acc[i][j], the tasks learned so far at each moment.
+
+    >>> maa([[50, 40, 30], [90, 42, 34], [88, 80, 32], [86, 81, 70]])  # (90 + (88 + 80) / 2 + (86 + 81 + 70) / 3) / 3
+    84.33333333333333
+    """
+    rows = _rows(accuracy)
+    return None if rows is None else _mean([_mean(list(row[: i + 1])) for i, row in enumerate(rows)])
+
+
 def probe(probe_accuracy: Matrix) -> float | None:
     """Mean over the probe sets and over rows 1..N: what was never trained on, through the whole sequence.
 
@@ -140,7 +171,9 @@ def probe(probe_accuracy: Matrix) -> float | None:
 
 
 def summary(accuracy: Matrix, probe_accuracy: Matrix = ()) -> dict[str, float | None]:
-    """All metrics by their names in ``results.json``: transfer, average, last, forgetting, bwt, probe, probe_before.
+    """All metrics by their names in ``results.json``.
+
+    They are transfer, average, last, forgetting, bwt, mft, mfn, maa, probe and probe_before.
 
     ``probe`` is None while the matrix is unfinished, like the others: a mean over fewer rows is another number.
     ``probe_before`` is the untouched model's mean over the probe sets and is known from the first evaluation on.
@@ -160,6 +193,9 @@ def summary(accuracy: Matrix, probe_accuracy: Matrix = ()) -> dict[str, float | 
         "last": last(accuracy),
         "forgetting": forgetting(accuracy),
         "bwt": bwt(accuracy),
+        "mft": mft(accuracy),
+        "mfn": mfn(accuracy),
+        "maa": maa(accuracy),
         "probe": probe(probe_accuracy) if finished else None,
         "probe_before": _mean(list(probe_accuracy[0])) if probe_accuracy else None,
     }

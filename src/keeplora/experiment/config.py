@@ -63,6 +63,7 @@ _SUITE_KEYS = (
     "seed",
     "validation",
     "early_stopping",
+    "generation",
     "best_epoch",
     "accept",
 )

@@ -52,6 +52,41 @@ class ModelConfig(_Section):
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hugging Face name")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="of the weights of a generative model; auto: fp32 on the CPU, bf16 on a GPU that has it"
+    )
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        default=None, description="hold a generative model's base in 8 or 4 bits; it is never merged"
+    )
+    max_length: int | None = Field(
+        default=None, ge=1, description="most tokens of a conversation; None: the model's own limit"
+    )
+
+
+class PartsConfig(_Section):
+    """Which parts of a generative model learn, where target_modules names none. A dual encoder has none of these parts."""
+
+    language: Literal["protected"] = "protected"
+    projector: Literal["protected", "frozen", "free"] = Field(
+        default="protected", description="protected like every target, frozen, or trained in full without protection"
+    )
+    vision: Literal["frozen", "protected"] = "frozen"
+
+
+class TokenWeightsConfig(_Section):
+    """How much each kind of token of a conversation counts in the statistics C and G of the language model."""
+
+    text: float = Field(default=1.0, ge=0)
+    image: float = Field(default=1.0, ge=0)
+    answer: float = Field(default=1.0, ge=0)
+
+
+class GenerationConfig(_Section):
+    """How answers are generated when a generative model is scored."""
+
+    sample: bool = Field(default=False, description="draw tokens at random (seeded); off: greedy")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class TunerConfig(_Section):
@@ -76,6 +111,10 @@ class TunerConfig(_Section):
     )
 
     keep_covariance: bool = Field(default=False, description="keep C of each task for exact audits")
+    parts: PartsConfig = Field(default_factory=PartsConfig, description="which parts of a generative model learn")
+    token_weights: TokenWeightsConfig = Field(
+        default_factory=TokenWeightsConfig, description="weights of text, image and answer tokens in C and G"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="the method's own settings (`keeplora methods show NAME`)"
     )
@@ -101,6 +140,15 @@ class TrainingConfig(_Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; None: no clipping")
     eval_batch_size: Count = 64
+    micro_batch: Count | None = Field(
+        default=None, description="samples that go through a generative model at once; None: the whole batch. Gradients "
+        "add up to those of the batch"
+    )  # fmt: skip
+    group_by_length: bool = Field(default=True, description="batches of conversations of like length")
+    cache_vision: bool = Field(
+        default=True, description="keep what a frozen vision tower says of each picture in memory, up to 2 GiB"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="trade time for memory in a generative model")
     workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
 
     def for_task(self, task: str) -> TrainingConfig:
@@ -194,6 +242,9 @@ class ExperimentConfig(_Section):
         default=None, description="a share of the training data, a path, or a mapping of those from task names"
     )
     early_stopping: EarlyStoppingConfig | None = None
+    generation: GenerationConfig = Field(
+        default_factory=GenerationConfig, description="how a generative model answers when it is scored"
+    )
     best_epoch: bool = Field(default=False, description="keep the epoch with the best validation accuracy")
     accept: AcceptConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)

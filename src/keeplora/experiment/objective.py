@@ -75,6 +75,20 @@ class TaskObjective:
         logits = self.logits(batch)
         return nn.functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="none")
 
+    def parts(self, batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        return [batch]
+
+    def count(self, part: Mapping[str, Tensor]) -> int:
+        return len(part["labels"])
+
+    def part_loss(self, part: Mapping[str, Tensor], total: int) -> tuple[Tensor, Tensor]:
+        """(mean cross-entropy, logits [N, C]); a batch is one part, so ``total`` is its own count."""
+        logits = self.logits(part)
+        return nn.functional.cross_entropy(logits, part["labels"].to(logits.device)), logits
+
+    def right(self, logits: Tensor, part: Mapping[str, Tensor]) -> int:
+        return int((logits.argmax(dim=1) == part["labels"].to(logits.device)).sum())
+
     def masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Positions that count in C and G, per tower (METHOD.md, point 5)."""
         masks: dict[str, Tensor] = {}

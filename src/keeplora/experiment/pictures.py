@@ -19,9 +19,9 @@ class TensorCache:
     def __init__(self, max_bytes: int = 2 << 30) -> None:
         self.left = max_bytes
 
-    def admit(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` may be kept; counts it if so."""
-        size = tensor.numel() * tensor.element_size()
+    def admit(self, *tensors: Tensor) -> bool:
+        """Whether ``tensors`` may be kept, all or none; counts them if so."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > self.left:
             return False
         self.left -= size
@@ -43,6 +43,9 @@ class PictureTensors(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def where(self, index: int) -> str:
+        return self.pictures.where(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self._kept.get(index)
@@ -92,11 +95,10 @@ class Batches(Protocol):
 
 
 class TaskBatches:
-    """One task's pictures, shuffled anew in every epoch by a generator of their own."""
+    """One task's samples, shuffled anew in every epoch by the loader's own generator."""
 
-    def __init__(self, data: PictureTensors, batch_size: int, collate: Collate, *, workers: int, seed: int) -> None:
-        self._data = data
-        self._loader = loader(data, batch_size, collate, workers=workers, shuffle_seed=seed)
+    def __init__(self, data: Any, loader: DataLoader[Any]) -> None:
+        self._data, self._loader = data, loader
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -105,13 +107,13 @@ class TaskBatches:
         return iter(self._loader)
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
-        return [self._data.pictures.where(int(i)) for i in batch["index"]]
+        return [self._data.where(int(i)) for i in batch["index"]]
 
 
 class MixedBatches:
     """The batches of several tasks in one shuffled order: joint training. Each batch is of one task, with its prompts."""
 
-    def __init__(self, tasks: Sequence[TaskBatches], *, seed: int) -> None:
+    def __init__(self, tasks: Sequence[Batches], *, seed: int) -> None:
         self._tasks = tasks
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keeplora.data import TaskData
 from keeplora.evaluation.metrics import summary
-from keeplora.experiment.candidates import candidates_for
 from keeplora.experiment.config import ExperimentConfig
+from keeplora.experiment.kinds.base import Kind
 from keeplora.methods import Method
 from keeplora.tuner import ContinualLearner
 from keeplora.tuner.audit import layer_rows
@@ -36,22 +35,23 @@ class Scores:
         self.probes.append(probes)
 
 
-def comparison_key(config: ExperimentConfig, tasks: Sequence[TaskData], probes: Sequence[TaskData]) -> str:
+def comparison_key(
+    config: ExperimentConfig, tasks: Sequence[Any], probes: Sequence[Any], more: Sequence[Any] = ()
+) -> str:
     """Equal for runs whose numbers may stand in one table: same model, pictures, order, held-out share."""
     value = [
         config.model.name, config.model.revision, config.model.image_size,
         [[t.name, t.fingerprint] for t in tasks], [[p.name, p.fingerprint] for p in probes],
     ]  # fmt: skip
-    if config.candidates != "own":
-        value.append(config.candidates)
+    value += more
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def data_entries(tasks: Sequence[TaskData], probes: Sequence[TaskData]) -> list[dict[str, Any]]:
+def data_entries(tasks: Sequence[Any], probes: Sequence[Any]) -> list[dict[str, Any]]:
     """The entries of data.json."""
     return [
         {
-            "name": t.name, "kind": kind, "classes": t.classes, "templates": t.templates, "train": len(t.train),
+            "name": t.name, "kind": kind, **_described(t), "train": len(t.train),
             "validation": len(t.validation) if t.validation is not None else 0, "test": len(t.test),
             "fingerprint": t.fingerprint, "licence": t.licence, "warnings": t.warnings,
         }
@@ -59,9 +59,16 @@ def data_entries(tasks: Sequence[TaskData], probes: Sequence[TaskData]) -> list[
     ]  # fmt: skip
 
 
+def _described(task: Any) -> dict[str, Any]:
+    if task.kind == "generation":
+        told = {"scorer": task.scorer, "max_new_tokens": task.max_new_tokens, "prompt": task.prompt}
+        return {"classes": [], "templates": [], **told}
+    return {"classes": task.classes, "templates": task.templates}
+
+
 def build_results(
-    config: ExperimentConfig, method: Method, learner: ContinualLearner, tasks: Sequence[TaskData],
-    probes: Sequence[TaskData], scores: Scores, warnings: Sequence[str], memory: int, seconds: float, key: str,
+    config: ExperimentConfig, method: Method, learner: ContinualLearner, tasks: Sequence[Any], probes: Sequence[Any],
+    scores: Scores, warnings: Sequence[str], memory: int, seconds: float, key: str, kind: Kind,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole of results.json, from the records and the scores."""
     infos = [record.info for record in learner.records]
@@ -70,14 +77,14 @@ def build_results(
     }
     audit = learner.audit() if learner.protects and learner.records else None
     sets = [*tasks, *probes]
-    rivals = tasks if config.candidates != "own" else ()  # with "seen": in the end
     return {
-        "format": FORMAT, "version": VERSION, "name": config.label, "method": method.name, "method_title": method.title,
+        "format": FORMAT, "version": VERSION, "kind": kind.name, "name": config.label,
+        "method": method.name, "method_title": method.title,
         "variant": "cls" if method.classifier else "text", "order": config.order_name, "candidates": config.candidates,
         "evaluate_on": config.evaluate_on, "model": config.model.name, "suite": config.suite,
         "seed": config.seed, "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
-        "chance": {t.name: 100.0 / len(candidates_for(t, rivals).classes) for t in sets},
+        **kind.results(),
         "metrics": summary(scores.tasks, scores.probes),
         "layers": layer_rows(learner) if learner.protects else [],
         "tasks_info": [

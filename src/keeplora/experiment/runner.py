@@ -10,24 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from keeplora.data import TaskData
 from keeplora.errors import CapacityError, KeepLoraError
-from keeplora.experiment.candidates import Candidates, candidates_for
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
 from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.loggers import Loggers
-from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
-from keeplora.experiment.pictures import (
-    Batches,
-    Collate,
-    MixedBatches,
-    PictureTensors,
-    ReferenceBatches,
-    TaskBatches,
-    loader,
-)
+from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import Scores, build_results, comparison_key, data_entries, peak_memory
 from keeplora.experiment.run_directory import RunDirectory
@@ -36,7 +25,6 @@ from keeplora.experiment.training import Selection, train_task
 from keeplora.methods import method_names
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner
-from keeplora.tuner.sampling import statistics_batches
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
 """Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
@@ -115,8 +103,9 @@ class _Run:
         self.learner = learner
         self.progress = Progress(quiet)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
-        self.key = comparison_key(setup.config, setup.tasks, setup.probes)
+        self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
         earlier = directory.read_results()
+        setup.kind.begin(directory.path, earlier)
         self.scores = Scores.from_results(earlier)
         if earlier:
             self.warnings += earlier["warnings"]
@@ -134,7 +123,7 @@ class _Run:
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
             rows = len(self.scores.tasks)
             self.directory.set_status(state="running", tasks_done=done, error=None)
-            with self.progress:
+            with self.progress, self.setup.kind.running(self.learner):
                 self.directory.cut_events(max(0, rows - 1))
                 self.loggers = Loggers.open(
                     self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
@@ -195,7 +184,7 @@ class _Run:
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
         results = build_results(
             self.config, self.setup.method, self.learner, self.setup.tasks, self.setup.probes, self.scores,
-            self.warnings, peak_memory(), seconds, self.key,
+            self.warnings, peak_memory(), seconds, self.key, self.setup.kind,
         )  # fmt: skip
         self.directory.write_results(results)
         return results
@@ -210,27 +199,14 @@ class _Run:
             if issubclass(entry.category, UserWarning) and "keeplora" in entry.filename:
                 self._warning(str(entry.message))
 
-    def _heads(self) -> dict[tuple[str, ...], Tensor]:
-        """Trained class weights by the class list they belong to."""
-        return {
-            tuple(record.info["classes"]): record.tensors["head"]
-            for record in self.learner.records if "head" in record.tensors
-        }  # fmt: skip
-
-    def _candidates(self, task: TaskData) -> Candidates:
-        learned = len(self.learner.records) + (self.learner._open is not None)
-        others = {"own": [], "seen": self.setup.tasks[:learned], "all": self.setup.tasks}[self.config.candidates]
-        return candidates_for(task, others)
-
-    def _accuracy(self, task: TaskData, data: PictureTensors, head: Tensor | None = None) -> float:
-        """The model as it is now, on pictures of ``task``; ``head`` is one that is being trained."""
-        if head is None:
-            head = self._heads().get(tuple(task.classes))
-        with self.learner.serving(task.name):
-            return accuracy(
-                self.setup.family, self._candidates(task), data, self.setup.precision,
-                self.config.training.eval_batch_size, head, self.progress.advance, self.learner.readout,
-            )  # fmt: skip
+    def _score(self, task: Any, data: Any, **more: Any) -> float | None:
+        """The model as it is now, on samples of ``task``."""
+        with self._noting_warnings():
+            value = self.setup.kind.score(task, data, self.learner, on_batch=self.progress.advance, **more)
+        for line in self.setup.kind.warnings():
+            if line not in self.warnings:
+                self._warning(line)
+        return value
 
     def _tell_row(self, after: int, tasks: Sequence[float | None], probes: Sequence[float | None]) -> None:
         for kind, group, row in (("task", self.setup.tasks, tasks), ("probe", self.setup.probes, probes)):
@@ -241,82 +217,81 @@ class _Run:
     def _evaluate(self, after: int) -> None:
         """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
         started = time.perf_counter()
-        sets = self.setup.sets
-        size = self.config.training.eval_batch_size
+        sets, kind = self.setup.sets, self.setup.kind
         groups = (("task", self.setup.tasks), ("probe", self.setup.probes))
-        self.progress.phase("evaluation", sum(-(-len(t.test) // size) for _, group in groups for t in group))
+        self.progress.phase("evaluation", sum(kind.steps(sets[t.name].test) for _, group in groups for t in group))
         rows: dict[str, list[float | None]]
         if self._joint and 0 < after < len(self.setup.tasks):  # not trained yet: there is no such moment
             rows = {kind: [None] * len(group) for kind, group in groups}
         elif not self.setup.method.trains and after > 0 and self.config.candidates != "seen":
             # Nothing moved: the row is the row before.
             rows = {"task": list(self.scores.tasks[-1]), "probe": list(self.scores.probes[-1])}
+            kind.repeat(after)
         else:
-            rows = {kind: [self._accuracy(t, sets[t.name].test) for t in group] for kind, group in groups}
+            keep = self.directory.path / "predictions" / f"after-{after}"
+            rows = {
+                name: [self._score(t, sets[t.name].test, keep=keep / f"{t.name}.jsonl") for t in group]
+                for name, group in groups
+            }
         self._tell_row(after, rows["task"], rows["probe"])
         known = [value for value in rows["task"] if value is not None]
         if known:
-            self.progress.advance(0, accuracy=sum(known) / len(known))
+            word = "accuracy" if kind.name == "classification" else "score"
+            self.progress.advance(0, **{word: sum(known) / len(known)})
         self.scores.add(rows["task"], rows["probe"])
         self.evaluation_seconds = time.perf_counter() - started
 
-    def _selection(self, task: TaskData, objective: TaskObjective) -> Selection | None:
+    def _selection(self, task: Any, objective: Any) -> Selection | None:
         validation = self.setup.sets[task.name].validation
         stopping = self.config.early_stopping
         if validation is None or not (self.config.best_epoch or stopping is not None):
             return None
 
-        def validate() -> float:
-            return self._accuracy(task, validation, objective.head.detach() if objective.head is not None else None)
+        def validate() -> float | None:
+            return self._score(task, validation, head=objective.head.detach() if objective.head is not None else None)
 
         return Selection(validate, self.config.best_epoch, stopping.patience if stopping else None)
 
     def _guard_scores(self, upto: int) -> dict[str, float]:
         """What `accept` may look at: validation pictures of earlier tasks, the held-out halves of the probes."""
-        out = {}
+        out: dict[str, float | None] = {}
         for record, task in zip(self.learner.records[:upto], self.setup.tasks, strict=False):
             validation = self.setup.sets[task.name].validation
             if validation is not None and not record.info.get("undone"):
-                out[task.name] = self._accuracy(task, validation)
+                out[task.name] = self._score(task, validation)
         for probe in self.setup.probes:
-            out[probe.name] = self._accuracy(probe, self.setup.guards[probe.name])
-        return out
+            out[probe.name] = self._score(probe, self.setup.guards[probe.name])
+        return {name: value for name, value in out.items() if value is not None}
 
-    def _learn(self, task: TaskData, index: int) -> None:
+    def _learn(self, task: Any, index: int) -> None:
         setup, training = self.setup, self.config.training.for_task(task.name)
         seed = self.config.seed * 100_003 + index
         torch.manual_seed(seed)
         data = setup.sets[task.name].train
         info: dict[str, Any] = {
-            "classes": task.classes, "templates": task.templates, "data": task.fingerprint, "seed": seed,
-            "model": self.config.model.name, "training": training.model_dump(), "seconds": {},
+            **setup.kind.info(task), "data": task.fingerprint, "seed": seed, "model": self.config.model.name,
+            "training": training.model_dump(), "seconds": {},
         }  # fmt: skip
         deferred = self._joint and index < len(setup.tasks)
         if not setup.method.trains or deferred:
             info |= {"trained_parameters": 0} | ({"deferred": True} if deferred else {})
             self.learner.sit_out(task.name, info)
             return
-        objective = TaskObjective(setup.family, task, setup.precision)
+        objective = setup.kind.objective(task)
         started = time.perf_counter()
         with self._noting_warnings():
-            if setup.method.classifier:
-                objective.head = initial_head(objective, data, training.eval_batch_size)
+            setup.kind.prepare_head(objective, data, training)
             self.learner.config = setup.tuner_config(task)
             self.progress.phase("statistics")
-            batches = loader(data, training.batch_size, objective.collate, workers=training.workers)
-            pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
-            pictures = statistics_batches(pictures, self.learner.config.feature_samples, self.config.seed, data.labels)
             accept = self.config.accept
             reference = None
             if setup.reference is not None:
                 reference = ReferenceBatches(setup.family, *setup.reference, training.batch_size, seed)
             try:
                 model = self.learner.start_task(
-                    task.name, batches, objective.loss, labels=data.labels,
-                    feature_batches=objective.feature_batches(pictures), forward_fn=objective.forward, mask_fn=objective.masks,
+                    task.name, **setup.kind.statistics(objective, data, training, self.learner.config, seed),
                     accept=accept.model_dump() if accept else None,
-                    evaluate=(lambda: self._guard_scores(index - 1)) if accept else None,
-                    objective=objective, reference=reference,
+                    evaluate=(lambda: self._guard_scores(index - 1)) if accept else None, reference=reference,
                 )  # fmt: skip
             except CapacityError as error:
                 self._sit_out(task, info, str(error))
@@ -341,25 +316,18 @@ class _Run:
             return
         record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
 
-    def _train(
-        self, model: nn.Module, objective: TaskObjective, training: TrainingConfig, seed: int, task: TaskData
-    ) -> Any:
-        def batches_of(name: str, collate: Collate) -> TaskBatches:
-            train = self.setup.sets[name].train
-            return TaskBatches(train, training.batch_size, collate, workers=training.workers, seed=seed)
-
-        batches: Batches = batches_of(task.name, objective.collate)
+    def _train(self, model: nn.Module, objective: Any, training: TrainingConfig, seed: int, task: Any) -> Any:
+        kind, sets = self.setup.kind, self.setup.sets
+        batches: Batches = kind.batches(objective, sets[task.name].train, training, seed)
         if self._joint:
-            collates = {
-                t.name: TaskObjective(self.setup.family, t, self.setup.precision).collate for t in self.setup.tasks
-            }
-            batches = MixedBatches([batches_of(name, collate) for name, collate in collates.items()], seed=seed)
+            parts = [kind.batches(kind.objective(t), sets[t.name].train, training, seed) for t in self.setup.tasks]
+            batches = MixedBatches(parts, seed=seed)
         return train_task(
             model, objective, batches, training, hooks=self.learner, progress=self.progress,
             on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
             selection=None if self._joint else self._selection(task, objective),
         )  # fmt: skip
 
-    def _sit_out(self, task: TaskData, info: dict[str, Any], why: str) -> None:
+    def _sit_out(self, task: Any, info: dict[str, Any], why: str) -> None:
         self._warning(why)
         self.learner.sit_out(task.name, {**info, "not_learned": why})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from keeplora.data.conversations import asked
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
 from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
@@ -19,7 +21,8 @@ from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import open_model
 from keeplora.methods import get_method
 from keeplora.tuner import ContinualLearner, TaskRecord
-from keeplora.tuner.persistence import concatenated, write_peft_adapter
+from keeplora.tuner.persistence import concatenated, free_weights, merge_into, write_peft_adapter
+from keeplora.tuner.sampling import to_device
 
 EXPORT_FORMATS = ("peft", "merged")
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -91,6 +94,8 @@ class TrainedModel:
 
         A class that several tasks share is one candidate, at its best logit.
         """
+        if self.family.kind != "classification":
+            raise ConfigError(f"{self.path}: {self.config.model.name} answers in words; ask it a --question")
         groups = self._groups(classes, task, template)
         if not self.learner.accumulates and task is None and classes is None:
             raise ConfigError(
@@ -113,6 +118,36 @@ class TrainedModel:
         out = [Prediction(n, best[n][1], p) for n, p in zip(names, probabilities, strict=True)]
         return sorted(out, key=lambda item: -item.probability)
 
+    def answer(
+        self, pictures: Sequence[Image], question: str, *, task: str | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """The answer of a generative model to a question about any number of pictures, greedily decoded.
+
+        Args:
+            question: text; ``<image>`` marks where a picture goes, else the pictures come first.
+            task: the learned task that the question belongs to: its instruction is added, and a method that keeps one
+                model per task needs it.
+            max_new_tokens: None: the task's own, or 64.
+        """
+        if self.family.kind != "generation":
+            raise ConfigError(
+                f"{self.path}: {self.config.model.name} names pictures among classes; leave the question out, and give "
+                "--classes or --task"
+            )
+        if task is not None and task not in self.tasks:
+            raise ConfigError(f"no learned task is named {task!r}{did_you_mean(task, self.tasks)}")
+        if not self.learner.accumulates and task is None:
+            raise ConfigError(
+                f"method {self.config.method!r} must be told which task a question belongs to: give --task NAME"
+            )
+        info = next((record.info for record in self._learned if record.name == task), {})
+        turns = asked(question, len(pictures), info.get("prompt"))
+        with self.learner.serving(task), self.family.evaluating():
+            item = self.family.encode(turns, list(pictures), where="the question", answers=False)
+            batch = to_device(self.family.join([item], side="left"), self.family.device)
+            tokens = max_new_tokens or info.get("max_new_tokens") or 64
+            return self.family.generate(batch, max_new_tokens=tokens)[0]
+
     def export(self, target: str | os.PathLike[str], format: str) -> Path:
         """Write the trained model: ``peft``, one stock adapter for the untouched base, or ``merged``, a whole checkpoint.
 
@@ -124,20 +159,19 @@ class TrainedModel:
             raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
         if target.exists():
             raise KeepLoraError(f"{target} exists already; choose a new folder")
-        if not self.learner.accumulates:
-            raise KeepLoraError(
-                f"{self.path}: method {self.config.method} keeps one model per task, which no single adapter or checkpoint holds"
-            )
-        if type(self.learner).readout is not ContinualLearner.readout:
-            raise KeepLoraError(
-                f"{self.path}: method {self.config.method} answers through a regression beside the model, which no adapter or "
-                "checkpoint holds; use `keeplora predict`, or TrainedModel in Python"
-            )
+        if reason := get_method(self.config.method).unmergeable:
+            raise KeepLoraError(f"{self.path}: method {self.config.method} {reason}")
         if format == "merged":
-            return self.family.save_pretrained(target)
+            if self.config.model.quantize is None:
+                return self.family.save_pretrained(target)
+            # A quantised base is never merged: the tasks go into the base as it was before it was quantised.
+            whole = self.config.model_copy(update={"model": self.config.model.model_copy(update={"quantize": None})})
+            family = open_model(whole, choose_device("cpu"))
+            merge_into(self.learner, family.model)
+            return family.save_pretrained(target)
         factors = concatenated(self.learner.records)
         if not factors:
             raise KeepLoraError(
                 f"{self.path} holds no low-rank factors (method {self.config.method}); export it with --format merged"
             )
-        return write_peft_adapter(target, factors, self.family.name)
+        return write_peft_adapter(target, factors, self.family.name, free_weights(self.learner))

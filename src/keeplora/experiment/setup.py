@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keeplora.data import TaskData, load_task, split_validation
+from keeplora.data import load_task, split_validation
 from keeplora.errors import ConfigError
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
+from keeplora.experiment.kinds import Kind, Sets, make_kind
 from keeplora.experiment.loggers import check_loggers
-from keeplora.experiment.pictures import PictureTensors, TensorCache
 from keeplora.methods import Method, get_method
 from keeplora.models import load_model
-from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import KeepLoraConfig
 from keeplora.tuner.options import make_options
-
-
-@dataclass
-class Sets:
-    """A task's pictures as tensors; ``validation`` is None unless asked for."""
-
-    train: PictureTensors
-    test: PictureTensors
-    validation: PictureTensors | None
 
 
 @dataclass
@@ -37,21 +27,26 @@ class Setup:
 
     config: ExperimentConfig
     method: Method
-    family: DualEncoder
+    kind: Kind
     precision: Precision
-    tasks: list[TaskData]
-    probes: list[TaskData]
+    tasks: list[Any]
+    probes: list[Any]
     sets: dict[str, Sets]
-    guards: dict[str, PictureTensors] = field(default_factory=dict)
+    guards: dict[str, Any] = field(default_factory=dict)
     """Held-out half of each probe, which `accept` may look at; empty without `accept`."""
-    reference: tuple[TaskData, PictureTensors] | None = None
+    reference: tuple[Any, Any] | None = None
     """Texts and pictures beside the tasks', for a method that needs them."""
 
-    def tuner_config(self, task: TaskData | None = None) -> KeepLoraConfig:
+    @property
+    def family(self) -> Any:
+        """The model with its processors."""
+        return self.kind.family
+
+    def tuner_config(self, task: Any = None) -> KeepLoraConfig:
         """The learner's settings; shares of the data become counts for ``task``."""
-        values: dict[str, Any] = self.config.tuner.model_dump()
+        values: dict[str, Any] = self.config.tuner.model_dump(exclude={"parts", "token_weights"})
         if values["target_modules"] is None:
-            values["target_modules"] = self.family.default_target_modules
+            values |= self.kind.default_targets()
         for name in ("gradient_samples", "feature_samples"):
             available = len(task.train) if task is not None else 1
             values[name] = self.config.tuner.samples(name, available)
@@ -61,13 +56,14 @@ class Setup:
         return self.method.make_config({**values, "seed": self.config.seed})
 
 
-def open_model(config: ExperimentConfig, device: torch.device) -> DualEncoder:
+def open_model(config: ExperimentConfig, device: torch.device) -> Any:
     """The untouched model. A relative folder starts where the task specs' paths start, whatever the current folder."""
     model = config.model
     beside = Path(config.base_dir, model.name)
     return load_model(
         beside if beside.is_dir() else model.name, device=str(device), image_size=model.image_size,
-        revision=model.revision, trust_remote_code=model.trust_remote_code,
+        revision=model.revision, trust_remote_code=model.trust_remote_code, dtype=model.dtype, quantize=model.quantize,
+        max_length=model.max_length,
     )  # fmt: skip
 
 
@@ -80,7 +76,7 @@ def data_folder(config: ExperimentConfig) -> Path:
     return suites.data_folder(config.suite, config.data_dir)
 
 
-def load_tasks(config: ExperimentConfig) -> tuple[list[TaskData], list[TaskData]]:
+def load_tasks(config: ExperimentConfig) -> tuple[list[Any], list[Any]]:
     """Tasks in learning order, with validation split off where asked for, and probes."""
     base = data_folder(config)
     tasks = []
@@ -89,7 +85,7 @@ def load_tasks(config: ExperimentConfig) -> tuple[list[TaskData], list[TaskData]
         own: Mapping[str, Any] = {k: v for k, v in spec.items() if k != "validation"}
         if isinstance(wanted, str):
             own = {**own, "validation": wanted}
-        task = load_task(own, base)
+        task: Any = load_task(own, base)
         if isinstance(wanted, float):
             task.train, task.validation = split_validation(task.train, wanted, config.seed)
         if config.evaluate_on == "validation":
@@ -117,26 +113,36 @@ def prepare(config: ExperimentConfig) -> Setup:
     tasks, probes = load_tasks(config)
     device = choose_device(config.device)
     family = open_model(config, device)
-    cache = TensorCache()
-    sets: dict[str, Sets] = {}
-    guards: dict[str, PictureTensors] = {}
-    for task in tasks:
-        family.tokenize(family.class_prompts(task.classes, task.templates))  # refuses prompts that are too long, now
-        sets[task.name] = Sets(
-            PictureTensors(task.train, family, cache), PictureTensors(task.test, family, cache),
-            PictureTensors(task.validation, family, cache) if task.validation is not None else None,
-        )  # fmt: skip
+    _check_kinds(config, method, family.kind, [*tasks, *probes])
+    precision = Precision(config.training.precision, device)
+    kind = make_kind(family.kind, config, family, precision, method, tasks, probes)
+    sets = {task.name: kind.sets(task) for task in tasks}
+    guards: dict[str, Any] = {}
     for probe in probes:
         if config.accept is not None:
             probe.test, guard = split_validation(probe.test, 0.5, config.seed)
-            guards[probe.name] = PictureTensors(guard, family, cache)
-        sets[probe.name] = Sets(
-            PictureTensors(probe.train, family, cache), PictureTensors(probe.test, family, cache), None
-        )
+            guards[probe.name] = kind.data_set(guard)
+        sets[probe.name] = kind.sets(probe)
     reference = None
     if method.learner.needs_reference and config.reference is not None:
         beside = load_task(config.reference, data_folder(config), probe=True)
-        reference = (beside, PictureTensors(beside.test, family, cache))
-    return Setup(
-        config, method, family, Precision(config.training.precision, device), tasks, probes, sets, guards, reference
-    )
+        reference = (beside, kind.data_set(beside.test))
+    return Setup(config, method, kind, precision, tasks, probes, sets, guards, reference)
+
+
+def _check_kinds(config: ExperimentConfig, method: Method, kind: str, tasks: Sequence[Any]) -> None:
+    """Model, data and method must be of one kind."""
+    says = {"classification": "names pictures among classes", "generation": "answers questions in words"}
+    for task in tasks:
+        if task.kind != kind:
+            raise ConfigError(
+                f"task {task.name!r} {says[task.kind]}, but the model {config.model.name!r} {says[kind]}: choose a model or "
+                "a source of the other kind (docs/data.md)"
+            )
+    if kind not in method.kinds:
+        raise ConfigError(
+            f"method {method.name!r} works on models that {says[method.kinds[0]].replace('names', 'name')}, and "
+            f"{config.model.name!r} {says[kind]}; `keeplora methods` lists what each method works on"
+        )
+    if kind == "generation" and config.candidates != "own":
+        raise ConfigError("candidates: a model that answers in words has no candidates; leave it out")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.experiment.config import TrainingConfig
-from keeplora.experiment.objective import TaskObjective
+from keeplora.experiment.kinds.base import TrainingObjective
 from keeplora.experiment.optim import make_optimizer, make_scheduler
 from keeplora.experiment.pictures import Batches
 from keeplora.experiment.progress import Progress
@@ -30,7 +30,7 @@ class TrainingLog:
 class Selection:
     """Validation during training: how to measure, and what to do with it."""
 
-    validate: Callable[[], float]
+    validate: Callable[[], float | None]
     best_epoch: bool
     patience: int | None
 
@@ -38,13 +38,13 @@ class Selection:
 class Hooks(Protocol):
     """What a method adds to the loop (`ContinualLearner`)."""
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None: ...
+    def penalty(self, batch: Any, logits: Any) -> Tensor | None: ...
 
     def after_step(self) -> None: ...
 
 
 def train_task(
-    model: nn.Module, objective: TaskObjective, batches: Batches, config: TrainingConfig, *, hooks: Hooks,
+    model: nn.Module, objective: TrainingObjective, batches: Batches, config: TrainingConfig, *, hooks: Hooks,
     progress: Progress, on_epoch: Callable[[dict[str, Any]], None], selection: Selection | None = None,
 ) -> TrainingLog:  # fmt: skip
     """Train whatever in ``model`` (and the objective's head) requires a gradient.
@@ -70,21 +70,28 @@ def train_task(
     for epoch in range(1, epochs + 1):
         progress.phase(f"epoch {epoch}/{epochs}", len(batches))
         epoch_started = time.perf_counter()
-        total, added, right, seen, lr = 0.0, 0.0, 0, 0, 0.0
+        total, added, seen, lr = 0.0, 0.0, 0, 0.0
+        right: int | None = None
         for step, batch in enumerate(batches, 1):
             optimizer.zero_grad(set_to_none=True)
-            logits = objective.logits(batch)
-            labels = batch["labels"].to(logits.device)
-            loss = nn.functional.cross_entropy(logits, labels)
-            extra = hooks.penalty(batch, logits)
-            total_loss = loss if extra is None else loss + extra
-            if not torch.isfinite(total_loss):
-                names = ", ".join(batches.where(batch)[:3])
-                raise FloatingPointError(
-                    f"task {objective.task.name!r}, epoch {epoch}, step {step}: the loss is {total_loss.item()} (pictures "
-                    f"{names}, …); nothing of this task is kept; lower training.learning_rate or set training.grad_clip"
-                )
-            total_loss.backward()
+            parts = objective.parts(batch)
+            n = sum(map(objective.count, parts))
+            for i, part in enumerate(parts):
+                loss, logits = objective.part_loss(part, n)
+                # A penalty belongs to the step and not to each part of its batch.
+                extra = hooks.penalty(part, logits) if i == 0 else None
+                total_loss = loss if extra is None else loss + extra
+                if not torch.isfinite(total_loss):
+                    names = ", ".join(batches.where(batch)[:3])
+                    raise FloatingPointError(
+                        f"task {objective.task.name!r}, epoch {epoch}, step {step}: the loss is {total_loss.item()} (samples "
+                        f"{names}, …); nothing of this task is kept; lower training.learning_rate or set training.grad_clip"
+                    )
+                total_loss.backward()
+                total += loss.item() * n
+                added += extra.item() * n if extra is not None else 0.0
+                if logits is not None:
+                    right = (right or 0) + objective.right(logits, part)
             if config.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
@@ -93,21 +100,19 @@ def train_task(
                 optimizer.param_groups[0]["lr"]
             )  # the rate of this step, not of the one that the schedule sets next
             scheduler.step()
-            n = len(labels)
-            total, seen = total + loss.item() * n, seen + n
-            added += extra.item() * n if extra is not None else 0.0
-            right += int((logits.argmax(dim=1) == labels).sum())
-            progress.advance(loss=total / seen, accuracy=100.0 * right / seen)
-        entry: dict[str, Any] = {
-            "epoch": epoch, "loss": total / seen, "train_accuracy": 100.0 * right / seen,
-            "lr": lr, "seconds": round(time.perf_counter() - epoch_started, 3),
-        }  # fmt: skip
+            seen += n
+            accuracy = None if right is None else 100.0 * right / seen
+            progress.advance(loss=total / seen, accuracy=accuracy)
+        entry: dict[str, Any] = {"epoch": epoch, "loss": total / seen}
+        if right is not None:
+            entry["train_accuracy"] = 100.0 * right / seen
+        entry |= {"lr": lr, "seconds": round(time.perf_counter() - epoch_started, 3)}
         if added:
             entry["penalty"] = added / seen
         if selection is not None:
             entry["validation_accuracy"] = score = selection.validate()
             progress.advance(0, validation_accuracy=score)
-            if best is None or score > best[0]:
+            if score is not None and (best is None or score > best[0]):
                 best, since_best = (score, [p.detach().clone() for p in parameters]), 0
                 log.best_epoch = epoch
             else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.methods.full_finetuning import FullFineTuning
-from keeplora.methods.registry import FULL_LEARNING_RATE, ONE_SCALE, Method, register
+from keeplora.methods.registry import CLASSIFICATION, FULL_LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
@@ -91,7 +91,7 @@ class LwF(FullFineTuning):
             student = objective.logits(batch)
         return self.options.weight * soft_cross_entropy(student, teacher, self.options.temperature)
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         return self._distilled(batch, logits)
 
 
@@ -161,7 +161,7 @@ class ZSCL(LwF):
         super()._dismiss()
         self._reference, self._start, self._sum = iter(()), {}, {}
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         loss = self._distilled(next(self._reference))
         if self.options.l2:
             moved = [(self.store.parameter(n).to(torch.float32) - W).square().sum() for n, W in self._start.items()]
@@ -196,12 +196,12 @@ class ZSCL(LwF):
 
 register(
     Method("lwf", "LwF", LwF, "full fine-tuning, taught by the model before the task on the task's own data",
-           config=ONE_SCALE, trained="all target weights", paper="Li and Hoiem, arXiv 1606.09282",
+           config=ONE_SCALE, kinds=CLASSIFICATION, trained="all target weights", paper="Li and Hoiem, arXiv 1606.09282",
            search={**FULL_LEARNING_RATE, "tuner.options.weight": ("log", 1e-2, 1e1)})
 )  # fmt: skip
 register(
     Method("zscl", "ZSCL", ZSCL, "full fine-tuning, taught by the original model on a reference set, weights averaged",
-           config=ONE_SCALE, trained="all target weights", state="the original weights",
+           config=ONE_SCALE, kinds=CLASSIFICATION, trained="all target weights", state="the original weights",
            extra_data="a reference set of pictures and texts", paper="Zheng et al., arXiv 2303.06628",
            search={**FULL_LEARNING_RATE, "tuner.options.weight": ("log", 1e-2, 1e1)})
 )  # fmt: skip

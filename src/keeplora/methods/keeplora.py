@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
+from keeplora.methods.registry import CLASSIFICATION, LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner import ContinualLearner
 
 ONE: dict[str, Any] = {
@@ -16,7 +16,7 @@ SCALED: dict[str, Any] = {
     "paper": "KeepLoRA++, arXiv 2606.16256", "search": {**LEARNING_RATE, "tuner.gamma": ("choice", [0.2, 0.5])},
 }  # fmt: skip
 HEAD: dict[str, Any] = {
-    "classifier": True, "task_identity": True, "trained": "B of every target, one weight per class",
+    "classifier": True, "task_identity": True, "kinds": CLASSIFICATION, "trained": "B of every target, one weight per class",
     "state": "basis U per target, a head per task", "inference": "one product per picture with the task's head",
 }  # fmt: skip
 

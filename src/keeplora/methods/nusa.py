@@ -88,7 +88,7 @@ class NusaCl(BranchLearner):
 
     def planned_parameters(self) -> int:
         """At most: how many directions hold little energy is known from the weights alone."""
-        return sum(min(self.options.max_rank, t.n_in, t.n_out) ** 2 for t in self.targets)
+        return sum(min(self.options.max_rank, t.n_in, t.n_out) ** 2 for t in self.targets) + self.free.numel()
 
     def _branches(self, task: OpenTask) -> Mapping[str, NullSpaceBranch]:
         started = time.perf_counter()

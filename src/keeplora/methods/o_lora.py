@@ -62,7 +62,7 @@ class OLora(SequentialLora):
         old = [f.A for record in self.records for f in record.factors.values()]
         return super().state_bytes() + sum(A.numel() * A.element_size() for A in old)
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         """λ₁ Σ |A_old A_newᵀ| + λ₂ (Σ ‖A_new‖ + Σ ‖B_new‖); None where both are zero by themselves."""
         terms = []
         for A, B, old in self._held:

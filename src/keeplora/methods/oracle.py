@@ -18,13 +18,14 @@ class Oracle(SequentialLora):
     """
 
     accumulates: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "keeps one model per task, which no single adapter or checkpoint holds"
 
     @contextlib.contextmanager
     def serving(self, task: str | None) -> Iterator[None]:
         """W₀ + ΔW of ``task`` in the model, W₀ for a task that is not learned; as it was, bit for bit, afterwards."""
         record = next((record for record in self.records if record.name == task), None)
         before = self.store.snapshot()
-        wanted = record.deltas if record is not None else {}
+        wanted = record.updates if record is not None else {}
         if not wanted and not before:  # W₀ is wanted and there; an adapter that is in training stays where it is
             yield
             return

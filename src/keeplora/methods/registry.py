@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,14 @@ ONE_SCALE = {"gamma": 1.0, "schedule": "constant"}
 
 #: Where tables show which method: in this order; files that are not named here come after.
 METHOD_MODULES = (
-    "zero_shot", "full_finetuning", "lora", "regularised", "distillation", "wise_ft", "gpm", "inflora", "o_lora", "sd_lora",
-    "nusa", "rail", "replay", "keeplora", "joint", "oracle",
+    "zero_shot", "full_finetuning", "lora", "regularised", "distillation", "wise_ft", "gpm", "inflora", "o_lora", "reg_lora",
+    "sd_lora", "moe_lora", "nusa", "rail", "replay", "keeplora", "joint", "oracle",
 )  # fmt: skip
+
+ALL_KINDS = ("classification", "generation")
+"""What a model may do: name pictures (a dual encoder), or answer in words."""
+CLASSIFICATION = ("classification",)
+"""``kinds`` of a method that needs class prompts, class scores or image features."""
 
 ENTRY_POINTS = "keeplora.methods"
 """Entry-point group of other packages: each value is a module that calls `register` when it is imported."""
@@ -46,6 +52,7 @@ class Method:
         trained, state, extra_data, inference: what a task trains, what is kept from task to task, what data it needs beside
             the task's own, and what it costs at inference, in a few words for `keeplora methods`.
         task_identity: whether it must be told at test time which task a picture belongs to.
+        kinds: the kinds of models that it can teach.
         search: what `keeplora tune` varies, by dotted key.
     """
 
@@ -62,7 +69,14 @@ class Method:
     extra_data: str = "none"
     inference: str = "none: merged"
     task_identity: bool = False
+    kinds: tuple[str, ...] = ALL_KINDS
     search: Mapping[str, Space] = field(default_factory=lambda: dict(LEARNING_RATE))
+
+    @property
+    def unmergeable(self) -> str:
+        """Why neither one adapter nor one checkpoint holds what it learned, in words that follow its name; empty where they
+        do. The learner's class says it."""
+        return self.learner.unmergeable
 
     def make_config(self, values: Mapping[str, Any]) -> KeepLoraConfig:
         """The learner's config: the user's values, then what defines the method."""
@@ -70,11 +84,13 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_MODULE_OF: dict[str, str] = {}
 
 
 def register(method: Method) -> Method:
     """Add a method to the registry."""
     _METHODS[method.name] = method
+    _MODULE_OF[method.name] = sys._getframe(1).f_globals.get("__name__", "")
     return method
 
 
@@ -88,9 +104,11 @@ def _modules() -> list[str]:
 
 
 def _load() -> dict[str, Method]:
-    for module in _modules():
+    modules = _modules()
+    for module in modules:
         importlib.import_module(module)
-    return _METHODS
+    place = {module: i for i, module in enumerate(modules)}  # not the order in which they happened to be imported
+    return dict(sorted(_METHODS.items(), key=lambda item: place.get(_MODULE_OF[item[0]], len(modules))))
 
 
 def method_names() -> list[str]:

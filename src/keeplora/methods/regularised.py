@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from keeplora.errors import ConfigError
 from keeplora.methods.full_finetuning import FullFineTuning
 from keeplora.methods.registry import FULL_LEARNING_RATE, ONE_SCALE, Method, register
+from keeplora.methods.samples import is_generative, single_batches
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.observers import LossFn, quiet_model, sum_and_count
@@ -124,7 +125,7 @@ class L2(FullFineTuning):
         task.when_released(held.clear)
         return model
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         if not self._held:
             return None
         terms = [(f * (p.to(torch.float32) - anchor).square()).sum() for p, anchor, f in self._held]
@@ -154,9 +155,9 @@ class EWC(L2):
 
     Kirkpatrick et al. (1612.00796) with one running F and the last weights as θ*, the online form of Schwarz et al.
     (1805.06370). F_task is the empirical Fisher at the task's final weights: the mean over its training samples of the
-    squared gradient of log p(y|x) with the true label y, sample by sample, where the papers draw y from the model or
-    leave it open. λ stands without their factor ½, and F is not normalised. There is no F of the pretraining, so the
-    first task is plain fine-tuning.
+    squared gradient of log p(y|x) with the true label y (of a generative model: the whole answer), sample by sample,
+    where the papers draw y from the model or leave it open. λ stands without their factor ½, and F is not normalised.
+    There is no F of the pretraining, so the first task is plain fine-tuning.
     """
 
     Options = EWCOptions
@@ -173,10 +174,18 @@ class EWC(L2):
     def _importance(self) -> Mapping[str, Tensor | float]:
         return self.fisher()
 
+    def _attach(self, task: OpenTask) -> nn.Module:
+        if is_generative(task):
+            single_batches(task)  # asked for now, needed when the task ends
+        return super()._attach(task)
+
     def _remember(self, task: OpenTask, record: TaskRecord) -> None:
         cap = self.options.fisher_samples or None
-        batches = statistics_batches(task.batches, cap, self.config.seed, task.labels)
-        samples = singles(batches, task.objective.text_batch if task.objective is not None else ())
+        generative = is_generative(task)
+        source = single_batches(task) if generative else task.batches
+        samples: Iterable[Any] = statistics_batches(source, cap, self.config.seed, task.labels)
+        if not generative:
+            samples = singles(samples, task.objective.text_batch if task.objective is not None else ())
         F = empirical_fisher(self.model, self.store, itertools.islice(samples, cap), task.loss_fn)
         record.tensors |= {FISHER + name: f for name, f in F.items()}
 

@@ -1,4 +1,4 @@
-"""Experience replay on sequential LoRA: a few pictures of the old tasks are kept, within a budget of bytes."""
+"""Experience replay on sequential LoRA: a few samples of the old tasks are kept, within a budget or as a share of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from torch.utils.data import DataLoader
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.methods.lora import SequentialLora
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
+from keeplora.methods.samples import (
+    chosen_samples,
+    count_samples,
+    is_generative,
+    pack_samples,
+    single_batches,
+    unpack_sample,
+)
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
 from keeplora.tuner.sampling import batch_size, statistics_batches, stratified_indices
 
-PREFIX, TEXT = "replay/", "replay/text/"
+PREFIX, TEXT, SAMPLES = "replay/", "replay/text/", "replay/samples/"
 """Prefixes of what a record keeps: "replay/pixels" uint8 [K, ...], "replay/low" and "replay/high" per picture and channel,
-"replay/labels" [K], and the task's tokenised prompts as "replay/text/<key>"."""
+"replay/labels" [K], and the task's tokenised prompts as "replay/text/<key>"; of a generative task, "replay/samples/..." as
+`pack_samples` gives them."""
 
 
 def quantise(picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,13 +114,20 @@ class Memory:
 class ReplayOptions:
     """Settings of ``replay``."""
 
-    budget_mb: float = option(16.0, "megabytes (10⁶ bytes) that all old tasks' samples and prompts may take together")
-    batch: int = option(16, "old samples per optimiser step")
+    budget_mb: float = option(
+        16.0, "classification: megabytes (10⁶ bytes) that all old tasks' samples and prompts may take together"
+    )
+    share: float = option(1.0, "generation: percent of a task's samples that are kept, at least one")
+    batch: int = option(
+        16, "old samples per optimiser step; a generative model sees no more than its batch holds itself"
+    )
     weight: float = option(1.0, "weight of their cross-entropy beside the task's own loss")
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.budget_mb) and self.budget_mb > 0):
             raise ConfigError(f"tuner.options.budget_mb must be a finite number above 0, got {self.budget_mb!r}")
+        if not 0 < self.share <= 100:
+            raise ConfigError(f"tuner.options.share must lie above 0 and up to 100 percent, got {self.share!r}")
         if self.batch < 1:
             raise ConfigError(f"tuner.options.batch must be at least 1, got {self.batch!r}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -126,9 +142,15 @@ class Replay(SequentialLora):
     old tasks share it equally, so at task t each holds at most budget / (t − 1) bytes, the beginning of a class-balanced
     random order drawn once; and a step draws one old task, since its classes are its candidates. Records keep what a task
     was allowed when it was stored, so that the state follows from them; what is beyond its present share is not used.
+
+    Of a generative task, ``share`` percent of the conversations are kept whole, float32 pictures as float16; a step draws
+    among the samples of all old tasks alike.
     """
 
     Options = ReplayOptions
+    _memories: Sequence[Memory] = ()
+    _samples: Sequence[tuple[Mapping[str, Tensor], int]] = ()
+    """Of the open generative task: every old sample, as its task's packed tensors and its place among them."""
 
     @property
     def budget(self) -> int:
@@ -138,6 +160,12 @@ class Replay(SequentialLora):
     def _stored(self) -> list[dict[str, Tensor]]:
         """What each old task left, those that left something."""
         found = [{key: value for key, value in r.tensors.items() if key.startswith(PREFIX)} for r in self.records]
+        return [tensors for tensors in found if PREFIX + "labels" in tensors]
+
+    def packed(self) -> list[dict[str, Tensor]]:
+        """What each old generative task left, for `unpack_sample`."""
+        n = len(SAMPLES)
+        found = [{key[n:]: v for key, v in r.tensors.items() if key.startswith(SAMPLES)} for r in self.records]
         return [tensors for tensors in found if tensors]
 
     def memories(self) -> list[Memory]:
@@ -156,7 +184,10 @@ class Replay(SequentialLora):
                 f"task {task.name!r}: replay compares old pictures with their own prompts and needs the task's "
                 "objective: give start_task(objective=...)"
             )
+        if is_generative(task):
+            single_batches(task)  # asked for now, needed when the task ends
         self._memories = self.memories()
+        self._samples = [(packed, i) for packed in self.packed() for i in range(count_samples(packed))]
         if missing := len(self._stored()) - len(self._memories):
             warnings.warn(
                 f"task {task.name!r}: {missing} old tasks have no room for a picture in their share of the replay budget; "
@@ -169,7 +200,9 @@ class Replay(SequentialLora):
     def _seed(self) -> int:
         return self.config.seed * 1009 + len(self.records)
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
+        if self._samples:
+            return self._penalty_of_samples(batch)
         if not self._memories:
             return None
         memory = self._memories[int(torch.randint(len(self._memories), (), generator=self._generator))]
@@ -179,8 +212,20 @@ class Replay(SequentialLora):
         logits = objective.logits(old).float()
         return self.options.weight * nn.functional.cross_entropy(logits, old["labels"].to(logits.device))
 
+    def _penalty_of_samples(self, batch: Any) -> Tensor:
+        """weight · mean cross-entropy of the answer tokens of some old samples."""
+        objective: Any = self._require_open().objective
+        n = min(self.options.batch, batch_size(batch))
+        chosen = torch.randperm(len(self._samples), generator=self._generator)[:n].tolist()
+        old = objective.join([unpack_sample(*self._samples[i]) for i in chosen])
+        return self.options.weight * objective.token_losses(old).mean()
+
     def _remember(self, task: OpenTask, record: TaskRecord) -> None:
         assert task.objective is not None
+        if is_generative(task):
+            samples = pack_samples(list(chosen_samples(task, self.options.share, self._seed())))
+            record.tensors |= {SAMPLES + key: value for key, value in samples.items()}
+            return
         prompts = {TEXT + key: narrow(value.cpu()) for key, value in task.objective.text_batch.items()}
         sharing = 1 + len(self._stored())
         share = self.budget // sharing - size(prompts)
@@ -221,12 +266,12 @@ class Replay(SequentialLora):
                 position += 1
 
     def state_bytes(self) -> int:
-        return sum(memory.bytes for memory in self.memories())
+        return sum(memory.bytes for memory in self.memories()) + sum(map(size, self.packed()))
 
 
 register(
     Method("replay", "Experience replay", Replay, "sequential LoRA with samples of old tasks, within a budget of bytes",
-           config=ONE_SCALE, state="pictures, labels and prompts of old tasks: at most `budget_mb`",
+           config=ONE_SCALE, state="samples of old tasks: `budget_mb` of pictures, or `share` percent of conversations",
            paper="Chaudhry et al., arXiv 1902.10486",
            search={**LEARNING_RATE, "tuner.options.weight": ("log", 1e-1, 1e1)})
 )  # fmt: skip

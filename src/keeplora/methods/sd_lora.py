@@ -130,7 +130,10 @@ class SdLora(BranchLearner):
 
     def planned_parameters(self) -> int:
         ranks = {t.name: min(t.r, t.n_in, t.n_out) for t in self.targets}
-        return sum(ranks[t.name] * (t.n_in + t.n_out) + len(self.directions(t.name)[0]) + 1 for t in self.targets)
+        return (
+            sum(ranks[t.name] * (t.n_in + t.n_out) + len(self.directions(t.name)[0]) + 1 for t in self.targets)
+            + self.free.numel()
+        )
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         record = super()._detach(task)

@@ -1,23 +1,23 @@
 """What a model family is, and how to open one by name.
 
-A new family is one file with a subclass of `DualEncoder` and one line in `FAMILIES`.
+A new dual encoder is one file with a subclass of `DualEncoder` and one line in `FAMILIES`. Generative models need none:
+`Generative` opens whatever transformers has an image-text-to-text class for.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.errors import KeepLoraError, did_you_mean
+from keeplora.models.checkpoint import EMBEDDED, STAND_IN, first_line, load_part, read_config
 
 if TYPE_CHECKING:
     from keeplora.models.dual_encoder import DualEncoder
+    from keeplora.models.generative import Generative
 
 __all__ = ["FAMILIES", "load_model"]
-
-EMBEDDED = "embedded"
 
 # model_type of config.json -> module and class
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 # Modules that register a class of ours with transformers' Auto classes, needed before such a folder is opened.
 _REGISTERS = {"keeplora_embedded": "keeplora.models.embedded"}
+_GENERATIVE = "AutoModelForImageTextToText"
 
 
 def load_model(
@@ -38,19 +39,28 @@ def load_model(
     image_size: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> DualEncoder:
-    """Open a dual encoder with its tokenizer and image processor, in float32 and eval mode.
+    dtype: str = "auto",
+    quantize: str | None = None,
+    max_length: int | None = None,
+) -> DualEncoder | Generative:
+    """Open a dual encoder, or a generative (image-text-to-text) model, with its processors, in eval mode.
 
     Args:
-        name_or_path: a local folder, a name on the Hugging Face hub, or "embedded" (keeplora's own default model).
+        name_or_path: a local folder, a name on the Hugging Face hub, "embedded" (keeplora's own default dual encoder) or
+            "stand-in" (a small generative model for examples).
         device: where to put it.
-        image_size: side in pixels to read pictures at; None is the checkpoint's own. The position table is
-            interpolated. A multiple of the patch size.
+        image_size: side in pixels to read pictures at; None is the checkpoint's own. For dual encoders a multiple of the
+            patch size, to which the position table is interpolated.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Off: a model that needs it is refused.
+        dtype: of the weights of a generative model: "fp32", "bf16" or "auto" (`load_generative`). Dual encoders are
+            float32; "bf16" is refused.
+        quantize, max_length: for generative models alone, as in `load_generative`.
+
+    Returns a `DualEncoder` (`kind` is "classification") or a `Generative` (`kind` is "generation").
 
     Raises:
-        KeepLoraError: nothing is found under that name, or it is not a dual encoder, or parts of it are missing.
+        KeepLoraError: nothing is found under that name, or it is neither, or parts of it are missing.
 
     >>> encoder = load_model("openai/clip-vit-base-patch32")  # doctest: +SKIP
     >>> encoder.family, encoder.image_size  # doctest: +SKIP
@@ -58,24 +68,54 @@ def load_model(
     """
     name = str(name_or_path)
     source = name
-    if name == EMBEDDED and not Path(name).is_dir():
-        assets: Any = importlib.import_module("keeplora.models.assets")
-        source = str(assets.embedded_path())
+    if name in (EMBEDDED, STAND_IN) and not Path(name).is_dir():
+        module = "keeplora.models.assets" if name == EMBEDDED else "keeplora.models.stand_in"
+        own: Any = importlib.import_module(module)
+        source = str(own.embedded_path() if name == EMBEDDED else own.stand_in_path())
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
-    config = _read_config(name, source, revision)
+    config = read_config(name, source, revision)
     model_type = str(config.get("model_type", ""))
-    family, own_code = FAMILIES.get(model_type), "AutoModel" in config.get("auto_map", {})
-    if family is None and not own_code:
+    family, classes = FAMILIES.get(model_type), config.get("auto_map", {})
+    answers, needs_code = _GENERATIVE in classes, _GENERATIVE in classes or "AutoModel" in classes
+    if family is None and model_type:
+        opening: Any = importlib.import_module("keeplora.models.opening")
+        answers = answers or opening.is_generative(model_type)
+        needs_code = needs_code and not opening.is_generative(model_type)
+    if family is None and not answers and not needs_code:
         kind = f"has model_type {model_type!r}" if model_type else "has no model_type in its config.json"
         raise KeepLoraError(
-            f"{name} {kind}, which is not a dual encoder that keeplora knows{did_you_mean(model_type, FAMILIES)}"
+            f"{name} {kind}, which is not a dual encoder that keeplora knows{did_you_mean(model_type, FAMILIES)}, nor an "
+            "image-text-to-text model of transformers (such as llava, qwen2_5_vl, idefics3)"
         )
-    if family is None and not trust_remote_code:
+    if family is None and needs_code and not trust_remote_code:
         raise KeepLoraError(
             f"{name} has model_type {model_type!r} and needs Python code that comes with it; if you trust its authors, "
             "pass trust_remote_code=True"
         )
+    if family is None and answers:
+        from keeplora.models.generative import load_generative
+
+        return load_generative(
+            name, device=device, dtype=dtype, quantize=quantize, image_size=image_size, revision=revision,
+            trust_remote_code=trust_remote_code, max_length=max_length, source=source,
+        )  # fmt: skip
+    for option, given in (
+        ("dtype", dtype not in ("auto", "fp32") and dtype),
+        ("quantize", quantize),
+        ("max_length", max_length),
+    ):
+        if given:
+            raise KeepLoraError(
+                f"{option}: {given} is for generative models; {name} is a dual encoder, leave {option} out"
+            )
+    return _load_dual_encoder(name, source, options, model_type, family, device, image_size)
+
+
+def _load_dual_encoder(
+    name: str, source: str, options: dict[str, Any], model_type: str, family: tuple[str, str] | None, device: str,
+    image_size: int | None,
+) -> DualEncoder:  # fmt: skip
     if model_type in _REGISTERS:
         importlib.import_module(_REGISTERS[model_type])
 
@@ -86,70 +126,13 @@ def load_model(
         # torch's fused CPU attention is quick forwards and slow backwards: a training step of the embedded model takes
         # less than half the time with plain products (docs/results.md). The numbers agree to rounding.
         model.set_attn_implementation("eager")
-    tokenizer = _load_part(name, "tokenizer", AutoTokenizer, source, options)
+    tokenizer = load_part(name, "tokenizer", AutoTokenizer, source, options)
     # PIL whether torchvision is there or not: the two resize differently, and results must not depend on that.
-    images = _load_part(name, "image processor", AutoImageProcessor, source, options | {"backend": "pil"})
+    images = load_part(name, "image processor", AutoImageProcessor, source, options | {"backend": "pil"})
     module, class_name = family or FAMILIES["vision-text-dual-encoder"]
     encoder = getattr(importlib.import_module(module), class_name)
-    commit = getattr(model.config, "_commit_hash", None) or revision
+    commit = getattr(model.config, "_commit_hash", None) or options["revision"]
     return encoder(model, tokenizer, images, name=name, revision=commit, image_size=image_size).to(device)
-
-
-def _read_config(name: str, source: str, revision: str | None) -> dict[str, Any]:
-    """config.json as it stands, before any class is chosen or any code of the model is run."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        path = folder / "config.json"
-        if not path.is_file():
-            raise KeepLoraError(f"{name} is a folder without a config.json, so not a saved model")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise KeepLoraError(f"{path} cannot be read as JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise KeepLoraError(f"{path} is not a JSON object")
-        return config
-    if folder.exists():
-        raise KeepLoraError(f"{name} is a file; give the folder that holds config.json and the weights")
-
-    from huggingface_hub import errors
-    from transformers import PretrainedConfig
-
-    missing = f"no local folder is called {name!r}"
-    hint = did_you_mean(name, [EMBEDDED]).split(" (one of")[0].rstrip(";")
-    try:
-        config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    except Exception as error:
-        causes = _causes(error)
-        if any(isinstance(c, errors.HFValidationError) for c in causes):
-            raise KeepLoraError(f"{missing}, and it is not a name on the hub (owner/model) either{hint}") from error
-        if any(isinstance(c, errors.GatedRepoError) for c in causes):
-            raise KeepLoraError(
-                f"{missing}; the hub has it but wants its licence accepted and a login first"
-            ) from error
-        if any(isinstance(c, errors.RevisionNotFoundError) for c in causes):
-            raise KeepLoraError(f"{missing}; the hub has the model but no revision {revision!r} of it") from error
-        if any(isinstance(c, errors.RepositoryNotFoundError) for c in causes):
-            raise KeepLoraError(f"{missing}, and the hub has no public model of that name{hint}") from error
-        unreachable = errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError | TimeoutError
-        if any(isinstance(c, unreachable) for c in causes):
-            raise KeepLoraError(
-                f"{missing}, and the hub could not be reached to look there (nor is a copy in its local cache){hint}"
-            ) from error
-        if isinstance(error, OSError):
-            raise KeepLoraError(f"{missing}, and the hub's could not be read: {_first_line(error)}") from error
-        raise
-    if not config:
-        raise KeepLoraError(f"{missing}; the hub has {name}, but no config.json in it, so not a saved model")
-    return config
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _load_weights(name: str, source: str, options: dict[str, Any]) -> Any:
@@ -159,7 +142,7 @@ def _load_weights(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise KeepLoraError(f"{name}: its weights could not be loaded: {_first_line(error)}") from error
+        raise KeepLoraError(f"{name}: its weights could not be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         # transformers only warns, and goes on with random numbers in their place.
         raise KeepLoraError(
@@ -172,15 +155,3 @@ def _load_weights(name: str, source: str, options: dict[str, Any]) -> Any:
                 f"{name}: its class {type(model).__name__} has no {part!r}, so it is not a dual encoder"
             )
     return model
-
-
-def _load_part(name: str, part: str, loader: Any, source: str, options: dict[str, Any]) -> Any:
-    try:
-        return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise KeepLoraError(f"{name}: its {part} could not be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -49,6 +49,7 @@ class DualEncoder:
         towers: {"vision": ..., "text": ...}, the module-name prefixes of the two towers.
     """
 
+    kind: ClassVar[str] = "classification"
     family: ClassVar[str] = "vision-text"
     towers: ClassVar[dict[str, str]] = {"vision": "vision_model", "text": "text_model"}
 

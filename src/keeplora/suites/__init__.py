@@ -34,7 +34,7 @@ def suite_names() -> list[str]:
     """Every packaged suite, sorted.
 
     >>> suite_names()
-    ['demo', 'demo-small', 'mtil', 'x-tail']
+    ['demo', 'demo-small', 'mllm-dcl', 'mtil', 'ucit', 'vqa', 'x-tail']
     """
     return sorted(path.stem for path in suite_folder().glob("*.yaml"))
 

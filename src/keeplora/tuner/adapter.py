@@ -34,6 +34,19 @@ class Factors:
         return lora_delta(self.s, self.B, self.A)
 
 
+def concatenate(parts: Sequence[Factors]) -> Factors | None:
+    """Σ_t s_t B_t A_t as one pair of factors, exactly: A stacked, s_t B_t side by side, s = 1; None of none.
+
+    >>> f = Factors(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0]]), 0.5)
+    >>> both = concatenate([f, f])
+    >>> both.A.shape, both.delta.tolist()
+    (torch.Size([2, 2]), [[2.0, 0.0]])
+    """
+    if not parts:
+        return None
+    return Factors(torch.cat([f.A for f in parts]), torch.cat([f.s * f.B for f in parts], dim=1), 1.0)
+
+
 def random_factor(target: Target, generator: torch.Generator) -> Tensor:
     """A as plain LoRA starts it: Kaiming-uniform with a = √5, that is U(−1/√in, 1/√in), (min(r, in, out), in)."""
     rank = min(target.r, target.n_in, target.n_out)

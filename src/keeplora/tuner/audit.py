@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keeplora.errors import KeepLoraError
 from keeplora.math import factor_leak, rounding_floor, weight_leak
+from keeplora.tuner.quantised import quantisation
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -25,15 +28,15 @@ class LeakRow:
     Attributes:
         factor_leak: ‖B A U‖_F / ‖B A‖_F against U as it was when the task began; asserted ≤ 1e-5 for KeepLoRA.
         weight_leak: ‖(W − W₀) U₀‖_F / ‖W − W₀‖_F of the running weights after all tasks, against M1's basis; the same
-            for all tasks of a layer.
+            for all tasks of a layer. None where the base is quantised: its weights never move.
         weight_floor: what rounding W₀ + Σ sBA once to the running dtype leaks by itself.
     """
 
     layer: str
     task: str
     factor_leak: float
-    weight_leak: float
-    weight_floor: float
+    weight_leak: float | None
+    weight_floor: float | None
 
 
 class TableText(str):
@@ -48,6 +51,8 @@ class Audit:
     """All rows; printing it, or ending an interactive line with it, shows them as a table."""
 
     rows: list[LeakRow]
+    notes: tuple[str, ...] = ()
+    """What the rows leave out, and why; one sentence each."""
 
     @property
     def factor_leak_max(self) -> float:
@@ -61,7 +66,9 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"factor_leak_max": self.factor_leak_max, "rows": [asdict(row) for row in self.rows]}
+        return {
+            "factor_leak_max": self.factor_leak_max, "rows": [asdict(row) for row in self.rows], "notes": list(self.notes),
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         return str(self)
@@ -75,33 +82,58 @@ class Audit:
             table.add_column(header, justify="left" if header == "layer" else "right")
         for layer, rows in layers.items():
             worst = max(row.factor_leak for row in rows)
-            table.add_row(layer, f"{worst:.1e}", f"{rows[-1].weight_leak:.1e}", f"{rows[-1].weight_floor:.1e}")
-        return _render(table)
+            last = rows[-1]
+            table.add_row(layer, f"{worst:.1e}", *(_number(v) for v in (last.weight_leak, last.weight_floor)))
+        return _render(table, self.notes)
 
 
-def _render(table: Table) -> TableText:
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def _render(table: Table, notes: Sequence[str] = ()) -> TableText:
     stream = io.StringIO()
     Console(file=stream, width=130, color_system=None).print(table)
-    return TableText(stream.getvalue())
+    return TableText(stream.getvalue() + "".join(f"{note}\n" for note in notes))
 
 
 def audit_learner(learner: ContinualLearner) -> Audit:
-    """Audit every layer and task of a learner that protects subspaces."""
+    """Audit every layer and task of a learner that protects subspaces.
+
+    Raises:
+        KeepLoraError: the method protects none.
+    """
+    if not learner.protects:
+        raise KeepLoraError(
+            f"{type(learner).__name__} protects no subspace, so there is nothing to audit; audit a method that does "
+            "(keeplora++, keeplora, inflora)"
+        )
     rows: list[LeakRow] = []
+    notes: list[str] = []
     bases = learner.start_bases()
+    quantised = {t.name for t in learner.targets if quantisation(learner.store.module(t.name)) is not None}
+    if quantised:
+        notes.append(
+            f"{len(quantised)} of {len(learner.targets)} layers are quantised: past tasks run beside them as an adapter and "
+            "are never merged, so a leak of the weights does not apply there."
+        )
+    if learner.free.modules:
+        notes.append(f"Not audited, since they train in full and are not protected: {', '.join(learner.free.modules)}.")
     for t in learner.targets:
-        W = learner.store.module(t.name).weight
-        U0, W0 = bases[t.name], learner.store.W0[t.name]
-        delta = learner.store.delta.get(t.name)
-        weights = weight_leak(W.cpu(), W0, U0)
-        floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
+        U0 = bases[t.name]
+        weights = floor = None
+        if t.name not in quantised:
+            W, W0 = learner.store.module(t.name).weight, learner.store.W0[t.name]
+            delta = learner.store.delta.get(t.name)
+            weights = weight_leak(W.cpu(), W0, U0)
+            floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
         k = U0.shape[1]
         for record in learner.records:
             f = record.factors.get(t.name)
             leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
             rows.append(LeakRow(t.name, record.name, leak, weights, floor))
             k += record.basis[t.name].shape[1] if t.name in record.basis else 0
-    return Audit(rows)
+    return Audit(rows, tuple(notes))
 
 
 def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
@@ -128,6 +160,10 @@ def summary_table(learner: ContinualLearner) -> TableText:
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(learner.targets)} targets, {len(learner.records)} tasks learned")
     for header in ("tower", "block", "layer", "in → out", "scale", "r", "s", "protected"):
         table.add_column(header, justify="left" if header in ("tower", "layer") else "right")
+    cost = learner.store.serving_cost()
+    notes = [str(cost)] if cost.layers else []
+    if learner.free.modules:
+        notes.append(f"trained in full, not protected: {', '.join(learner.free.modules)}")
     used = {name: U.shape[1] for name, U in learner.U.items()}
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
@@ -136,4 +172,4 @@ def summary_table(learner: ContinualLearner) -> TableText:
             t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
             f"{used.get(t.name, 0)}/{t.n_in}",
         )  # fmt: skip
-    return _render(table)
+    return _render(table, notes)

@@ -45,6 +45,11 @@ class KeepLoraConfig:
         None,
     )
     exclude_modules: str | Sequence[str] | None = _help("Left out of the targets; same forms as target_modules.", None)
+    free_modules: str | Sequence[str] | None = _help(
+        "Linears that train in full (weight and bias) and are not protected, such as a projector that the reference "
+        "leaves free; same forms as target_modules.",
+        None,
+    )
     energy_weights: float | Mapping[str, float] = _help(
         "ε_w, per tower: share of ‖W₀‖² whose input directions are protected from the start (M1).",
         default_factory=lambda: {"vision": 0.85, "text": 0.2, "default": 0.6},
@@ -90,7 +95,7 @@ class KeepLoraConfig:
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")
         if self.memory not in MEMORIES:
             raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "free_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 if not all(isinstance(item, str) and item for item in value) or not list(value):

@@ -23,8 +23,10 @@ from keeplora.math import (
 )
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
+from keeplora.tuner.adapter_store import make_store
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.free import FreeModules
 from keeplora.tuner.ledger import Ledger, TaskRecord
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
@@ -34,14 +36,15 @@ from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask
-from keeplora.tuner.weights import WeightStore
+from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 
 
 class ContinualLearner:
     """Teach ``model`` one task after another (KeepLoRA++, arXiv 2606.16256).
 
     Args:
-        model: any `nn.Module` whose targets are `nn.Linear`. It is changed in place, target weights alone.
+        model: any `nn.Module` whose targets are `nn.Linear`, bitsandbytes' 8- and 4-bit ones among them. It is changed in
+            place, target weights (and free modules) alone; beside quantised targets, past tasks run as an adapter.
         config: a `KeepLoraConfig`; its ``target_modules`` must be set.
         ledger: a folder that does not exist yet; if given, every finished task is written there at once.
         base_name: how the base model is called in the ledger.
@@ -70,6 +73,8 @@ class ContinualLearner:
     """"sequential", or "joint": one training on the data of all tasks, after the last has come."""
     needs_reference: ClassVar[bool] = False
     """Whether `start_task` must be given a reference set."""
+    unmergeable: ClassVar[str] = ""
+    """Why no single model holds what was learned, as words that follow the method's name; empty where one does."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
@@ -81,6 +86,7 @@ class ContinualLearner:
         self.base_name = base_name
         self.options = make_options(self.Options, config.options)
         self.targets: list[Target] = resolve_targets(model, config)
+        self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
         self.records: list[TaskRecord] = []
         self._U: dict[str, Tensor] | None = None
@@ -123,6 +129,7 @@ class ContinualLearner:
         info: Mapping[str, Any] | None = None,
         objective: Objective | None = None,
         reference: Iterable[Any] | None = None,
+        single_batches: Iterable[Any] | None = None,
     ) -> PeftModel | nn.Module:
         """Take the statistics of a new task and return the model to train.
 
@@ -141,6 +148,8 @@ class ContinualLearner:
             info: JSON values to keep in the task's record.
             objective: the task's features and logits, for the methods that need more than a loss (`Objective`).
             reference: batches of other pictures and texts, for the methods that ask for them (zscl).
+            single_batches: the data as batches of one sample, re-iterable, for the methods that need samples one by one
+                where a batch cannot be cut by itself (ewc, replay on generative models).
 
         Returns:
             A stock `peft.PeftModel` around the same model: A set and frozen, B = 0, an alpha per layer.
@@ -152,9 +161,14 @@ class ContinualLearner:
         acceptance = Acceptance.begin(accept, evaluate)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            objective, reference, info=dict(info or {}),
+            objective, reference, single_batches, info=dict(info or {}),
         )  # fmt: skip
-        model = self._attach(task)
+        try:
+            model = self._attach(task)
+            self.free.open(task, self.store)
+        except BaseException:
+            self._release(task)
+            raise
         self._open = task
         return model
 
@@ -173,11 +187,12 @@ class ContinualLearner:
         U_before = dict(self._U) if self._U is not None else None
         try:
             record = self._detach(task)
+            record.full = {**self.free.updates(task, self.store), **record.full}
             self._release(task)
             if self.accumulates:
-                self.store.add(record.deltas)
+                self.store.add(record.updates)
             else:
-                self.store.write(record.deltas)
+                self.store.write(record.updates)
             record.info = task.info
             record.tensors = {**record.tensors, **task.tensors}
             if task.acceptance is not None and not task.acceptance.passes(task.name):
@@ -189,6 +204,8 @@ class ContinualLearner:
             self._remember(task, record)
             task.statistics_seconds += time.perf_counter() - started
             record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
+            if (cost := self.store.serving_cost()).layers:
+                record.info["serving_cost"] = cost.to_dict()
             if self._ledger is not None:
                 self._ledger.append(record)
         except BaseException:
@@ -227,7 +244,7 @@ class ContinualLearner:
             raise KeepLoraError("no task is open: call start_task() first")
         return self._open
 
-    def _undo(self, snapshot: dict[str, Tensor], U: dict[str, Tensor] | None) -> None:
+    def _undo(self, snapshot: Snapshot, U: dict[str, Tensor] | None) -> None:
         task, self._open = self._open, None
         if task is not None:
             self._release(task)
@@ -242,7 +259,7 @@ class ContinualLearner:
 
     # ---- what a training loop and whoever serves the model call ---------------------------------------------------
 
-    def penalty(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         """What the method adds to the task's loss of a training batch: a scalar, or None.
 
         A training loop calls it between the forward pass and ``backward()``: ``loss = task_loss + (penalty or 0)``.
@@ -268,18 +285,23 @@ class ContinualLearner:
     def planned_parameters(self) -> int:
         """Entries that a task trains if no rank shrinks; `TaskRecord.info["trained_parameters"]` is what one did train."""
         ranks = {t.name: min(t.r, t.n_in, t.n_out) for t in self.targets}
-        return sum(ranks[t.name] * (t.n_out + (t.n_in if self.trains_A else 0)) for t in self.targets)
+        low_rank = sum(ranks[t.name] * (t.n_out + (t.n_in if self.trains_A else 0)) for t in self.targets)
+        return low_rank + self.free.numel()
 
     def state_bytes(self) -> int:
-        """Bytes that go from task to task beside the model itself: U, and what records keep beside factors."""
+        """Bytes that go from task to task beside the model itself: U, factors that are not merged, and what records keep."""
         tensors = [*(self._U or {}).values(), *(t for r in self.records for t in r.tensors.values())]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors) + self.store.serving_cost().bytes
+
+    def serving_cost(self) -> ServingCost:
+        """What the learned tasks cost at inference: nothing where they are merged, an adapter beside a quantised base."""
+        return self.store.serving_cost()
 
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
 
     def _make_store(self) -> WeightStore:
-        """The weights that the method moves: those of the targets."""
-        return WeightStore(self.model, [t.name for t in self.targets])
+        """The weights that the method moves: those of the targets, and the free modules'."""
+        return make_store(self.model, [t.name for t in self.targets], self.free.parameters)
 
     def _remember(self, task: OpenTask, record: TaskRecord) -> None:
         """After the merge: put into ``record.tensors`` what must outlive the task beside its update."""
@@ -292,7 +314,7 @@ class ContinualLearner:
         started = time.perf_counter()
         batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
         G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
-        A = {t.name: residual_factor(G[t.name].cpu(), self.U[t.name], t.r) for t in self.targets}
+        A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U[t.name], t.r) for t in self.targets}
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
@@ -314,15 +336,14 @@ class ContinualLearner:
         if config.memory == "gradients":
             batches = statistics_batches(task.batches, config.gradient_samples, config.seed, task.labels)
             G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
-            source = {t.name: G[t.name].cpu() for t in self.targets}
+            source: Callable[[str], Tensor] = G.pop
         else:
-            observer = task_features(self, task)
-            source = {t.name: observer.C(t.name).cpu() for t in self.targets}
+            source = task_features(self, task).C
         extend = extend_basis_with_gradient if config.memory == "gradients" else extend_basis
         grown = dict(U)
         for t in self.targets:
             k = U[t.name].shape[1]
-            M = source[t.name]
+            M = source(t.name).cpu()
             grown[t.name], share = extend(U[t.name], M, config.for_tower("energy_features", t.tower))
             record.basis[t.name] = grown[t.name][:, k:].contiguous()
             record.explained[t.name] = share
@@ -339,7 +360,7 @@ class ContinualLearner:
         return summary_table(self)
 
     def audit(self) -> Audit:
-        """Leaks per layer and task, factors and weights (METHOD.md point 6)."""
+        """Leaks per layer and task, factors and weights (METHOD.md point 6); `KeepLoraError` if nothing is protected."""
         return audit_learner(self)
 
     def save_pretrained(self, directory: str | Path) -> Path:

@@ -40,7 +40,8 @@ class TaskRecord:
     """What one task left behind.
 
     Attributes:
-        factors: A, B and s per layer (low-rank methods). full: ΔW per layer (full fine-tuning).
+        factors: A, B and s per layer (low-rank methods). full: ΔW per layer (full fine-tuning), or per parameter by its
+            full name (free modules).
         basis: new protected directions per layer, (in, m). explained: ε_t per layer. trace: tr C_t per layer.
         used: columns of U per layer after the task. covariance: C_t per layer, if kept.
         tensors: whatever else belongs to the task (class heads). info: JSON values (classes, templates, metrics, ...).
@@ -56,6 +57,11 @@ class TaskRecord:
     covariance: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> dict[str, Factors | Tensor]:
+        """ΔW per layer as it is kept: factors, or whole where the method has none. What a store is given."""
+        return {**self.factors, **self.full}
 
     @property
     def deltas(self) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ LossFn = Callable[[nn.Module, Any], Any]
 """``loss_fn(model, batch)``: a scalar (mean over the batch), a 1-D tensor (one loss per sample or answer token), or a
 pair (sum of losses, how many)."""
 MaskFn = Callable[[Any], Mapping[str, Tensor]]
-"""``mask_fn(batch)``: per tower, a boolean tensor shaped like that tower's inputs without their last dimension."""
+"""``mask_fn(batch)``: per tower, a tensor shaped like that tower's inputs without their last dimension: which positions
+count (bool), or how much each of them counts (float weights w ≥ 0: C = Σ w x xᵀ and G = Σ w g xᵀ)."""
 
 
 def attention_masks(batch: Any) -> dict[str, Tensor]:
@@ -71,12 +72,19 @@ class _Observer:
             handle.remove()
         self._handles = []
 
-    def _rows(self, target: Target, x: Tensor) -> Tensor:
-        """x as (rows, in) in float32, padding rows dropped to zero."""
+    def _rows(self, target: Target, x: Tensor, power: float) -> Tensor:
+        """x as (rows, in) in float32, each row times its weight to the ``power``; padding rows are zero."""
         mask = self._mask_for(target, x)
         x = x.detach().to(torch.float32)
         if mask is not None:
-            x = x * mask.to(x.device, torch.float32).unsqueeze(-1)
+            weights = mask.to(x.device, torch.float32)
+            if mask.is_floating_point():
+                if not (torch.isfinite(weights).all() and (weights >= 0).all()):
+                    raise TargetError(
+                        f"the weights of tower {target.tower!r}'s positions must be finite and not negative"
+                    )
+                weights = weights**power
+            x = x * weights.unsqueeze(-1)
         return x.reshape(-1, x.shape[-1])
 
     def _mask_for(self, target: Target, x: Tensor) -> Tensor | None:
@@ -125,7 +133,7 @@ class GradientObserver(_Observer):
                 if x._version != version:
                     raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
                 with torch.autocast(g.device.type, enabled=False):
-                    rows = self._rows(target, x)
+                    rows = self._rows(target, x, 1.0)
                     G = g.detach().to(torch.float32).reshape(-1, g.shape[-1]).T @ rows
                 self.fired.add(target.name)
                 if target.name in self.G:
@@ -178,7 +186,7 @@ class FeatureObserver(_Observer):
                 return
             self._last[name] = weakref.ref(x)
             with torch.autocast(x.device.type, enabled=False):
-                rows = self._rows(target, x)
+                rows = self._rows(target, x, 0.5)  # C has x twice
                 C = rows.T @ rows
             if name in self._C:
                 self._C[name] += C
@@ -228,7 +236,9 @@ def collect_gradients(
             total += n
     if total == 0:
         raise ValueError("the gradient pass was given no sample: the loader is empty")
-    return {name: G / total for name, G in observer.G.items()}
+    return {
+        name: G.div_(total) for name, G in observer.G.items()
+    }  # in place: G of all targets is the largest thing held
 
 
 @torch.no_grad()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from keeplora.errors import LedgerError
+from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
-from keeplora.tuner.adapter import Factors
+from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
+from keeplora.tuner.quantised import quantisation
+from keeplora.tuner.weights import Snapshot, WeightStore
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -62,24 +66,43 @@ def save_learner(learner: ContinualLearner, directory: str | Path) -> Path:
             ledger.append(record)
             if record.factors:
                 write_peft_adapter(
-                    part / ADAPTERS_FOLDER / f"{i:04d}-{slug(record.name)}", record.factors, learner.base_name
-                )
+                    part / ADAPTERS_FOLDER / f"{i:04d}-{slug(record.name)}", record.factors, learner.base_name,
+                    free_weights(learner, [record]),
+                )  # fmt: skip
     return directory
 
 
-def write_peft_adapter(path: Path, factors: dict[str, Factors], base_name: str) -> Path:
+def free_weights(learner: ContinualLearner, records: Sequence[TaskRecord] | None = None) -> dict[str, Tensor]:
+    """round(W₀ + ΔW) of every free module's parameters, for `write_peft_adapter`; by default of all records together."""
+    updates = all_updates(learner.records if records is None else records)
+    out = {}
+    for name in learner.free.parameters:
+        W = W0 = learner.store.W0[name]
+        for update in updates.get(name, ()):
+            assert isinstance(update, Tensor)
+            W = W.to(torch.float32) + update
+        out[name] = W.to(W0.dtype)
+    return out
+
+
+def write_peft_adapter(
+    path: Path, factors: dict[str, Factors], base_name: str, free: Mapping[str, Tensor] | None = None
+) -> Path:
     """A stock PEFT folder. s is folded into B, alpha = r everywhere and init plain: old and new servers read it alike.
 
     Layers of lower rank keep theirs through ``rank_pattern`` with an equal ``alpha_pattern``, so every scaling is 1.
+    ``free``, whole parameters by their full names (`free_weights`), become PEFT's ``modules_to_save``.
     """
+    free = free or {}
     ranks = {name: f.A.shape[0] for name, f in factors.items()}
     r = max(ranks.values())
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
     config = LoraConfig(
         r=r, lora_alpha=r, target_modules=sorted(factors), init_lora_weights=True, rank_pattern=pattern,
         alpha_pattern=dict(pattern), base_model_name_or_path=base_name or None, inference_mode=True,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in free}) or None,
     )  # fmt: skip
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"base_model.model.{name}": W.contiguous() for name, W in free.items()}
     for name, f in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = f.A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = (f.s * f.B).contiguous()
@@ -92,15 +115,68 @@ def write_peft_adapter(path: Path, factors: dict[str, Factors], base_name: str) 
 
 
 def concatenated(records: list[TaskRecord]) -> dict[str, Factors]:
-    """Σ_t s_t B_t A_t of every layer as one pair of factors, exactly: A stacked, s_t B_t side by side, s = 1."""
-    import torch
-
+    """Σ_t s_t B_t A_t of every layer as one pair of factors (`keeplora.tuner.adapter.concatenate`)."""
     names = sorted({name for record in records for name in record.factors})
-    out = {}
-    for name in names:
-        parts = [record.factors[name] for record in records if name in record.factors]
-        out[name] = Factors(torch.cat([f.A for f in parts]), torch.cat([f.s * f.B for f in parts], dim=1), 1.0)
+    found = {name: concatenate([r.factors[name] for r in records if name in r.factors]) for name in names}
+    return {name: f for name, f in found.items() if f is not None}
+
+
+def all_updates(records: Sequence[TaskRecord]) -> Snapshot:
+    """The updates of each weight in task order, as a store's `restore` takes them."""
+    out: Snapshot = {}
+    for record in records:
+        for name, update in record.updates.items():
+            out[name] = (*out.get(name, ()), update)
     return out
+
+
+def merge_into(source: ContinualLearner | Sequence[TaskRecord], model: nn.Module) -> nn.Module:
+    """Merge learned tasks into ``model``, an *unquantised* copy of the base: W = round(W₀ + Σ sBA), in place (M7).
+
+    For tasks that were learned on a quantised base, which itself is never merged. What they learned fits the quantised
+    weights, so the merged model differs from the one that was trained by the base's quantisation error, and by no more.
+
+    Args:
+        source: a learner, or its records in order. model: of the same architecture, in any float dtype.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        KeepLoraError: the method keeps one model per task. TargetError: a weight that ``model`` lacks, that has another
+            shape there, or that is quantised; nothing is changed then.
+    """
+    found: Any = getattr(source, "records", source)
+    records: list[TaskRecord] = list(found)
+    if reason := getattr(source, "unmergeable", ""):
+        raise KeepLoraError(f"this method {reason}")
+    updates = all_updates(records)
+    linears, parameters = [], []
+    for name, of_weight in updates.items():
+        try:
+            module = model.get_submodule(name) if _is_module(model, name) else None
+            weight = model.get_parameter(f"{name}.weight" if module is not None else name)
+        except AttributeError:
+            raise TargetError(
+                f"the model to merge into has no {name}; load the base of the learned tasks, unquantised"
+            ) from None
+        if module is not None and quantisation(module) is not None:
+            raise TargetError(
+                f"{name} is quantised in the model to merge into; load the base unquantised (fp32 or bf16)"
+            )
+        shapes = {(u.B.shape[0], u.A.shape[1]) if isinstance(u, Factors) else tuple(u.shape) for u in of_weight}
+        if shapes != {tuple(weight.shape)}:
+            raise TargetError(
+                f"{name} has shape {tuple(weight.shape)} in the model to merge into, but {shapes.pop()} in the learned tasks"
+            )
+        (parameters if module is None else linears).append(name)
+    WeightStore(model, linears, parameters).restore(updates)
+    return model
+
+
+def _is_module(model: nn.Module, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(parent)._modules
 
 
 def open_ledger(directory: str | os.PathLike[str]) -> Ledger:
@@ -122,6 +198,6 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
         )
     records = ledger.records()
     learner.restore_bases(ledger.bases(), records)  # whatever is refused is refused before a weight moves
-    for record in records if learner.accumulates else ():
-        learner.store.add(record.deltas)
+    if learner.accumulates:
+        learner.store.restore(all_updates(records))
     learner.records = records

@@ -13,6 +13,7 @@ from torch import nn
 from keeplora.errors import TargetError, did_you_mean
 from keeplora.math import layer_alpha, layer_scales
 from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.quantised import quantisation, why_not_readable
 
 GENERIC_PARTS = frozenset({"encoder", "decoder", "layers", "layer", "blocks", "block", "h", "resblocks", "transformer"})
 """Path components that say nothing about which tower a block list belongs to."""
@@ -86,8 +87,14 @@ def _why_not(module: nn.Module) -> str | None:
         return "is an nn.MultiheadAttention, which hides one weight for q, k and v behind a function call"
     weight = getattr(module, "weight", None)
     kind = type(module).__name__
-    if isinstance(weight, torch.Tensor) and (not weight.is_floating_point() or "bit" in kind.lower()):
-        return f"is a {kind} whose weight is quantised ({weight.dtype}); load the model in fp32 or bf16"
+    if quantisation(module) is not None:
+        return why_not_readable(module)
+    foreign = type(weight).__module__.startswith(("torchao.", "bitsandbytes."))
+    if isinstance(weight, torch.Tensor) and (not weight.is_floating_point() or foreign or "bit" in kind.lower()):
+        return (
+            f"is a {kind} whose weight is quantised ({type(weight).__name__}, {weight.dtype}) in a way that keeplora does not "
+            "read; quantise with bitsandbytes (8 or 4 bits), or load the model in fp32 or bf16"
+        )
     if not isinstance(module, nn.Linear):
         return f"is a {kind}, not an nn.Linear"
     return None
@@ -149,6 +156,44 @@ def resolve_targets(model: nn.Module, config: KeepLoraConfig) -> list[Target]:
             Target(name, tower, depth, blocks, module.in_features, module.out_features, scale, r, config.lora_alpha)
         )
     return targets
+
+
+def resolve_free(model: nn.Module, config: KeepLoraConfig, targets: Sequence[Target]) -> list[str]:
+    """Names of the linears that ``config.free_modules`` asks to train in full; empty where it is None.
+
+    Raises:
+        TargetError: a pattern that matches nothing, a match that is no plain linear, is quantised, or is a target.
+    """
+    patterns = config.free_modules
+    if patterns is None:
+        return []
+    found: list[tuple[str, nn.Linear]] = []
+    protected = {t.name for t in targets}
+    for name, module in model.named_modules():
+        if not name or not matches(patterns, name):
+            continue
+        if name in protected:
+            raise TargetError(
+                f"{name} is named by target_modules and by free_modules: a linear is either protected or free; take it "
+                "out of one of them (exclude_modules takes it out of the targets)"
+            )
+        reason = _why_not(module)
+        if reason is None and quantisation(module) is not None:
+            reason = f"is quantised ({quantisation(module)}) and cannot train in full; leave it out of the quantisation"
+        if reason is None and (attention := _inside_attention(model, name)) is not None:
+            reason = f"is part of the nn.MultiheadAttention {attention!r}"
+        if reason is not None:
+            raise TargetError(f"free_modules: {name} {reason}; name plain linears")
+        assert isinstance(module, nn.Linear)
+        found.append((name, module))
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(matches(patterns if isinstance(patterns, str) else [pattern], name) for name, _ in found):
+            leaves = {n for n, m in model.named_modules() if n and isinstance(m, nn.Linear)}
+            near = did_you_mean(pattern, {n.rsplit(".", 1)[-1] for n in leaves})
+            raise TargetError(f"free_modules: no module is named {pattern!r}{near}")
+    targeted = [(t.name, m) for t in targets if isinstance(m := model.get_submodule(t.name), nn.Linear)]
+    _refuse_shared([*targeted, *found])
+    return [name for name, _ in found]
 
 
 def _refuse_shared(found: list[tuple[str, nn.Linear]]) -> None:

@@ -3,25 +3,91 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-Deltas = Mapping[str, Tensor]
-"""ΔW per target name, float32, (out, in)."""
+from keeplora.errors import KeepLoraError, TargetError
+from keeplora.tuner.adapter import Factors
+from keeplora.tuner.quantised import quantisation
+
+Update = Factors | Tensor
+"""ΔW of one weight by one task: low-rank factors, or the whole matrix in float32."""
+Snapshot = dict[str, tuple[Update, ...]]
+"""The updates of each weight in task order."""
+
+
+class _Computed(Mapping[str, Tensor]):
+    """A mapping whose values are made when they are asked for, one at a time."""
+
+    def __init__(self, names: Callable[[], Collection[str]], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = names, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+@dataclass(frozen=True)
+class ServingCost:
+    """What the learned tasks cost at inference beside the base model: nothing where they are merged.
+
+    Attributes:
+        layers: linears that carry an adapter of past tasks. rank: the largest summed rank among them.
+        bytes: float32 factors that are held, and read once per token when tokens are decoded one at a time.
+        flops_per_token: extra floating-point operations, 2 R (in + out) summed over the layers.
+        base_flops_per_token: those of the targets without any adapter, 2 · in · out summed.
+    """
+
+    layers: int = 0
+    rank: int = 0
+    bytes: int = 0
+    flops_per_token: int = 0
+    base_flops_per_token: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "past tasks are merged: no cost at inference"
+        share = self.flops_per_token / max(1, self.base_flops_per_token)
+        return (
+            f"past tasks run as one adapter beside {self.layers} layers, rank up to {self.rank}: "
+            f"{self.flops_per_token / 1e6:.3g} MFLOP per token ({share:.1%} of these layers' own) and "
+            f"{self.bytes / 2**20:.3g} MiB"
+        )
 
 
 class WeightStore:
-    """Keeps W₀ of every target and the float32 sum of the updates, and writes W = round(W₀ + Σ ΔW) into the model.
+    """Keeps W₀ and every task's update of each target, and writes W = round(W₀ + Σ ΔW) into the model.
 
     Rounding once, from the sum, is what keeps low-precision models from collecting a rounding error per task; and
     since the sum is taken in task order from the stored factors, a reloaded learner has the same bits.
 
+    Memory: W₀ is copied to the CPU when a weight is first moved or handed out by `parameter`, until then it is the
+    model's own tensor; Σ ΔW is never held, it is summed from the records' factors one weight at a time.
+
     Args:
         names: the targets, by the names of their linears.
         parameters: further parameters that a method moves, by their full names.
+
+    Raises:
+        TargetError: a target whose weight is quantised: this method needs it whole.
     """
 
     def __init__(self, model: nn.Module, names: list[str], parameters: Iterable[str] = ()) -> None:
@@ -30,59 +96,117 @@ class WeightStore:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
             self._modules[name] = module
-        self._parameters: dict[str, nn.Parameter] = {
-            name: cast(nn.Parameter, module.weight) for name, module in self._modules.items()
-        }
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, module in self._modules.items():
+            self._add_target(name, module)
         self._parameters |= {name: model.get_parameter(name) for name in parameters}
-        self.W0: dict[str, Tensor] = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
-        self.delta: dict[str, Tensor] = {}
+        self._versions = {name: _version(p) for name, p in self._parameters.items()}
+        self._kept: dict[str, Tensor] = {}
+        self.updates: Snapshot = {}
+        self.W0: Mapping[str, Tensor] = _Computed(lambda: self.names, self._original)
+        """W₀ per name, on the CPU; not to be written into."""
+        self.delta: Mapping[str, Tensor] = _Computed(lambda: self.updates, self._sum)
         """Σ ΔW per target, float32 on the CPU; a target that no task moved is absent."""
+
+    def _add_target(self, name: str, module: nn.Linear) -> None:
+        if quantisation(module) is not None:
+            raise needs_whole_weight(name)
+        self._parameters[name] = cast(nn.Parameter, module.weight)
 
     def module(self, name: str) -> nn.Linear:
         """The linear itself (PEFT's wrapper may stand in the model's tree at the time)."""
         return self._modules[name]
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The weight of a target, or another parameter by its full name."""
+        """The weight of a target, or another parameter by its full name; may be written into while a task is open."""
+        self._keep(name)
         return self._parameters[name]
 
     @property
     def names(self) -> list[str]:
         """Targets first, then the further parameters."""
-        return list(self._parameters)
+        return [*self._modules, *(name for name in self._parameters if name not in self._modules)]
 
-    def add(self, deltas: Deltas) -> None:
+    def add(self, updates: Mapping[str, Update]) -> None:
         """Σ ← Σ + ΔW, and the model's weights follow."""
-        for name, delta in deltas.items():
-            delta = delta.to("cpu", torch.float32)
-            self.delta[name] = self.delta[name] + delta if name in self.delta else delta.clone()
-        self.write(deltas)
+        self._check(updates)
+        for name, update in updates.items():
+            self.updates[name] = (*self.updates.get(name, ()), update)
+        self.write(updates)
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """The sums as they are now, to come back to with `restore`."""
-        return dict(self.delta)  # `add` replaces tensors and never writes into them
+    def snapshot(self) -> Snapshot:
+        """The updates as they are now, to come back to with `restore`."""
+        return dict(self.updates)  # tuples: `add` replaces them
 
-    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Back to an earlier `snapshot`, bit for bit."""
-        self.delta = dict(snapshot)
-        self.write(self._parameters)
+    def restore(self, snapshot: Mapping[str, Update | tuple[Update, ...]]) -> None:
+        """Back to an earlier `snapshot`, bit for bit; or to W₀ with the given updates and no others."""
+        self._check({name: u for name, us in snapshot.items() for u in (us if isinstance(us, tuple) else (us,))})
+        self.updates = {name: u if isinstance(u, tuple) else (u,) for name, u in snapshot.items()}
+        self.write(self.names)
 
     @torch.no_grad()
-    def write(self, names: Mapping[str, object]) -> None:
+    def write(self, names: Iterable[str]) -> None:
         """Write round(W₀ + Σ) into the named modules."""
         for name in names:
-            self._parameters[name].copy_(self.current(name))
+            if name in self.updates:
+                self._keep(name)
+            if name in self._kept:  # of any other weight the model still holds the original
+                self._parameters[name].copy_(self.current(name))
 
     def current(self, name: str) -> Tensor:
         """W = round(W₀ + Σ) of one target in the model's dtype, on the CPU."""
         W0 = self.W0[name]
-        return (W0.to(torch.float32) + self.delta[name]).to(W0.dtype) if name in self.delta else W0
+        return (W0.to(torch.float32) + self.delta[name]).to(W0.dtype) if name in self.updates else W0
 
     def base_hash(self) -> str:
         """SHA-256 over the targets' names, dtypes, shapes and W₀ bytes: what a ledger's factors belong to."""
         digest = hashlib.sha256()
-        for name in sorted(self.W0):
-            W = self.W0[name].contiguous()
-            digest.update(f"{name}|{W.dtype}|{tuple(W.shape)}|".encode())
-            digest.update(W.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name in sorted(self.names):
+            for label, W in self._stored(name):
+                digest.update(f"{label}|{W.dtype}|{tuple(W.shape)}|".encode())
+                digest.update(W.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def serving_cost(self) -> ServingCost:
+        """What the learned tasks cost at inference."""
+        return ServingCost(base_flops_per_token=sum(2 * m.in_features * m.out_features for m in self._modules.values()))
+
+    def _check(self, updates: Mapping[str, Update]) -> None:
+        """Refuse updates that cannot be applied, before any weight moves."""
+
+    def _stored(self, name: str) -> list[tuple[str, Tensor]]:
+        """W₀ as the base model stores it: labelled tensors on the CPU."""
+        return [(name, self.W0[name])]
+
+    def _original(self, name: str) -> Tensor:
+        return self._kept[name] if name in self._kept else self._parameters[name].detach().to("cpu")
+
+    def _keep(self, name: str) -> None:
+        if name in self._kept:
+            return
+        p = self._parameters[name]
+        if _version(p) != self._versions[name]:
+            raise KeepLoraError(
+                f"the weight of {name} was changed in place after the learner was made, and not by it, so W₀ is lost; "
+                "make the learner after such a change"
+            )
+        self._kept[name] = p.detach().to("cpu", copy=True)
+
+    def _sum(self, name: str) -> Tensor:
+        first, *rest = (u.delta if isinstance(u, Factors) else u.to("cpu", torch.float32) for u in self.updates[name])
+        for delta in rest:
+            first = first + delta
+        return first
+
+
+def needs_whole_weight(name: str) -> TargetError:
+    """The refusal of a method that reads or trains whole weights."""
+    return TargetError(
+        f"{name} is quantised, but this method reads or trains whole weights, which a quantised base does not have: load "
+        "the model unquantised (model.quantize: null), or choose a method of low-rank factors (keeplora++, lora, o-lora, "
+        "inflora, ...)"
+    )
+
+
+def _version(p: Tensor) -> int:
+    return -1 if p.is_inference() else p._version

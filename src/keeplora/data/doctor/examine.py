@@ -6,69 +6,24 @@ import difflib
 import importlib
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from keeplora.data.classes import check_labels, resolve_classes
+from keeplora.data.conversation_spec import ConversationSpec, parse
+from keeplora.data.doctor.check import Progress, TaskCheck, miscounted
 from keeplora.data.doctor.layouts import look_for, needed
 from keeplora.data.doctor.look import Look, find_duplicates, look_at
+from keeplora.data.doctor.questions import examine_questions
 from keeplora.data.sets import Entry
-from keeplora.data.spec import RawTask, TaskSpec, listing, parse_spec
+from keeplora.data.spec import RawTask, Source, TaskSpec, listing
 from keeplora.errors import ConfigError, DataError, KeepLoraError
-
-#: Faults of one kind in one split that are named one by one.
-NAMED = 5
-
-
-class Progress(Protocol):
-    """Told how far one task's pictures are; ``total`` is 0 while the lists are being read."""
-
-    def __call__(self, task: str, done: int, total: int) -> None: ...
-
-
-@dataclass(slots=True)
-class TaskCheck:
-    """What was found of one task.
-
-    Attributes:
-        name, source: the task's.
-        folder: where its data is looked for; "" for a name on the hub.
-        found, missing: what the source needs, as paths below ``folder``.
-        classes: how many; None where the lists could not be read.
-        pictures: number by split.
-        expect: the published counts.
-        bytes: of all pictures, encoded.
-        smallest, largest: ``(width, height, name)`` of the pictures with the least and the most pixels.
-        problems: what must be mended, a sentence each.
-        notes: what a person should know and that stops nothing.
-        fetch: where to get the data, in words; "" where nothing is missing.
-    """
-
-    name: str
-    source: str = ""
-    folder: str = ""
-    found: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    classes: int | None = None
-    pictures: dict[str, int] = field(default_factory=dict)
-    expect: dict[str, int] = field(default_factory=dict)
-    bytes: int = 0
-    smallest: tuple[int, int, str] | None = None
-    largest: tuple[int, int, str] | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    fetch: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
 
 
 def examine(
     spec: Mapping[str, Any],
     base: Path,
-    sources: Mapping[str, tuple[str, Collection[str]]],
+    sources: Mapping[str, Source],
     *,
     fetch: str = "",
     probe: bool = False,
@@ -97,18 +52,22 @@ def examine(
         check.problems.append(str(error))
     except Exception as error:  # whatever it is, the other datasets must still be looked at
         check.problems.append(f"its loader failed, which is a fault of keeplora ({type(error).__name__}: {error})")
-    if check.missing or (check.problems and check.classes is None):
+    if check.missing or (check.problems and not check.pictures):
         check.fetch = fetch
     return check
 
 
 def _examine(
-    check: TaskCheck, given: Mapping[str, Any], base: Path, sources: Mapping[str, tuple[str, Collection[str]]],
+    check: TaskCheck, given: Mapping[str, Any], base: Path, sources: Mapping[str, Source],
     probe: bool, full: bool, progress: Progress,
 ) -> None:  # fmt: skip
-    spec = parse_spec(given, {name: keys for name, (_, keys) in sources.items()})
+    spec = parse(given, sources)
     check.source, check.expect = spec.source, dict(spec.expect)
     progress(spec.name, 0, 0)
+    reader = importlib.import_module(sources[spec.source].module)
+    if isinstance(spec, ConversationSpec):
+        examine_questions(check, spec, base, reader.read, probe=probe, full=full, progress=progress)
+        return
     if names := needed(spec):
         check.folder = os.path.abspath(base / Path(spec.path or "").expanduser())
         root = Path(check.folder)
@@ -123,7 +82,7 @@ def _examine(
     elif spec.path is not None:
         path = base / Path(spec.path).expanduser()
         check.folder = os.path.abspath(path) if path.exists() else ""
-    raw = importlib.import_module(sources[spec.source][0]).read(spec, base, probe)
+    raw = reader.read(spec, base, probe)
     _lists(check, raw, spec, probe)
     _pictures(check, raw, spec, full, progress)
 
@@ -167,16 +126,7 @@ def _lists(check: TaskCheck, raw: RawTask, spec: TaskSpec, probe: bool) -> None:
     else:
         found = {"classes": check.classes, **check.pictures}
         wanted: dict[str, int | None] = dict(spec.expect)
-    told = {key: count for key, count in wanted.items() if count is not None and key in found}
-    if any(found[key] != count for key, count in told.items()):
-        here = ", ".join(f"{found[key]:,} {key}" for key in told)
-        there = ", ".join(f"{count:,}" for count in told.values())
-        check.problems.append(f"{here} found, where {there} are expected")
-
-
-def _cut_short(told: list[str], what: str) -> list[str]:
-    more = len(told) - NAMED
-    return [*told[:NAMED], f"{more:,} more {what}, like the {NAMED} above"] if more > 0 else told
+    check.problems += miscounted(found, wanted)
 
 
 def _total(expect: Mapping[str, int]) -> int | None:
@@ -195,16 +145,7 @@ def _pictures(check: TaskCheck, raw: RawTask, spec: TaskSpec, full: bool, progre
     for split, entries in raw.splits.items():
         looks = look_at(entries, full=full, max_pixels=spec.max_pixels, tick=tick)
         splits[split] = list(zip(entries, looks, strict=True))
-        bad = [look.problem for look in looks if look.problem]
-        told = check.notes if spec.on_error == "skip" else check.problems
-        told += _cut_short(bad, f"pictures of {split} cannot be used")
-    for entry, look in (pair for found in splits.values() for pair in found if not pair[1].problem):
-        check.bytes += look.size
-        area = look.width * look.height
-        if check.smallest is None or area < check.smallest[0] * check.smallest[1]:
-            check.smallest = (look.width, look.height, entry.where)
-        if check.largest is None or area > check.largest[0] * check.largest[1]:
-            check.largest = (look.width, look.height, entry.where)
+        check.tally(splits[split], split, skip=spec.on_error == "skip")
     found = find_duplicates(splits)
     (check.problems if spec.duplicates == "refuse" else check.notes).extend(found)
 

@@ -159,25 +159,39 @@ def find_duplicates(splits: Mapping[str, Sequence[tuple[Entry, Look]]]) -> list[
 
     Only pictures of one size whose first and last bytes agree are read in full.
     """
-    alike: dict[tuple[int, str], list[Entry]] = defaultdict(list)
     by_pixels: dict[str, int] = defaultdict(int)
-    for entry, look in _each(splits):
-        alike[look.size, look.sample].append(entry)
+    for _, look in _each(splits):
         by_pixels[look.pixels] += 1
-    doubtful = {id(entry) for group in alike.values() if len(group) > 1 for entry in group}
-    files = [file_of(entry) for group in alike.values() if len(group) > 1 for entry in group]
-    digests = file_digests(sorted({path for path in files if path is not None}))
+    digests = doubtful_digests(_each(splits))
     candidates: dict[str, list[Entry]] = {}
     for split, found in splits.items():
         candidates[split] = kept = []
         for entry, look in found:
-            if id(entry) not in doubtful and not (look.pixels and by_pixels[look.pixels] > 1):
+            digest = digests.get(id(entry))
+            if digest is None and not (look.pixels and by_pixels[look.pixels] > 1):
                 continue
-            path = file_of(entry)
-            # a picture in memory has its SHA-256 for a sample; what cannot be read is equal to nothing
-            digest = look.sample if path is None else digests.get(path, f"unread {entry.key}")
-            kept.append(replace(entry, digest=digest, pixels=look.pixels))
+            # what cannot be read is equal to nothing
+            kept.append(replace(entry, digest=digest or f"unread {entry.key}", pixels=look.pixels))
     return handle_duplicates(candidates, "warn")[1]
+
+
+def doubtful_digests(pictures: Iterable[tuple[Entry, Look]]) -> dict[int, str]:
+    """Hex SHA-256 by ``id(entry)`` of the pictures that look like another; a picture not in it is equal to no other.
+
+    What cannot be read is left out.
+    """
+    alike: dict[tuple[int, str], list[tuple[Entry, Look]]] = defaultdict(list)
+    for entry, look in pictures:
+        alike[look.size, look.sample].append((entry, look))
+    doubtful = [pair for group in alike.values() if len(group) > 1 for pair in group]
+    files = file_digests(sorted({path for entry, _ in doubtful if (path := file_of(entry)) is not None}))
+    digests: dict[int, str] = {}
+    for entry, look in doubtful:
+        path = file_of(entry)
+        digest = look.sample if path is None else files.get(path)  # one in memory has its SHA-256 for a sample
+        if digest is not None:
+            digests[id(entry)] = digest
+    return digests
 
 
 def _each(splits: Mapping[str, Sequence[tuple[Entry, Look]]]) -> Iterable[tuple[Entry, Look]]:

@@ -1,0 +1,145 @@
+"""What `keeplora run --dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from keeplora.experiment.plan import Footprint, Plan
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+# What a row of the memory table is called, which field of `Memory` it shows, and the arithmetic in short.
+ROWS = (
+    ("weights of the model", "base", "e P; 8bit Q + 4 rows, 4bit Q/2 + Q/16, and 2 (P - Q)"),
+    ("factors A, B of the task", "factors", "4 r (in + out)"),
+    ("gradient of B and AdamW", "optimiser", "12 per trained parameter"),
+    ("activations, micro-batch", "activations", "b T L block"),
+    ("... checkpointed", "activations_checkpointed", "b T (L e H + block)"),
+    ("G of all targets", "gradients", "8 out in"),
+    ("C of all inputs", "covariances", "8 in^2"),
+    ("keys and values, answering", "cache", "2 e L g d (T + new) eval_batch_size"),
+    ("each past task beside it", "past", "4 r (in + out), quantised bases alone"),
+    ("DEVICE, at its fullest", "device", "weights + past + the largest phase"),
+    ("copies of W0 on the host", "copies", "e out in, from the first merge on"),
+    ("HOST, at its fullest", "host", "copies + 2 U + every task's A, B + one G or C"),
+)
+
+
+def size(count: int) -> str:
+    """GiB, MiB below one.
+
+    >>> size(3 * 2**30), size(5 * 2**19)
+    ('3.00 GiB', '2.5 MiB')
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def print_plan(experiment: Any, assumed: Sequence[str]) -> None:
+    """The plan of a run; of a generative model its footprint too, and that alone where its weights are not there."""
+    from rich.console import Console
+
+    from keeplora.experiment.assumptions import Assumptions
+    from keeplora.experiment.plan import assume_measured, make_footprint, make_plan, needs_footprint
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    config, assume, alone = experiment.config, Assumptions.parse(assumed), needs_footprint(experiment.config)
+    if alone:
+        footprint = make_footprint(config, assume)
+        _print_tasks(console, config, footprint.tasks)
+        if footprint.missing:
+            console.print(f"sizes of the tasks are assumed: {footprint.missing}", highlight=False)
+        _print_targets(console, footprint.targets, footprint.settings.trained)
+        console.print(f"the weights of {config.model.name} are not here: what follows is arithmetic on its config.json")
+        _print_footprint(console, footprint)
+    else:
+        setup = experiment.setup
+        plan = make_plan(setup)
+        _print_tasks(console, config, plan.tasks)
+        for probe in setup.probes:
+            what = f"pictures, {len(probe.classes)} classes" if probe.kind == "classification" else "questions"
+            console.print(f"probe {probe.name}: {len(probe.test)} {what}, never trained on")
+        _print_targets(console, plan.targets, plan.trained_parameters)
+        _print_measured(console, setup, plan)
+        if setup.kind.name == "generation":
+            given = {pair.partition("=")[0] for pair in assumed}
+            _print_footprint(console, make_footprint(config, assume_measured(assume, plan, given), setup))
+    for item in config.overridden:
+        console.print(f"differs from preset {config.preset}: {item}", highlight=False)
+
+
+def _print_tasks(console: Console, config: Any, rows: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{config.label}: {config.method}, seed {config.seed} → {config.output_path}")
+    what = "scorer" if rows and "scorer" in rows[0] else "classes"
+    keys = ("name", what, "train", "validation", "test", "epochs", "steps")
+    for key in keys:
+        table.add_column("task" if key == "name" else key, justify="left" if key in ("name", "scorer") else "right")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in keys))
+    console.print(table)
+
+
+def _print_targets(console: Console, targets: Sequence[Any], trained: int) -> None:
+    towers: dict[str, int] = {}
+    for target in targets:
+        towers[target.tower] = towers.get(target.tower, 0) + 1
+    console.print(f"targets: {', '.join(f'{n} in {tower}' for tower, n in towers.items())}")
+    console.print(f"trained parameters per task: {trained:,}")
+
+
+def _print_measured(console: Console, setup: Any, plan: Plan) -> None:
+    from keeplora.experiment.progress import duration
+
+    console.print(f"precision: {setup.precision.name} on {setup.precision.device}")
+    console.print(f"memory: about {plan.memory_bytes / 2**30:.1f} GiB (measured on one trained batch)")
+    parts = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
+    console.print(f"time: about {duration(plan.total_seconds)} ({parts}; scaled up from one timed batch)")
+
+
+def _print_footprint(console: Console, plan: Footprint) -> None:
+    from rich.table import Table
+
+    from keeplora.experiment.footprint import BASES, subspace_bytes
+    from keeplora.experiment.progress import duration
+
+    assume, shape, settings = plan.assume, plan.shape, plan.settings
+    told = ", ".join(f"{key}={value:g}" for key, value in vars(assume).items() if key != "image_tokens")
+    console.print(f"assumed (change with --assume NAME=VALUE): {told}", highlight=False)
+    t = shape.language
+    console.print(
+        f"P = {shape.parameters:,} parameters, Q = {shape.quantised:,} of them in the language model's linears; L = {t.blocks}, "
+        f"H = {t.hidden}, I = {t.intermediate}, h = {t.heads}, g = {t.kv_heads}, d = {t.head_dim}; T = {t.tokens}, of which "
+        f"{shape.image_tokens} for a picture; b = {settings.micro_batch}", highlight=False,
+    )  # fmt: skip
+    table = Table(title="memory with the base held in ... (* this run)")
+    table.add_column("")
+    for base in BASES:
+        table.add_column(f"{base} *" if base == plan.base else base, justify="right", no_wrap=True)
+    table.add_column("bytes", overflow="fold")
+    for label, field, how in ROWS:
+        values = [getattr(plan.memory[base], field) for base in BASES]
+        if any(values):
+            table.add_row(label, *(size(value) if value else "-" for value in values), how)
+    console.print(table)
+    if settings.protects:
+        held = ", ".join(f"{share:.0%} {size(subspace_bytes(plan.linears, share))}" for share in SHARES)
+        console.print(
+            f"U in float32 on the host, by k/in: {held}; k is known after the SVD alone (the table takes {assume.k:.0%}, an "
+            "assumption)", highlight=False,
+        )  # fmt: skip
+    console.print(
+        f"state carried from task to task: the model and {plan.keeps}; ledger: {size(plan.ledger_bytes)} of A and B per task"
+        + (", and U once in all" if settings.protects else ""), highlight=False,
+    )  # fmt: skip
+    seconds = plan.seconds[plan.base]
+    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items())
+    console.print(
+        f"time at {assume.tflops:g} TFLOP/s: about {duration(sum(seconds.values()))} ({parts}; from operation counts, nothing "
+        "was timed)", highlight=False,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Conversations as tensors: encoded once where memory allows, batched by length, with the model family's own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from keeplora.data.conversations import ConversationSet
+from keeplora.experiment.pictures import TensorCache
+from keeplora.models.generative import Generative, length_grouped
+
+Item = Mapping[str, Any]
+
+
+class ConversationTensors(Dataset[dict[str, Any]]):
+    """Items of a `ConversationSet` as batches of one, with their ``index``.
+
+    Args:
+        answers: with the answers and their labels, to be trained on; else the prompt alone, to be answered.
+    """
+
+    def __init__(
+        self, conversations: ConversationSet, family: Generative, cache: TensorCache, *, answers: bool
+    ) -> None:  # fmt: skip
+        self.conversations = conversations
+        self.labels = conversations.labels
+        self.answers = answers
+        self._family, self._cache = family, cache
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def where(self, index: int) -> str:
+        return self.conversations.where(index)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters of each conversation: near enough to its tokens to bring like to like, without encoding it."""
+        return [
+            sum(len(turn.text) for turn in self.conversations.conversation(i).turns) for i in range(len(self))
+        ]  # fmt: skip
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._kept.get(index)
+        if item is None:
+            conversation = self.conversations.conversation(index)
+            turns = conversation.turns if self.answers else conversation.prompt_turns
+            pictures = self.conversations.pictures(index)
+            item = dict(self._family.encode(turns, pictures, where=conversation.where, answers=self.answers))
+            if self._cache.admit(*item.values()):
+                self._kept[index] = item
+        return {**item, "index": torch.tensor([index])}
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of items of like length, in another order every time; what is drawn depends on ``seed`` alone."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size = list(lengths), batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self._lengths) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from length_grouped(range(len(self._lengths)), self._lengths, self._batch_size, self._generator)
+
+
+class Parts:
+    """A collate function: the items of a step as joined parts of at most ``size``."""
+
+    def __init__(self, join: Callable[[Sequence[Item]], dict[str, Tensor]], size: int | None) -> None:
+        self._join, self._size = join, size
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        size = self._size or len(items)
+        parts = [self._join(items[i : i + size]) for i in range(0, len(items), size)]
+        return {"parts": parts, "index": torch.cat([part["index"] for part in parts])}
+
+
+def ordered_loader(data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], workers: int) -> DataLoader[Any]:
+    """A loader in the set's order."""
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+
+
+def training_loader(
+    data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], *, workers: int, seed: int, grouped: bool
+) -> DataLoader[Any]:
+    """A loader in a new random order every epoch; ``grouped`` brings items of like length together."""
+    # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
+    generator = torch.Generator().manual_seed(seed)
+    if grouped:
+        batches = LengthBatches(data.lengths, batch_size, seed)
+        return DataLoader(
+            data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=generator
+        )
+    return DataLoader(
+        data, batch_size=batch_size, shuffle=True, collate_fn=collate, num_workers=workers, generator=generator
+    )

@@ -1,0 +1,138 @@
+"""Naming pictures with a dual encoder: pictures against class prompts, and the "cls" variant's head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from keeplora.data import TaskData
+from keeplora.errors import ConfigError
+from keeplora.experiment.candidates import Candidates, candidates_for
+from keeplora.experiment.config import ExperimentConfig, TrainingConfig
+from keeplora.experiment.device import Precision
+from keeplora.experiment.kinds.base import Sets
+from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
+from keeplora.experiment.pictures import Collate, PictureTensors, TaskBatches, TensorCache, loader
+from keeplora.methods import Method
+from keeplora.models.dual_encoder import DualEncoder
+from keeplora.tuner import ContinualLearner, KeepLoraConfig
+from keeplora.tuner.sampling import statistics_batches
+
+
+class Classification:
+    """A `Kind`."""
+
+    name: ClassVar[str] = "classification"
+
+    def __init__(
+        self, config: ExperimentConfig, family: DualEncoder, precision: Precision, method: Method,
+        tasks: Sequence[TaskData], probes: Sequence[TaskData],
+    ) -> None:  # fmt: skip
+        self.config, self.family, self.precision, self.method = config, family, precision, method
+        self.tasks, self.probes = tasks, probes
+        self._cache = TensorCache()
+
+    def sets(self, task: TaskData) -> Sets:
+        if self.config.training.micro_batch is not None:
+            raise ConfigError(
+                "training.micro_batch: a dual encoder compares the pictures of a batch with all class prompts at once; "
+                "lower training.batch_size instead"
+            )
+        # refuses prompts that are too long, now
+        self.family.tokenize(self.family.class_prompts(task.classes, task.templates))
+        return Sets(
+            self.data_set(task.train), self.data_set(task.test),
+            self.data_set(task.validation) if task.validation is not None else None,
+        )  # fmt: skip
+
+    def data_set(self, samples: Any) -> PictureTensors:
+        return PictureTensors(samples, self.family, self._cache)
+
+    def default_targets(self) -> Mapping[str, Any]:
+        return {"target_modules": self.family.default_target_modules}
+
+    def info(self, task: TaskData) -> dict[str, Any]:
+        return {"classes": task.classes, "templates": task.templates}
+
+    def objective(self, task: TaskData) -> TaskObjective:
+        return TaskObjective(self.family, task, self.precision)
+
+    def prepare_head(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> None:
+        if self.method.classifier:
+            objective.head = initial_head(objective, data, training.eval_batch_size)
+
+    def statistics(
+        self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, config: KeepLoraConfig, seed: int
+    ) -> dict[str, Any]:
+        pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
+        pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels)
+        return {
+            "batches": loader(data, training.batch_size, objective.collate, workers=training.workers),
+            "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
+            "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
+        }  # fmt: skip
+
+    def batches(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, seed: int) -> TaskBatches:
+        return TaskBatches(
+            data,
+            loader(data, training.batch_size, objective.collate, workers=training.workers, shuffle_seed=seed),
+        )
+
+    def first_batch(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> tuple[Any, int]:
+        n = min(len(data), training.batch_size)
+        return objective.collate([data[i] for i in range(n)]), n
+
+    def _candidates(self, task: TaskData, learner: ContinualLearner) -> Candidates:
+        learned = len(learner.records) + (learner._open is not None)
+        return candidates_for(
+            task, {"own": [], "seen": self.tasks[:learned], "all": self.tasks}[self.config.candidates]
+        )
+
+    @staticmethod
+    def _heads(learner: ContinualLearner) -> dict[tuple[str, ...], Tensor]:
+        """Trained class weights by the class list they belong to."""
+        return {
+            tuple(record.info["classes"]): record.tensors["head"]
+            for record in learner.records if "head" in record.tensors
+        }  # fmt: skip
+
+    def score(
+        self, task: TaskData, data: PictureTensors, learner: ContinualLearner, *, head: Tensor | None = None,
+        on_batch: Callable[[], object] = lambda: None, keep: Path | None = None,
+    ) -> float:  # fmt: skip
+        """Percent of pictures named rightly; single answers are not kept."""
+        if head is None:
+            head = self._heads(learner).get(tuple(task.classes))
+        with learner.serving(task.name):
+            return accuracy(
+                self.family, self._candidates(task, learner), data, self.precision, self.config.training.eval_batch_size,
+                head, on_batch, learner.readout,
+            )  # fmt: skip
+
+    def steps(self, data: PictureTensors) -> int:
+        return -(-len(data) // self.config.training.eval_batch_size)
+
+    def results(self) -> dict[str, Any]:
+        rivals = self.tasks if self.config.candidates != "own" else ()  # with "seen": in the end
+        return {
+            "chance": {
+                t.name: 100.0 / len(candidates_for(t, rivals).classes) for t in [*self.tasks, *self.probes]
+            }
+        }  # fmt: skip
+
+    def comparison(self) -> list[Any]:
+        return [] if self.config.candidates == "own" else [self.config.candidates]
+
+    def running(self, learner: ContinualLearner) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def begin(self, folder: Path, earlier: Mapping[str, Any] | None) -> None: ...
+
+    def repeat(self, after: int) -> None: ...
+
+    def warnings(self) -> list[str]:
+        return []

@@ -1,0 +1,242 @@
+"""Answering questions about pictures with a generative model: loss on the answers' tokens, scores of generated answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from keeplora.data.conversations import ConversationSet, ConversationTask
+from keeplora.evaluation.scorers import score
+from keeplora.experiment.config import ExperimentConfig, TrainingConfig
+from keeplora.experiment.conversations import ConversationTensors, Parts, ordered_loader, training_loader
+from keeplora.experiment.device import Precision
+from keeplora.experiment.kinds.base import Sets
+from keeplora.experiment.pictures import TaskBatches, TensorCache
+from keeplora.experiment.samples import write_samples
+from keeplora.files import atomic_write_text
+from keeplora.methods import Method
+from keeplora.models.generative import Generative
+from keeplora.models.vision_cache import VisionCache
+from keeplora.tuner import ContinualLearner, KeepLoraConfig
+from keeplora.tuner.sampling import to_device
+
+IGNORED = -100
+
+
+class GenerationObjective:
+    """The loss of one task: cross-entropy of each answer token (M2), whatever else is in the conversation."""
+
+    kind: ClassVar[str] = "generation"
+    head: nn.Parameter | None = None
+
+    def __init__(
+        self, family: Generative, task: ConversationTask, precision: Precision, weights: Mapping[str, float]
+    ) -> None:
+        self.family, self.task, self.precision, self.weights = family, task, precision, dict(weights)
+        self.join = family.join
+
+    def token_losses(self, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
+        """Cross-entropy of each answer token of the batch, 1-D float32, differentiable."""
+        batch = to_device(batch, self.family.device)
+        with self.precision.autocast():
+            return self.family.token_losses(batch, model)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """`token_losses`; ``model`` is the family's own module, adapted in place."""
+        return self.token_losses(batch)
+
+    def parts(self, batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        return batch["parts"]
+
+    def count(self, part: Mapping[str, Any]) -> int:
+        # The first position predicts nothing: no loss belongs to it.
+        return int((part["labels"][:, 1:] != IGNORED).sum())
+
+    def part_loss(self, part: Mapping[str, Any], total: int) -> tuple[Tensor, None]:
+        return self.token_losses(part).sum() / max(total, 1), None
+
+    def right(self, logits: Tensor, part: Mapping[str, Any]) -> int:
+        raise TypeError("answers are generated, not chosen among classes: there is no such count in training")
+
+    def masks(self, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Positions that count in C and G, by kind of token."""
+        return self.family.masks(batch, self.weights)
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        with self.precision.autocast():
+            self.family.forward(to_device(batch, self.family.device))
+
+
+class Generation:
+    """A `Kind`."""
+
+    name: ClassVar[str] = "generation"
+
+    def __init__(
+        self, config: ExperimentConfig, family: Generative, precision: Precision, method: Method,
+        tasks: Sequence[ConversationTask], probes: Sequence[ConversationTask],
+    ) -> None:  # fmt: skip
+        self.config, self.family, self.precision, self.method = config, family, precision, method
+        self.tasks, self.probes = tasks, probes
+        self._cache = TensorCache()
+        self._components: dict[str, dict[str, float]] = {}
+        self._missing: dict[str, str] = {}
+        self._folder: Path | None = None
+        for task in [*tasks, *probes]:
+            score(task.scorer, [], [], [])  # refuses an unknown scorer, now
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def sets(self, task: ConversationTask) -> Sets:
+        train = ConversationTensors(task.train, self.family, self._cache, answers=True)
+        return Sets(
+            train, self.data_set(task.test), self.data_set(task.validation) if task.validation is not None else None
+        )
+
+    def data_set(self, samples: ConversationSet) -> ConversationTensors:
+        return ConversationTensors(samples, self.family, self._cache, answers=False)
+
+    def default_targets(self) -> Mapping[str, Any]:
+        parts = self.config.tuner.parts
+        wanted = {part: state for part, state in parts.model_dump().items() if part in self.family.towers}
+        protected = [part for part, state in wanted.items() if state == "protected"]
+        free = [part for part, state in wanted.items() if state == "free"]
+        targets: dict[str, Any] = {"target_modules": self.family.target_modules(protected)}
+        return targets | ({"free_modules": self.family.target_modules(free)} if free else {})
+
+    def info(self, task: ConversationTask) -> dict[str, Any]:
+        return {
+            "classes": [], "templates": [], "scorer": task.scorer, "max_new_tokens": task.max_new_tokens,
+            "prompt": task.prompt,
+        }  # fmt: skip
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def objective(self, task: ConversationTask) -> GenerationObjective:
+        weights = self.config.tuner.token_weights.model_dump()
+        return GenerationObjective(self.family, task, self.precision, weights)
+
+    def prepare_head(self, objective: GenerationObjective, data: Any, training: TrainingConfig) -> None: ...
+
+    def statistics(
+        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, config: KeepLoraConfig,
+        seed: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        size = training.micro_batch or training.batch_size
+        singles = ordered_loader(data, 1, self.family.join, training.workers)
+        return {
+            "batches": ordered_loader(data, size, self.family.join, training.workers),
+            "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
+            "forward_fn": objective.forward, "single_batches": singles,
+        }  # fmt: skip
+
+    def batches(
+        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, seed: int
+    ) -> TaskBatches:
+        collate = Parts(self.family.join, training.micro_batch)
+        loader = training_loader(
+            data, training.batch_size, collate, workers=training.workers, seed=seed,
+            grouped=training.group_by_length,
+        )  # fmt: skip
+        return TaskBatches(data, loader)
+
+    def first_batch(
+        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig
+    ) -> tuple[Any, int]:
+        n = min(len(data), training.micro_batch or training.batch_size)
+        return self.family.join([data[i] for i in range(n)]), n
+
+    # -- scoring ---------------------------------------------------------------------------------------------------
+
+    def _answers(
+        self, task: ConversationTask, data: ConversationTensors, on_batch: Callable[[], object]
+    ) -> list[str]:
+        settings, size = self.config.generation, self.config.training.eval_batch_size
+        lengths = data.lengths
+        order = sorted(range(len(data)), key=lambda i: (lengths[i], i))
+        answers = [""] * len(data)
+        with self.family.evaluating(), self.precision.autocast():
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                batch = self.family.join([data[i] for i in chosen], side="left")
+                found = self.family.generate(
+                    to_device(batch, self.family.device), max_new_tokens=task.max_new_tokens, sample=settings.sample,
+                    temperature=settings.temperature, top_p=settings.top_p, seed=self.config.seed,
+                )  # fmt: skip
+                for i, answer in zip(chosen, found, strict=True):
+                    answers[i] = answer
+                on_batch()
+        return answers
+
+    def score(
+        self, task: ConversationTask, data: ConversationTensors, learner: ContinualLearner, *, head: Tensor | None = None,
+        on_batch: Callable[[], object] = lambda: None, keep: Path | None = None,
+    ) -> float | None:  # fmt: skip
+        with learner.serving(task.name):
+            answers = self._answers(task, data, on_batch)
+        asked = [data.conversations.conversation(i) for i in range(len(data))]
+        scored = score(task.scorer, answers, [c.references for c in asked], [c.question for c in asked])
+        if scored.missing:
+            self._missing[task.name] = f"{task.name}: {scored.missing}"
+        if keep is not None:
+            self._components[task.name] = dict(scored.components)
+            rows = (
+                {
+                    "key": c.key, "question": c.question, "references": list(c.references), "prediction": answer,
+                    "score": value,
+                }
+                for c, answer, value in zip(asked, answers, scored.per_sample, strict=True)
+            )  # fmt: skip
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(keep, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return scored.value
+
+    def steps(self, data: ConversationTensors) -> int:
+        return -(-len(data) // self.config.training.eval_batch_size)
+
+    # -- what is told ------------------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterator[ConversationTask]:
+        yield from self.tasks
+        yield from self.probes
+
+    def results(self) -> dict[str, Any]:
+        return {"chance": {}, "scorers": {t.name: t.scorer for t in self._all()}, "components": self._components}
+
+    def comparison(self) -> list[Any]:
+        settings = [[t.name, t.scorer, t.max_new_tokens] for t in self._all()]
+        return ["generation", settings, self.config.generation.model_dump()]
+
+    @contextmanager
+    def running(self, learner: ContinualLearner) -> Iterator[None]:
+        """With gradient checkpointing where asked for, and a vision tower that nothing moves answered from memory."""
+        training, tower = self.config.training, self.family.towers.get("vision")
+        with ExitStack() as stack:
+            if training.gradient_checkpointing:
+                self.family.gradient_checkpointing(True)
+                stack.callback(self.family.gradient_checkpointing, False)
+            still = tower is not None and not any(name.startswith(f"{tower}.") for name in learner.store.names)
+            if training.cache_vision and tower is not None and still:
+                stack.enter_context(VisionCache(self.family.model.get_submodule(tower)).active())
+            yield
+
+    def begin(self, folder: Path, earlier: Mapping[str, Any] | None) -> None:
+        self._folder = folder
+        self._components = dict((earlier or {}).get("components", {}))
+        for task in self._all():
+            write_samples(folder, task.name, task.test, self.config.seed)
+
+    def repeat(self, after: int) -> None:
+        assert self._folder is not None
+        before = self._folder / "predictions" / f"after-{after - 1}"
+        if before.is_dir():
+            shutil.copytree(before, before.with_name(f"after-{after}"), dirs_exist_ok=True)
+
+    def warnings(self) -> list[str]:
+        return list(self._missing.values())

@@ -1,0 +1,83 @@
+"""The vision cache: same answers as the tower, computed once per picture, and gone when it is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from keeplora.models.vision_cache import VisionCache
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.rows = 0
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: object = None) -> BaseModelOutputWithPooling:
+        self.rows += len(pixel_values)
+        x = self.linear(pixel_values.flatten(1))
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=2 * x, hidden_states=(x, None, x + 1))
+
+
+@pytest.fixture
+def tower() -> Tower:
+    torch.manual_seed(0)
+    return Tower()
+
+
+def test_answers_are_the_towers_and_each_picture_is_computed_once(tower: Tower) -> None:
+    pictures = torch.randn(3, 3, 2, 2)
+    with torch.no_grad():
+        wanted = tower(pictures)
+    tower.rows = 0
+    cache = VisionCache(tower)
+    with cache.active():
+        for order in ([0, 1, 2], [2, 0], [1]):
+            found = tower(pictures[order], output_hidden_states=[0, 2])
+            torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state[order])
+            torch.testing.assert_close(found.hidden_states[2], wanted.hidden_states[2][order])
+            assert found.hidden_states[1] is None
+    assert tower.rows == 3
+    assert (cache.hits, cache.misses) == (3, 3)
+    assert "forward" not in vars(tower)
+
+
+def test_what_the_caller_writes_into_an_answer_is_not_kept(tower: Tower) -> None:
+    picture = torch.randn(1, 3, 2, 2)
+    with VisionCache(tower).active():
+        first = tower(picture)
+        first.pooler_output = "changed"
+        first.last_hidden_state.zero_()
+        again = tower(picture)
+        assert isinstance(again.pooler_output, torch.Tensor)
+        assert again.last_hidden_state.abs().sum() > 0
+
+
+def test_another_setting_or_precision_is_another_entry(tower: Tower) -> None:
+    picture = torch.randn(1, 3, 2, 2)
+    cache = VisionCache(tower)
+    with cache.active():
+        tower(picture)
+        tower(picture, output_hidden_states=[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert tower(picture).last_hidden_state.dtype == torch.bfloat16
+        assert tower(picture).last_hidden_state.dtype == torch.float32
+    assert cache.misses == 3
+
+
+def test_a_full_cache_still_answers(tower: Tower) -> None:
+    cache = VisionCache(tower, max_bytes=0)
+    picture = torch.randn(1, 3, 2, 2)
+    with cache.active():
+        tower(picture)
+        tower(picture)
+    assert tower.rows == 2
+
+
+def test_an_exception_inside_gives_the_tower_back(tower: Tower) -> None:
+    with pytest.raises(RuntimeError), VisionCache(tower).active():
+        raise RuntimeError
+    assert "forward" not in vars(tower)
