@@ -44,7 +44,7 @@ def test_the_page_says_what_the_command_prints(printed):
         assert ours[1] == theirs[1]
     assert "trained parameters per task: 87,556,096" in flat
     assert "grows by 613.2 MiB of A and B" in text
-    assert "613.2 MiB of A and B per task" in flat
+    assert "613.2 MiB per task (A, B)" in flat
     assert "targets: 2 in model.multi_modal_projector, 224 in model.language_model" in flat
 
 
