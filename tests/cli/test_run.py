@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from keeplora.experiment import Experiment
 from keeplora.experiment.plan import make_plan
 from keeplora.experiment.run_directory import RunDirectory
 from tests.cli.tiny_world import PROBE, TASKS, ledger_tensors, results_of, same_tensors, status_of
+from tests.experiment.generation_world import make_world
 
 
 def files_below(folder):
@@ -111,6 +113,43 @@ def test_dry_run_tells_the_plan_and_writes_nothing(world, cli, tmp_path, monkeyp
     if method != "zero-shot":
         counts = {i["trained_parameters"] for i in world.run(method=method)[1]["tasks_info"]}
         assert 0.9 * parameters <= max(counts) <= parameters  # a rank shrinks where little residual space is left
+
+
+def test_dry_run_of_a_generative_model_is_timed_and_reckoned(cli, tmp_path, monkeypatch):
+    config = make_world(tmp_path / "world")
+    config["training"]["micro_batch"] = 2
+    file = tmp_path / "world/e.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = files_below(tmp_path)
+    answer = cli("run", file, "--dry-run", "--assume", "tflops=1")
+    assert answer.code == 0, answer.err
+    assert files_below(tmp_path) == before
+    flat = " ".join(answer.out.split())
+    row = next(line for line in answer.out.splitlines() if "colours" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["colours", "exact", "12", "0", "6", "2", "6"]
+    assert "probe general: 6 questions, never trained on" in flat
+    assert "scaled up from one timed batch" in flat  # measured, as ever
+    assert "fp32 *" in flat
+    assert "time at 1 TFLOP/s" in flat
+    tokens = re.search(r"tokens=(\d+)", flat)
+    assert tokens is not None
+    assert 16 < int(tokens[1]) < 100  # of the timed batch, not the assumed 700
+    assert "weights of model are not here" not in flat
+    # The same without weights, processor and data.
+    for path in [*(tmp_path / "world/model").iterdir(), *(tmp_path / "world").glob("*/train.json")]:
+        if path.name != "config.json":
+            path.unlink()
+    bare = cli("run", file, "--dry-run", "--assume", f"tokens={tokens[1]}", "--assume", "samples=12")
+    assert bare.code == 0, bare.err
+    told = " ".join(bare.out.split())
+    assert "are not here: what follows is arithmetic on its config.json" in told
+    assert "sizes of the tasks are assumed: task 'colours'" in told
+    table = [line for line in answer.out.splitlines() if "GiB" in line or "MiB" in line]
+    assert [line for line in bare.out.splitlines() if "│" in line and "MiB" in line] == [
+        line for line in table if "│" in line
+    ]
+    assert cli("run", file, "--assume", "tokens=3").err.startswith("Error: --assume is for --dry-run")
 
 
 def test_dry_run_trains_nothing(world):

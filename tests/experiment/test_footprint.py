@@ -257,8 +257,17 @@ def test_a_free_projector_is_counted(llava_7b):
     from keeplora.experiment.plan import make_footprint
 
     free = make_footprint(config_of(llava_7b, tuner={"r": 64, "parts": {"projector": "free"}}), Assumptions())
+    own = 1024 * 4096 + 4096**2 + 2 * 4096  # two weights and two biases
     assert len(free.linears) == 7 * 32
-    assert free.settings.trained == 64 * 32 * 42496 + 1024 * 4096 + 4096**2 + 2 * 4096
+    assert (free.settings.trained, free.settings.free) == (64 * 32 * 42496 + own, own)
+    frozen = replace(free.settings, trained=free.settings.trained - own, free=0)
+    without = f.memory(free.shape, free.linears, frozen, free.assume, "bf16")
+    memory = free.memory["bf16"]
+    assert memory.factors == without.factors
+    assert memory.optimiser - without.optimiser == 12 * own
+    assert memory.copies - without.copies == 2 * own
+    assert memory.host - without.host == 2 * own + 4 * own  # its copy, and one task's change
+    assert free.ledger_bytes == f.factor_bytes(free.linears) + 4 * own
 
 
 @pytest.mark.parametrize("kind", ["qwen2-5-vl", "idefics3", "gemma3", "llava-onevision", "internvl"])

@@ -39,6 +39,7 @@ def test_a_published_suite_runs_from_its_files(tmp_path: Path, suite: str, make:
         elif scorer != "caption":
             assert all(value is not None and 0 <= value <= 100 for value in row)
     assert len(results["accuracy"]) == len(names) + 1
-    assert any("not paper-comparable" in line for line in results["warnings"])  # a handful of items is not 3,000
+    if suite == "ucit":  # whose counts are known: a handful of items is not 3,000
+        assert any("not paper-comparable" in line for line in results["warnings"])
     for name in names:
         assert (tmp_path / "run" / "predictions" / f"after-{len(names)}" / f"{name}.jsonl").is_file()

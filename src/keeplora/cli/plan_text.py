@@ -134,7 +134,8 @@ def _print_footprint(console: Console, plan: Footprint) -> None:
             "assumption)", highlight=False,
         )  # fmt: skip
     console.print(
-        f"state carried from task to task: the model and {plan.keeps}; ledger: {size(plan.ledger_bytes)} of A and B per task"
+        f"state carried from task to task: the model and {plan.keeps}; ledger: {size(plan.ledger_bytes)} per task (A, B"
+        + (", what is free)" if settings.free else ")")
         + (", and U once in all" if settings.protects else ""), highlight=False,
     )  # fmt: skip
     seconds = plan.seconds[plan.base]

@@ -76,6 +76,7 @@ class Settings:
         trained: parameters that a task trains. frozen: entries of factors beside them that do not train (A).
         protects: whether the method keeps U. gradients: M8g in place of M8.
         epochs, samples, gradient_samples, feature_samples, tests: one entry per task. probes: samples of all probes.
+        free: those of ``trained`` that are the model's own, trained in full and not protected.
     """
 
     trained: int
@@ -91,6 +92,7 @@ class Settings:
     feature_samples: tuple[int, ...]
     tests: tuple[int, ...]
     probes: int = 0
+    free: int = 0
 
 
 def element(base: str) -> int:
@@ -187,10 +189,10 @@ class Memory:
     device: int
     """base + past · (tasks − 1) + the largest of: training, the gradient pass, the feature pass, generation."""
     copies: int
-    """W₀ of the targets that are merged, e out in each, on the host from the first merge on."""
+    """W₀ of the targets that are merged and of what is free, e per entry, on the host from the first merge on."""
     host: int
     """copies + 2 U (while a task is finished the old basis is kept, to undo) + A, B of every task and once more while one
-    trains + G or C of one layer, float64."""
+    trains, what each changed of the free modules + G or C of one layer, float64."""
 
 
 def memory(shape: ModelShape, targets: Sequence[Linear], settings: Settings, assume: Assumptions, base: str) -> Memory:
@@ -207,7 +209,7 @@ def memory(shape: ModelShape, targets: Sequence[Linear], settings: Settings, ass
         )  # fmt: skip
 
     held, past = base_bytes(shape, base), factor_bytes(beside)
-    factors, optimiser = 4 * (s.trained + s.frozen), 12 * s.trained
+    factors, optimiser = 4 * (s.trained - s.free + s.frozen), 12 * s.trained
     G = gradient_bytes(targets) if s.protects else 0
     C = covariance_bytes(targets) if s.protects and not s.gradients else 0
     cache = cache_bytes(shape, base, s.eval_batch, assume.answer_tokens)
@@ -215,12 +217,13 @@ def memory(shape: ModelShape, targets: Sequence[Linear], settings: Settings, ass
         factors + optimiser + activations(s.checkpointing),
         G + activations(s.checkpointing, statistics=True) if s.protects else 0, C, cache,
     )  # fmt: skip
-    copies = sum(element(base) * t.n_in * t.n_out for t in merged)
+    copies = element(base) * (sum(t.n_in * t.n_out for t in merged) + s.free)
     U = 2 * subspace_bytes(targets, assume.k) if s.protects else 0
     one = max(8 * t.n_in * (t.n_out if s.gradients else max(t.n_in, t.n_out)) for t in targets) if s.protects else 0
     return Memory(
         held, factors, optimiser, activations(False), activations(True), G, C, cache, past,
-        device=held + past * max(0, tasks - 1) + peak, copies=copies, host=copies + U + (tasks + 1) * factors + one,
+        device=held + past * max(0, tasks - 1) + peak, copies=copies,
+        host=copies + U + (tasks + 1) * factors + tasks * 4 * s.free + one,
     )  # fmt: skip
 
 

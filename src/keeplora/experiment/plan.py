@@ -141,8 +141,9 @@ class Footprint:
 
     @property
     def ledger_bytes(self) -> int:
-        """A and B of one task on disk, beside the new directions of U (all tasks together at most U at 100 %)."""
-        return footprint.factor_bytes(self.linears)
+        """A and B of one task on disk and what it changed of the free modules, in float32; beside them the new directions of U
+        (all tasks together at most U at 100 %)."""
+        return footprint.factor_bytes(self.linears) + 4 * self.settings.free
 
 
 def make_footprint(config: ExperimentConfig, assume: Assumptions, setup: Setup | None = None) -> Footprint:
@@ -174,7 +175,8 @@ def make_footprint(config: ExperimentConfig, assume: Assumptions, setup: Setup |
     linears = drawn.linears(learner.targets, shape)
     training, tuners = config.training, [outline.tuner_config(task) for task in tasks]
     trained = learner.planned_parameters() if method.trains else 0
-    low_rank = sum(t.rank * t.n_out for t in linears) + learner.free.numel()
+    free = learner.free.numel() if method.trains else 0
+    low_rank = sum(t.rank * t.n_out for t in linears) + free
     counts = [row["train"] for row in rows]
     settings = Settings(
         trained=trained, frozen=sum(t.rank * t.n_in for t in linears) if trained == low_rank else 0,
@@ -183,7 +185,7 @@ def make_footprint(config: ExperimentConfig, assume: Assumptions, setup: Setup |
         eval_batch=training.eval_batch_size, epochs=tuple(row["epochs"] for row in rows), samples=tuple(counts),
         gradient_samples=tuple(min(n, c.gradient_samples or n) for n, c in zip(counts, tuners, strict=True)),
         feature_samples=tuple(min(n, c.feature_samples or n) for n, c in zip(counts, tuners, strict=True)),
-        tests=tuple(row["test"] for row in rows), probes=sum(len(probe.test) for probe in probes),
+        tests=tuple(row["test"] for row in rows), probes=sum(len(probe.test) for probe in probes), free=free,
     )  # fmt: skip
     return Footprint(
         rows, missing, learner.targets, linears, shape, settings, assume, _base(config, drawn, setup),
