@@ -98,7 +98,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_bits(world, finished, 
 def test_micro_batches_change_nothing_but_memory(world, finished, tmp_path: Path) -> None:
     run(world, tmp_path / "micro", training={"micro_batch": 1})
     one, two = factors(finished[0]), factors(tmp_path / "micro")
-    shared = [k for k in one if ':B/' in k]
+    shared = [k for k in one if ":B/" in k]
     assert shared
     for key in shared:
         torch.testing.assert_close(one[key], two[key], rtol=5e-3, atol=1e-5)

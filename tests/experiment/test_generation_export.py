@@ -146,7 +146,9 @@ def test_a_quantised_run_is_exported_to_the_unquantised_base(tmp_path: Path, bit
     merged = AutoModelForImageTextToText.from_pretrained(folder).eval()
     base = base_of(model)
     for target in model.learner.targets:
-        delta = sum(record.factors[target.name].delta for record in model.learner.records if target.name in record.factors)
+        delta = sum(
+            record.factors[target.name].delta for record in model.learner.records if target.name in record.factors
+        )
         found = merged.get_submodule(target.name).weight - base.get_submodule(target.name).weight
         torch.testing.assert_close(found, torch.as_tensor(delta), atol=1e-5, rtol=1e-4)
 

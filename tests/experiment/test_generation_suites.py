@@ -16,7 +16,9 @@ from tests.models.tiny_generative import tiny
 
 @pytest.mark.parametrize(("suite", "make"), [("ucit", make_ucit), ("mllm-dcl", make_mllm_dcl)])
 @pytest.mark.parametrize("method", ["keeplora++", "lora"])
-def test_a_published_suite_runs_from_its_files(tmp_path: Path, suite: str, make: Callable[[Path], object], method: str) -> None:
+def test_a_published_suite_runs_from_its_files(
+    tmp_path: Path, suite: str, make: Callable[[Path], object], method: str
+) -> None:
     make(tmp_path / "data")
     tiny("llava", tmp_path / "model")
     results = Experiment(

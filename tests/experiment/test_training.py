@@ -255,8 +255,7 @@ def test_joint_training_mixes_whole_batches_of_every_task_with_their_own_prompts
     first, second = Points(), Points()
     second.x = second.x + 100
     tasks = [
-        batches_of(data, 8, Collate({"input_ids": torch.tensor([i])}), i)
-        for i, data in enumerate((first, second))
+        batches_of(data, 8, Collate({"input_ids": torch.tensor([i])}), i) for i, data in enumerate((first, second))
     ]
     mixed = MixedBatches(tasks, seed=0)
     assert len(mixed) == 6

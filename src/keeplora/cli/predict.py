@@ -15,7 +15,9 @@ def predict(
         str | None, typer.Option(help="For a generative model: what to ask about the pictures, all of them at once.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Candidates, separated by commas; any words will do.")] = None,
-    task: Annotated[str | None, typer.Option(help="Candidates are this learned task's classes; the task of a question.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Candidates are this learned task's classes; the task of a question.")
+    ] = None,
     template: Annotated[str | None, typer.Option(help="Prompt with {} for the class; default: the task's own.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many candidates to print.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from keeplora.errors import did_you_mean
@@ -26,6 +26,7 @@ from keeplora.experiment.config_fields import (
     ValidationPer,
     pick,
 )
+from keeplora.experiment.config_generation import GenerationConfig, PartsConfig, Section, TokenWeightsConfig
 from keeplora.experiment.presets import preset_values
 
 
@@ -38,12 +39,7 @@ def variant_of(method: str) -> str | None:
     return "cls" if method.endswith("-cls") else None
 
 
-class _Section(BaseModel):
-    # strict: `r: true` is not 1 and `epochs: "3"` is not 3; a configuration says what it means.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which pretrained model."""
 
     name: str = Field(min_length=1, description="'embedded', a Hugging Face name or a local folder")
@@ -53,7 +49,8 @@ class ModelConfig(_Section):
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hugging Face name")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="of the weights of a generative model; auto: fp32 on the CPU, bf16 on a GPU that has it"
+        default="auto",
+        description="of the weights of a generative model; auto: fp32 on the CPU, bf16 on a GPU that has it",
     )
     quantize: Literal["8bit", "4bit"] | None = Field(
         default=None, description="hold a generative model's base in 8 or 4 bits; it is never merged"
@@ -63,33 +60,7 @@ class ModelConfig(_Section):
     )
 
 
-class PartsConfig(_Section):
-    """Which parts of a generative model learn, where target_modules names none. A dual encoder has none of these parts."""
-
-    language: Literal["protected"] = "protected"
-    projector: Literal["protected", "frozen", "free"] = Field(
-        default="protected", description="protected like every target, frozen, or trained in full without protection"
-    )
-    vision: Literal["frozen", "protected"] = "frozen"
-
-
-class TokenWeightsConfig(_Section):
-    """How much each kind of token of a conversation counts in the statistics C and G of the language model."""
-
-    text: float = Field(default=1.0, ge=0)
-    image: float = Field(default=1.0, ge=0)
-    answer: float = Field(default=1.0, ge=0)
-
-
-class GenerationConfig(_Section):
-    """How answers are generated when a generative model is scored."""
-
-    sample: bool = Field(default=False, description="draw tokens at random (seeded); off: greedy")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-
-
-class TunerConfig(_Section):
+class TunerConfig(Section):
     """KeepLoRA's own settings. The keys of a mapping are towers ("vision", "text"), module prefixes or "default"."""
 
     target_modules: Modules | None = Field(
@@ -125,7 +96,7 @@ class TunerConfig(_Section):
         return max(1, math.ceil(cap * available - 1e-9)) if isinstance(cap, float) else cap
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How a task is trained. epochs and learning_rate may be mappings from task names (or "default")."""
 
     epochs: CountPer
@@ -157,13 +128,13 @@ class TrainingConfig(_Section):
         return self.model_copy(update=own)
 
 
-class EarlyStoppingConfig(_Section):
+class EarlyStoppingConfig(Section):
     """Stop a task when its validation accuracy has not risen for ``patience`` epochs."""
 
     patience: Count
 
 
-class AcceptConfig(_Section):
+class AcceptConfig(Section):
     """What to do when a new task costs an older task or a probe more than ``max_drop`` points on validation data."""
 
     max_drop: float = Field(ge=0, le=100)
@@ -207,7 +178,7 @@ def _check_spec(spec: dict[str, Any]) -> dict[str, Any]:
 DataSpec = Annotated[dict[str, Any], AfterValidator(_check_spec)]
 
 
-class ExperimentConfig(_Section):
+class ExperimentConfig(Section):
     """A complete experiment: what to learn, in which order, with which method and settings.
 
     Made by `keeplora.experiment.config.load_config`, which fills in preset and suite (its tasks included).

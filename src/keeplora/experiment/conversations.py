@@ -83,7 +83,9 @@ class Parts:
         return {"parts": parts, "index": torch.cat([part["index"] for part in parts])}
 
 
-def ordered_loader(data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], workers: int) -> DataLoader[Any]:
+def ordered_loader(
+    data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], workers: int
+) -> DataLoader[Any]:
     """A loader in the set's order."""
     return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
@@ -96,9 +98,7 @@ def training_loader(
     generator = torch.Generator().manual_seed(seed)
     if grouped:
         batches = LengthBatches(data.lengths, batch_size, seed)
-        return DataLoader(
-            data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=generator
-        )
+        return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=generator)
     return DataLoader(
         data, batch_size=batch_size, shuffle=True, collate_fn=collate, num_workers=workers, generator=generator
     )

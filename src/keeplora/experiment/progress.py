@@ -39,7 +39,13 @@ def fields_text(fields: dict[str, Any]) -> str:
         if value is None:
             continue
         if isinstance(value, float):
-            value = f"{value:.1f}" if "accuracy" in key or "score" in key else f"{value:.2e}" if key == "lr" else f"{value:.4f}"
+            value = (
+                f"{value:.1f}"
+                if "accuracy" in key or "score" in key
+                else f"{value:.2e}"
+                if key == "lr"
+                else f"{value:.4f}"
+            )
         shown.append(f"{key.replace('_', ' ')} {value}")
     return ", ".join(shown)
 

@@ -66,7 +66,12 @@ class Classification:
             objective.head = initial_head(objective, data, training.eval_batch_size)
 
     def statistics(
-        self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, config: KeepLoraConfig, seed: int
+        self,
+        objective: TaskObjective,
+        data: PictureTensors,
+        training: TrainingConfig,
+        config: KeepLoraConfig,
+        seed: int,
     ) -> dict[str, Any]:
         pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
         pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels)
@@ -76,7 +81,9 @@ class Classification:
             "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
         }  # fmt: skip
 
-    def batches(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, seed: int) -> TaskBatches:
+    def batches(
+        self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, seed: int
+    ) -> TaskBatches:
         return TaskBatches(
             data,
             loader(data, training.batch_size, objective.collate, workers=training.workers, shuffle_seed=seed),

@@ -154,9 +154,7 @@ class Generation:
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
-    def _answers(
-        self, task: ConversationTask, data: ConversationTensors, on_batch: Callable[[], object]
-    ) -> list[str]:
+    def _answers(self, task: ConversationTask, data: ConversationTensors, on_batch: Callable[[], object]) -> list[str]:
         settings, size = self.config.generation, self.config.training.eval_batch_size
         lengths = data.lengths
         order = sorted(range(len(data)), key=lambda i: (lengths[i], i))
