@@ -109,6 +109,23 @@ def test_unfinished_is_undefined_not_a_smaller_mean(acc: list[list[float]]) -> N
     assert metrics.per_task_forgetting(acc[:-1]) == [None] * len(acc[0])
 
 
+def test_summary_gives_every_metric_under_its_own_name() -> None:
+    # All values differ but last and mfn, which are one: a key that holds another metric shows.
+    found = metrics.summary([[50, 40, 30], [90, 42, 34], [88, 80, 32], [86, 81, 70]], [[9.0], [4.0], [5.0], [6.0]])
+    assert found == {
+        "transfer": 37.5,
+        "average": 67.0,
+        "last": 79.0,
+        "forgetting": 1.5,
+        "bwt": -1.5,
+        "mft": 80.0,
+        "mfn": 79.0,
+        "maa": pytest.approx((90 + 84 + 79) / 3),
+        "probe": 5.0,
+        "probe_before": 9.0,
+    }
+
+
 def test_one_task() -> None:
     found = metrics.summary([[20.0], [80.0]], [[40.0, 20.0], [38.0, 18.0]])
     assert found == {

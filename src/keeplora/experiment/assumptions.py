@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from keeplora.errors import ConfigError, did_you_mean
 
@@ -52,7 +53,7 @@ class Assumptions:
             if name not in kinds:
                 raise ConfigError(f"--assume {pair}: there is no {name!r}{did_you_mean(name, kinds)}")
             try:
-                value = kinds[name](text)
+                value: Any = kinds[name](text)
             except ValueError:
                 value = -1
             least = 0 if name == "image_tokens" else 1 if kinds[name] is int else 1e-9

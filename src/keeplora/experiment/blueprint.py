@@ -118,8 +118,8 @@ class Blueprint:
         entries = {part: sum(m.in_features * m.out_features for m in linears) for part, linears in held.items()}
         image = assume.image_tokens or min(assume.tokens, int(getattr(config, "image_seq_length", 0) or assume.tokens))
         sizes = [getattr(eye, key, None) for key in ("image_size", "patch_size")]
-        sizes = [size[0] if isinstance(size, list | tuple) else size for size in sizes]
-        patches = (sizes[0] // sizes[1]) ** 2 + 1 if all(isinstance(size, int) for size in sizes) else 4 * image
+        side, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
+        patches = (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else 4 * image
         return ModelShape(
             parameters=sum(p.numel() for p in self.model.parameters()),
             language=_tower(text, entries["language"], assume.tokens), vision=_tower(eye, entries["vision"], patches),

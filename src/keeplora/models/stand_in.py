@@ -105,7 +105,7 @@ def _assemble(embedded: Path, files: Path, folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    config = LlavaConfig.from_pretrained(files)
+    config: Any = LlavaConfig.from_pretrained(files)
     model = LlavaForConditionalGeneration(config).float()
     taught = {name: tensor.float() for name, tensor in load_file(files / WEIGHTS).items()}
     tower = {

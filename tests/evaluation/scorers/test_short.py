@@ -32,8 +32,9 @@ def test_exact(prediction: str, reference: str, right: int) -> None:
         ("It is a Residential Area.", "residential area", 1), ("residential  area", "residential area", 0),
         ("residential area", "residential area.", 0),
         # one word in an answer of several: it touches a space, a full stop or a comma
-        ("the answer is no", "No", 1), ("no, it is not", "no", 1), ("not now.", "now", 1), ("a snowman", "now", 0),
+        ("the answer is no", "No", 1), ("no, it is", "no", 1), ("not now.", "now", 1), ("a snowman", "now", 0),
         ("a nova there", "no", 1), ("snow there", "no", 0), ("yes no", "no.", 1), ("it is (no)", "no", 0),
+        ("a white casino.", "no", 1),
         # one word in an answer of one word: anywhere
         ("snowman", "now", 1), ("12m", "12", 1), ("yes", "no", 0),
         # full stops leave the reference of one word, not the answer
@@ -73,7 +74,7 @@ def test_exact_stripped(prediction: str, reference: str, right: int) -> None:
     ("prediction", "reference", "right"),
     [
         ("The two dogs", "2 dogs", 1), ("don't", "dont", 1), ("red, white!", "red white", 1), ("1,000", "1000", 1),
-        ("3.5", "3.5", 1), ("3.5", "35", 0), ("yes.", "yes", 1), ("a cat", "cat", 1), ("cats", "cat", 0),
+        ("3.5", "3.5", 1), ("3.5", "35", 0), ("yes.", "yes", 1), ("a cat", "cat", 1), ("an owl", "owl", 1), ("cats", "cat", 0),
         ("ten", "10", 1), ("none", "0", 1), ("eleven", "11", 0), ("half-past", "half past", 1), ("7:30", "730", 0),
     ],
 )  # fmt: skip

@@ -30,7 +30,9 @@ def _bare(text: str) -> str:
 
 
 def exact(predictions: Sequence[str], references: References, questions: Sequence[str]) -> Scored:
-    """Equal but for case, outer whitespace and one full stop at the end (UCIT's rule).
+    """Equal but for case, outer whitespace and one full stop at the end.
+
+    UCIT's own evaluation ignores case alone: there an answer that ends in a full stop is wrong.
 
     >>> exact(["Blue."], [["blue"]], [""]).value
     100.0
