@@ -11,23 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from keeplora.report.charts import number
+from keeplora.report.kinds import IN_POINTS, Metric
 from keeplora.report.runs import Run
 
-# key in results["metrics"], short name, whether a larger value is better, what it is
-METRICS = [
-    (
-        "transfer",
-        "Transfer",
-        True,
-        "accuracy on tasks before they are learned: mean over j ≥ 2 of mean over i < j of acc[i][j]",
-    ),
-    ("average", "Avg", True, "mean of acc[i][j] over all i, j = 1…N"),
-    ("last", "Last", True, "mean over all tasks after the last one"),
-    ("probe", "Probe", True, "mean over the probe sets, never trained on, and over i = 1…N"),
-    ("forgetting", "Forgetting", False, "mean over j < N of the task's best over i < N less its value at the end"),
-    ("bwt", "BWT", True, "mean over j < N of acc[N][j] − acc[j][j]"),
-]
-BARS = [entry for entry in METRICS if entry[0] in ("transfer", "average", "last", "probe")]
 OTHER_COLOURS = [1, 2, 3, 4, 6, 7]
 GREY = 5
 MOST_RIVALS = 4  # in the words of the headline; the table has all
@@ -56,13 +42,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def untouched(run: Run) -> dict[str, float | None]:
-    """The metrics of a model that is never trained, from row 0: each accuracy holds at every moment."""
+    """The metrics of a model that is never trained, from row 0: each value holds at every moment."""
     if not run.accuracy:
         return {}
     row = run.accuracy[0]
     mean = _mean(row)
     probe = _mean(run.probe_accuracy[0]) if run.probe_accuracy else None
-    return {"transfer": _mean(row[1:]), "average": mean, "last": mean, "probe": probe}
+    found = {"transfer": _mean(row[1:]), "probe": probe, **dict.fromkeys(("average", "last", "mft", "mfn"), mean)}
+    # At moment i MAA counts the tasks up to i alone, learned or not.
+    return found | {"maa": _mean([_mean(row[: i + 1]) for i in range(len(row))])}
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -106,7 +94,7 @@ def best(found: Sequence[Entry], key: str, higher: bool) -> set[int]:
     values = {
         i: value
         for i, entry in enumerate(found)
-        if (value := entry.metrics.get(key)) is not None and (entry.learns or key not in ("forgetting", "bwt"))
+        if (value := entry.metrics.get(key)) is not None and (entry.learns or key not in IN_POINTS)
     }
     if len(values) < 2:
         return set()
@@ -124,22 +112,32 @@ def signed(value: float) -> str:
     return f"+{text}" if value > 0 and float(text) else text
 
 
+POINTS = {
+    "forgetting": "points below a task’s best, on average",
+    "bwt": "points from a task’s learning to the end, on average",
+}
+
+
+def _told(run: Run) -> list[Metric]:
+    return [metric for metric in run.kind.metrics if metric.key in run.kind.told]
+
+
 def tiles(run: Run) -> list[dict[str, Any]]:
     """The big numbers: name, value, and one line that puts it in proportion."""
     base, found = untouched(run), []
-    for key, name, _, meaning in METRICS:
+    for key, name, _, meaning in _told(run):
         value = run.metrics.get(key)
-        if value is None or key == "bwt":
+        if value is None:
             continue
         level = base.get(key)
-        note = "points below a task’s best, on average" if key == "forgetting" else ""
+        note = POINTS[key] if key in IN_POINTS else ""
         if level is not None and run.learns:
             note = f"untouched model {number(level)} ({signed(value - level)})"
         found.append(
             {
                 "name": name,
-                "value": number(value),
-                "unit": "" if key == "forgetting" else "%",
+                "value": signed(value) if key == "bwt" else number(value),
+                "unit": "" if key in IN_POINTS else "%",
                 "note": note,
                 "title": meaning,
             }
@@ -153,9 +151,9 @@ def _strong(template: str, *values: str) -> Markup:
 
 def _against(run: Run, entry: Entry) -> Markup | None:
     parts = []
-    for key, name, _, _ in METRICS:
+    for key, name, _, _ in _told(run):
         mine, theirs = run.metrics.get(key), entry.metrics.get(key)
-        if key != "bwt" and mine is not None and theirs is not None and (key != "forgetting" or entry.learns):
+        if mine is not None and theirs is not None and (key not in IN_POINTS or entry.learns):
             parts.append(f"{name} {signed(mine - theirs)}")
     if not parts:
         return None
@@ -164,9 +162,9 @@ def _against(run: Run, entry: Entry) -> Markup | None:
 
 def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
     """What came out, in sentences with the numbers in them; only what the run has reached."""
-    n, metrics, base = len(run.tasks), run.metrics, untouched(run)
+    n, metrics, base, kind = len(run.tasks), run.metrics, untouched(run), run.kind
     said: list[Markup] = []
-    value, level = metrics.get("last"), base.get("last")
+    value, level = metrics.get(kind.end), base.get(kind.end)
     if not run.accuracy:
         return [Markup("Nothing has been evaluated yet.")]
     if not run.finished:
@@ -174,17 +172,11 @@ def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
             _strong("{} of {} tasks are finished; the summary metrics follow when all are.", str(run.done), str(n))
         )
     if not run.learns and value is not None:
-        said.append(
-            _strong(
-                "The untouched model names {} of the test pictures right, averaged over {} tasks.",
-                f"{number(value)}\u00a0%",
-                str(n),
-            )
-        )
+        said.append(_strong(kind.untouched, f"{number(value)}\u00a0%", str(n)))
     elif value is not None:
         tasks = f"{n} tasks one after another" if n > 1 else "one task"
         after = "After the last one" if n > 1 else "After it"
-        text = "{} learned {}. " + after + " it names {} of the test pictures right, averaged over the tasks (Last)"
+        text = "{} learned {}. " + after + " " + kind.ends
         said.append(
             _strong(text, run.label, tasks, f"{number(value)}\u00a0%") + Markup("" if level is not None else ".")
         )
@@ -193,7 +185,7 @@ def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
     if run.learns:
         said += _kept(run, base)
     rivals = [e for e in found if e.run is not None and e.charted and not e.strong]
-    rivals.sort(key=lambda e: -(e.metrics.get("last") or 0.0))
+    rivals.sort(key=lambda e: -(e.metrics.get(kind.end) or 0.0))
     said += [line for e in rivals[:MOST_RIVALS] if (line := _against(run, e))]
     if len(said) > 1 and rivals:
         said.append(Markup("One run of each method: a few points can be chance. Several seeds give an interval."))
@@ -202,11 +194,19 @@ def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
 
 def _kept(run: Run, base: dict[str, float | None]) -> list[Markup]:
     said: list[Markup] = []
-    drop, metrics = run.metrics.get("forgetting"), run.metrics
+    drop, metrics = run.metrics.get("forgetting" if "forgetting" in run.kind.told else "bwt"), run.metrics
     if drop is not None:
         first = run.column(run.tasks[0])
-        direction = "below" if drop >= 0 else "above"
-        text = _strong("On average a task ended {} its earlier best.", f"{number(abs(drop))} points {direction}")
+        points = f"{number(abs(drop))} points"
+        if "forgetting" in run.kind.told:
+            text = _strong(
+                "On average a task ended {} its earlier best.", f"{points} {'below' if drop >= 0 else 'above'}"
+            )
+        else:
+            text = _strong(
+                "Between its learning and the end a task {} on average (BWT).",
+                f"{'lost' if drop < 0 else 'gained'} {points}",
+            )
         if first[1] is not None and first[-1] is not None:
             text += _strong(
                 " The first task, {}, stood at {} when it was learned and at {} at the end.",
@@ -215,9 +215,12 @@ def _kept(run: Run, base: dict[str, float | None]) -> list[Markup]:
         said.append(text)
     for key, text in (
         ("transfer", "Tasks not yet learned stood at {} (Transfer); the untouched model has {} on them."),
-        ("probe", "The probe sets, never trained on, stood at {} over the sequence; the untouched model has {}."),
+        (
+            "probe",
+            f"The {run.kind.probes}, never trained on, stood at {{}} over the sequence; the untouched model has {{}}.",
+        ),
     ):
         value, level = metrics.get(key), base.get(key)
-        if value is not None and level is not None:
+        if key in run.kind.told and value is not None and level is not None:
             said.append(_strong(text, f"{number(value)}\u00a0%", f"{number(level)}\u00a0%"))
     return said

@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from keeplora.report.charts import Series, bar_chart, line_chart, nice_top, number, stacked_bars, stacked_columns
-from keeplora.report.compare import BARS, Entry, best
+from keeplora.report.compare import Entry, best
+from keeplora.report.kinds import Kind
 from keeplora.report.runs import Run
 
 Figure = dict[str, Any]
@@ -25,10 +26,10 @@ def charted(found: Sequence[Entry]) -> list[Entry]:
 
 
 def curves(run: Run, found: Sequence[Entry]) -> list[Figure]:
-    """One small chart per task and probe set: its accuracy through the sequence, one line per method."""
+    """One small chart per task and probe set: its values through the sequence, one line per method."""
     shown = charted(found)
     columns = {name: [e.run.column(name) for e in shown if e.run] for name in [*run.tasks, *run.probes]}
-    top = min(100.0, nice_top([v for lines in columns.values() for line in lines for v in line]))
+    top = nice_top([v for lines in columns.values() for line in lines for v in line])  # CIDEr can pass 100
     chance = run.results.get("chance") or {}
     x_labels = [str(i) for i in range(len(run.tasks) + 1)]
     figures = []
@@ -47,7 +48,7 @@ def curves(run: Run, found: Sequence[Entry]) -> list[Figure]:
         chart = line_chart(
             series,
             x_labels,
-            label=f"Accuracy on {name} in percent, before the first task and after each. {spoken}.",
+            label=f"{run.kind.quantity.capitalize()} on {name} in percent, before the first task and after each. {spoken}.",
             top=top,
             learned_at=k + 1 if task else None,
             chance=chance.get(name),
@@ -56,11 +57,13 @@ def curves(run: Run, found: Sequence[Entry]) -> list[Figure]:
     return figures
 
 
-def bars(found: Sequence[Entry]) -> list[Figure]:
-    """Transfer, Avg, Last and Probe: one bar per method, the best starred."""
+def bars(kind: Kind, found: Sequence[Entry]) -> list[Figure]:
+    """The metrics in percent: one bar per method, the best starred."""
     shown = [entry for entry in found if entry.charted]
     figures = []
-    for key, name, higher, meaning in BARS:
+    for key, name, higher, meaning in kind.metrics:
+        if key not in kind.percents:
+            continue
         values = [entry.metrics.get(key) for entry in shown]
         if all(value is None for value in values):
             continue

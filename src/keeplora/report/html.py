@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.files import atomic_write_text
-from keeplora.report import compare, figures, palette, tables
+from keeplora.report import answers, compare, figures, palette, tables
 from keeplora.report.charts import part_opacity, swatch
 from keeplora.report.runs import Run, load_others, load_run
 
@@ -83,15 +83,20 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "headline": compare.headline(run, found),
         "tiles": compare.tiles(run),
         "heat": tables.heat_map(run) if run.accuracy else None,
+        "answers": (found_answers := answers.read_answers(run)),
+        "answer_tables": answers.count_tables(found_answers),
+        "fates": [(answers.FATE_NAMES.get(name, name), meaning) for name, meaning in answers.FATES.items()],
+        "right_from": answers.RIGHT_FROM,
+        "components": tables.components_table(run),
         "chance": run.results.get("chance") or {},
         "change": tables.change_table(run) if run.done else None,
         "curves": figures.curves(run, found) if run.accuracy else [],
         "curve_legend": figures.charted(found),
         "curves_table": tables.curves_table(run, found),
-        "bars": figures.bars(found),
+        "bars": figures.bars(run.kind, found),
         "comparison": tables.comparison_table(run, found) if run.accuracy else None,
         "hidden": sum(1 for entry in found if not entry.charted),
-        "metric_meanings": [(name, meaning) for _, name, _, meaning in compare.METRICS],
+        "metric_meanings": [(name, meaning) for _, name, _, meaning in run.kind.metrics],
         "capacity": figures.capacity(run),
         "capacity_parts": [(i, f"task {i}", f"{part_opacity(i, steps):.2f}") for i in range(1, steps)],
         "scales": figures.scales(run),
@@ -117,9 +122,10 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
 def render_report(run_dir: str | os.PathLike[str], against: Sequence[str | os.PathLike[str]] = ()) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
-    Reads the run's ``results.json``, ``data.json``, ``status.json``, ``environment.json``, ``config.yaml`` and
-    ``metrics.jsonl``, each of which may be missing while the run is young, and the same files of the runs in ``against``
-    and of the siblings with the same ``comparison_key`` (`find_comparable`). The file is replaced atomically.
+    Reads the run's ``results.json``, ``data.json``, ``status.json``, ``environment.json``, ``config.yaml``,
+    ``metrics.jsonl`` and, of a run that answers questions, ``predictions`` and ``samples``. Each may be missing while the
+    run is young. Beside it stand the runs in ``against`` and the siblings with the same ``comparison_key``
+    (`find_comparable`). The file is replaced atomically.
 
     Raises `KeepLoraError` where ``run_dir`` is no run directory, a file of it is damaged, or a run in ``against`` was
     not made on the same model, tasks, order and data.

@@ -10,7 +10,9 @@ from typing import Any
 
 from keeplora.errors import KeepLoraError
 from keeplora.files import atomic_write_bytes
-from keeplora.report.compare import BARS, GREY, Entry, entries
+from keeplora.report.charts import nice_top
+from keeplora.report.compare import GREY, Entry, entries
+from keeplora.report.kinds import Kind
 from keeplora.report.palette import DASHES, SERIES
 from keeplora.report.runs import Run, load_run
 
@@ -50,11 +52,12 @@ def _curves(axes: Any, run: Run, title: str) -> None:
     _style(axes)
 
 
-def _bars(axes: Any, shown: Sequence[Entry]) -> None:
+def _bars(axes: Any, kind: Kind, shown: Sequence[Entry], top: float) -> None:
     wide = 0.8 / len(shown)
+    bars = [metric for metric in kind.metrics if metric.key in kind.percents]
     for k, entry in enumerate(shown):
-        values = [entry.metrics.get(key) for key, *_ in BARS]
-        at = [i - 0.4 + wide * (k + 0.5) for i in range(len(BARS))]
+        values = [entry.metrics.get(key) for key, *_ in bars]
+        at = [i - 0.4 + wide * (k + 0.5) for i in range(len(bars))]
         heights = [0.0 if v is None else v for v in values]
         axes.bar(
             at,
@@ -66,14 +69,14 @@ def _bars(axes: Any, shown: Sequence[Entry]) -> None:
         for x, value in zip(at, values, strict=True):
             text = "–" if value is None else f"{value:.1f}" if len(shown) <= 3 else f"{value:.0f}"
             axes.text(x, (value or 0) + 1, text, ha="center", va="bottom", fontsize=8, color=INK)
-    axes.set_xticks(range(len(BARS)), [name for _, name, *_ in BARS], fontsize=10)
+    axes.set_xticks(range(len(bars)), [name for _, name, *_ in bars], fontsize=10)
     axes.set_title("Over the whole sequence", loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, top)
     _style(axes)
 
 
 def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
-    """Write one picture of two or more comparable runs: each one's forgetting curves, then Transfer / Avg / Last / Probe.
+    """Write one picture of two or more comparable runs: each one's forgetting curves, then its metrics in percent.
 
     ``path`` ends in ``.png``, ``.svg`` or ``.pdf``. The first three runs get a panel of curves; all (and the untouched
     model) get bars, up to seven. Raises `KeepLoraError` for fewer than two runs, for runs that are not comparable, and
@@ -99,6 +102,9 @@ def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.Path
         if run.results.get("comparison_key") != runs[0].results.get("comparison_key"):
             raise KeepLoraError(f"{run.path} was not made on the same model, tasks, order and data as {runs[0].path}")
     shown = [entry for entry in entries(runs[0], runs[1:]) if entry.charted]
+    kind = runs[0].kind
+    # A share fills the paper up to 100; CIDEr can pass it.
+    top = nice_top([v for run in runs for row in run.accuracy for v in row], 100.0)
     panels = [entry for entry in shown if entry.run is not None][:3]
     figure = Figure(figsize=(3.9 * len(panels) + 5.2, 4.2), facecolor="white", layout="constrained")
     grid = figure.add_gridspec(1, len(panels) + 1, width_ratios=[*[1.0] * len(panels), 1.35])
@@ -108,14 +114,14 @@ def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.Path
         if entry.run is not None:
             _curves(first, entry.run, entry.label)
         if k == 0:
-            first.set_ylim(0, 100)
-            first.set_ylabel("accuracy on the test pictures (%)", fontsize=9, color=SOFT)
+            first.set_ylim(0, top)
+            first.set_ylabel(f"{kind.quantity} on the {kind.items} (%)", fontsize=9, color=SOFT)
             handles, labels = first.get_legend_handles_labels()
         else:
             first.tick_params(labelleft=False)
     figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 6), frameon=False, fontsize=9)
     last = figure.add_subplot(grid[0, len(panels)])
-    _bars(last, shown)
+    _bars(last, kind, shown, top)
     last.legend(loc="upper left", frameon=False, fontsize=9, ncols=2)
     buffer = io.BytesIO()
     # Fixed metadata: the same runs give the same bytes.

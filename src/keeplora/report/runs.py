@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
+from keeplora.report.kinds import GENERATION, Kind, kind_named
 
 RESULTS_FORMAT = "keeplora-results"
 RESULTS_VERSION = 0
@@ -41,6 +42,19 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.results.get("name") or self.path.name)
+
+    @property
+    def kind(self) -> Kind:
+        """What the run does; before there are results, data.json tells: a set of questions names its scorer."""
+        if not self.results and any(entry.get("scorer") for entry in self.sets):
+            return GENERATION
+        return kind_named(self.results.get("kind"))
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """The scorer of each set of a run that answers questions; empty for other runs."""
+        found = {str(s.get("name")): str(s["scorer"]) for s in self.sets if s.get("scorer")}
+        return found | {str(name): str(scorer) for name, scorer in (self.results.get("scorers") or {}).items()}
 
     @property
     def method(self) -> str:
@@ -108,7 +122,7 @@ class Run:
         return self.results.get("method_title") or method_label(self.method, self.results.get("variant"))
 
     def column(self, name: str) -> list[float | None]:
-        """Accuracy on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""
+        """Accuracy or score on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""
         for names, matrix in ((self.tasks, self.accuracy), (self.probes, self.probe_accuracy)):
             if name in names:
                 j = names.index(name)
@@ -161,6 +175,10 @@ def _check_results(results: dict[str, Any], path: Path) -> None:
     version = results.get("version")
     if not isinstance(version, int) or version > RESULTS_VERSION:
         raise KeepLoraError(f"{path}: version {version!r} is later than {RESULTS_VERSION}; update keeplora to read it")
+    try:
+        kind_named(results.get("kind"))
+    except KeepLoraError as error:
+        raise KeepLoraError(f"{path}: {error}") from None
     for key, names in (("accuracy", "tasks"), ("probe_accuracy", "probes")):
         width = len(results.get(names) or [])
         for i, row in enumerate(results.get(key) or []):
@@ -217,6 +235,11 @@ def load_others(run: Run, against: Sequence[Path] = ()) -> list[Run]:
     others: dict[Path, Run] = {}
     for path in against:
         other = load_run(Path(path))
+        if other.results and run.results and other.kind is not run.kind:
+            raise KeepLoraError(
+                f"{path} cannot be compared with {run.path}: it {other.kind.does} ({other.kind.name}), the other "
+                f"{run.kind.does} ({run.kind.name})"
+            )
         if other.results.get("comparison_key") != run.results.get("comparison_key"):
             raise KeepLoraError(
                 f"{path} cannot be compared with {run.path}: their comparison keys differ, so the model, the tasks, "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keeplora.evaluation.stats import Interval, Ranking
+from keeplora.report.kinds import CLASSIFICATION, IN_POINTS, Kind
 from keeplora.report.runs import Run
 
 FINISHED = "finished"
@@ -105,7 +106,7 @@ class MetricRanking:
 
 @dataclass(frozen=True)
 class MeanMatrix:
-    """Accuracy rows averaged over the seeds of one method and order; None where no seed has a value."""
+    """Rows of accuracies or scores averaged over the seeds of one method and order; None where no seed has a value."""
 
     tasks: tuple[str, ...]
     probes: tuple[str, ...]
@@ -142,6 +143,7 @@ class Study:
     costs: Mapping[str, Mapping[str, float]]
     settings: Sequence[tuple[str, Mapping[str, str]]] = ()
     notes: tuple[str, ...] = ()
+    kind: Kind = CLASSIFICATION
 
     @property
     def scopes(self) -> list[str | None]:
@@ -182,7 +184,7 @@ class Study:
             for row in self.methods
             if (found := self.estimates.get((row.name, scope, metric))) is not None
             and not row.bound
-            and (row.learns or metric not in ("forgetting", "bwt"))
+            and (row.learns or metric not in IN_POINTS)
         }
         if len(shown) < 2:
             return set()

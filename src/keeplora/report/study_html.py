@@ -10,14 +10,14 @@ from markupsafe import Markup
 from keeplora.files import atomic_write_text
 from keeplora.report import palette, study_tables
 from keeplora.report.charts import number, stacked_bars, swatch
-from keeplora.report.compare import METRICS, signed
+from keeplora.report.compare import signed
 from keeplora.report.html import TEMPLATES
+from keeplora.report.kinds import IN_POINTS
 from keeplora.report.study_charts import Dot, dots, ranks, spread
 from keeplora.report.study_data import Difference, Study
 from keeplora.report.study_tables import sure, with_ends, with_half
 
 Figure = dict[str, Any]
-SPREAD = ("transfer", "average", "last", "probe")
 
 
 def _spoken(rows: list[Dot]) -> str:
@@ -27,7 +27,7 @@ def _spoken(rows: list[Dot]) -> str:
 def means(study: Study) -> list[Figure]:
     """Per metric: a lane per method with mean and interval over everything, the untouched model at the end."""
     figures = []
-    for key, name, higher, meaning in METRICS:
+    for key, name, higher, meaning in study.kind.metrics:
         rows = []
         for method in study.methods:
             found = study.estimates.get((method.name, None, key))
@@ -38,7 +38,7 @@ def means(study: Study) -> list[Figure]:
         level = study.untouched.get((None, key))
         if level is not None and all(method.learns for method in study.methods):
             rows.append(Dot(study_tables.UNTOUCHED, level, text=number(level), index=5, solid=False))
-        unit = "percent" if key in SPREAD else "points"
+        unit = "percent" if key in study.kind.percents else "points"
         chart = dots(rows, label=f"{name}, {unit}, mean with its 95 percent interval: {_spoken(rows)}")
         figures.append(
             {"title": f"{name} ({'higher' if higher else 'lower'} is better)", "note": meaning, "chart": chart}
@@ -49,7 +49,7 @@ def means(study: Study) -> list[Figure]:
 def forest(study: Study) -> list[Figure]:
     """Per metric: each method's paired difference to the reference, with its interval, against 0."""
     figures = []
-    for key, name, higher, _ in METRICS:
+    for key, name, higher, _ in study.kind.metrics:
         rows = []
         for method in study.methods:
             one = study.differences.get((method.name, None, key))
@@ -89,7 +89,7 @@ def orders(study: Study) -> list[Figure]:
     """Per metric: a lane per method with its mean under each order."""
     labels = [order.label for order in study.orders]
     figures = []
-    for key, name, *_ in METRICS:
+    for key, name, *_ in study.kind.metrics:
         rows = []
         for method in study.methods:
             rows.append((method.title, [study.order_means.get((method.name, label, key)) for label in labels]))
@@ -155,20 +155,20 @@ def headline(study: Study) -> list[Markup]:
         said.append(Markup(text).format(Markup("<strong>{}</strong>").format(done), total))
     if done == 0:
         return said
-    for key, name, higher, _ in METRICS:
+    for key, name, higher, _ in study.kind.metrics:
         best = study.best(None, key, higher)
-        if key in ("last", "forgetting", "probe") and best:
+        if key in study.kind.best and best:
             titles = " and ".join(study.title(method.name) for method in study.methods if method.name in best)
             found = study.estimates[next(iter(sorted(best))), None, key]
-            unit = "points" if key == "forgetting" else "%"
+            unit = "points" if key in IN_POINTS else "%"
             text = "Best mean of {}: <strong>{}</strong> with {}\u00a0{}."
             said.append(Markup(text).format(name, titles, with_half(found), unit))
     if study.against is not None:
-        for key, name, higher, _ in METRICS:
-            if key == "bwt":
+        for key, name, higher, _ in study.kind.metrics:
+            if key not in study.kind.told:
                 continue
             # What never learns cannot forget: no achievement.
-            rivals = [m.name for m in study.methods if m.learns or key != "forgetting"]
+            rivals = [m.name for m in study.methods if m.learns or key not in IN_POINTS]
             family = [(m, one) for m in rivals if (one := study.differences.get((m, None, key)))]
             clear = [(method, one) for method, one in family if sure(one)]
             better = [pair for pair in clear if (pair[1].interval["mean"] > 0) == higher]
@@ -203,7 +203,7 @@ def _context(study: Study) -> dict[str, Any]:
         "cost": study_tables.cost_table(study), "cost_figure": cost_figure(study),
         "settings": study_tables.settings_table(study), "cells": study_tables.cells_table(study),
         "failed": study.failed, "dropped": sum(cell.dropped_bytes is not None for cell in study.cells),
-        "metric_meanings": [(name, meaning) for _, name, _, meaning in METRICS], "swatch": swatch, "signed": signed,
+        "metric_meanings": [(name, meaning) for _, name, _, meaning in study.kind.metrics], "swatch": swatch, "signed": signed,
         "light": palette.css("light"), "dark": palette.css("dark"),
         "style": "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "study.css")),
     }  # fmt: skip

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from keeplora.files import atomic_write_bytes
 from keeplora.report.charts import number
-from keeplora.report.compare import METRICS
 from keeplora.report.palette import HEAT, SERIES
 from keeplora.report.plots import INK, LINE, PLOT_MARKERS, SOFT
 from keeplora.report.study_charts import cliques, short
@@ -60,7 +59,7 @@ def _intervals(axes: Any, k: int, mean: float, low: float | None, high: float | 
 
 def means(study: Study) -> Figure | None:
     """Means with 95 % intervals, a panel per metric."""
-    shown = [m for m in METRICS if any((one.name, None, m[0]) in study.estimates for one in study.methods)]
+    shown = [m for m in study.kind.metrics if any((one.name, None, m[0]) in study.estimates for one in study.methods)]
     if not shown:
         return None
     figure, panels = _grid(len(shown), len(study.methods))
@@ -76,8 +75,10 @@ def means(study: Study) -> Figure | None:
 
 def forest(study: Study) -> Figure | None:
     """Paired differences to the reference with 95 % intervals, a panel per metric; hollow where p after Holm >= 0.05."""
-    methods = [m for m in study.methods if any((m.name, None, key) in study.differences for key, *_ in METRICS)]
-    shown = [m for m in METRICS if any((one.name, None, m[0]) in study.differences for one in methods)]
+    methods = [
+        m for m in study.methods if any((m.name, None, key) in study.differences for key, *_ in study.kind.metrics)
+    ]
+    shown = [m for m in study.kind.metrics if any((one.name, None, m[0]) in study.differences for one in methods)]
     if not shown:
         return None
     figure, panels = _grid(len(shown), len(methods))
@@ -98,7 +99,7 @@ def forest(study: Study) -> Figure | None:
 
 def orders(study: Study) -> Figure | None:
     """Each method's mean under each order, joined by a line, a panel per metric."""
-    shown = [m for m in METRICS if any(key[2] == m[0] for key in study.order_means)]
+    shown = [m for m in study.kind.metrics if any(key[2] == m[0] for key in study.order_means)]
     if len(study.orders) < 2 or not shown:
         return None
     figure, panels = _grid(len(shown), len(study.methods))

@@ -7,7 +7,7 @@ from typing import Any
 
 from keeplora.evaluation.stats import Interval
 from keeplora.report.charts import number
-from keeplora.report.compare import METRICS, signed
+from keeplora.report.compare import signed
 from keeplora.report.palette import HEAT_LEVELS
 from keeplora.report.study_data import Difference, MeanMatrix, Study
 from keeplora.report.tables import Cell, Table, count, duration, size
@@ -52,25 +52,25 @@ def sure(one: Difference | None) -> bool:
     return one is not None and one.t_p_holm is not None and one.t_p_holm < SURE
 
 
-def heads() -> list[str]:
-    return [f"{name} {'↑' if higher else '↓'}" for _, name, higher, _ in METRICS]
+def heads(study: Study) -> list[str]:
+    return [f"{name} {'↑' if higher else '↓'}" for _, name, higher, _ in study.kind.metrics]
 
 
 def methods_table(study: Study, scope: str | None) -> Table:
     """Methods × metrics as mean ± half a 95 % interval, with n; the untouched model last unless zero-shot was run."""
     rows: list[list[Cell | str]] = []
-    winners = {key: study.best(scope, key, higher) for key, _, higher, _ in METRICS}
+    winners = {key: study.best(scope, key, higher) for key, _, higher, _ in study.kind.metrics}
     for method in study.methods:
         cells: list[Cell | str] = [method.title, study.n_text(method.name, scope)]
-        for key, *_ in METRICS:
+        for key, *_ in study.kind.metrics:
             found = study.estimates.get((method.name, scope, key))
             cells.append(Cell(with_half(found), best=method.name in winners[key]))
         rows.append(cells)
     if all(method.learns for method in study.methods) and study.untouched:
-        rows.append([UNTOUCHED, "–", *(number(study.untouched.get((scope, key))) for key, *_ in METRICS)])
+        rows.append([UNTOUCHED, "–", *(number(study.untouched.get((scope, key))) for key, *_ in study.kind.metrics)])
     units = "seeds × orders" if scope is None and len(study.orders) > 1 else "seeds"
     caption = f"Mean ± half a 95 % t interval, {study.scope_title(scope)} (n: {units}; ★ best mean; ↑ higher is better, ↓ lower)"
-    return Table(caption, ["method", "n", *heads()], rows, sticky=True)
+    return Table(caption, ["method", "n", *heads(study)], rows, sticky=True)
 
 
 def differences_table(study: Study, scope: str | None) -> Table | None:
@@ -79,7 +79,7 @@ def differences_table(study: Study, scope: str | None) -> Table | None:
         return None
     rows: list[list[Cell | str]] = []
     for method in study.methods:
-        mine = {key: study.differences.get((method.name, scope, key)) for key, *_ in METRICS}
+        mine = {key: study.differences.get((method.name, scope, key)) for key, *_ in study.kind.metrics}
         if method.name == study.against or not any(mine.values()):
             continue
         pairs = max(one.pairs for one in mine.values() if one)
@@ -92,13 +92,13 @@ def differences_table(study: Study, scope: str | None) -> Table | None:
     caption = (
         f"Less {title}, same cells, in points: mean [95 % interval], {study.scope_title(scope)}; bold: Holm’s p < 0.05"
     )
-    return Table(caption, [f"less {title}", "pairs", *heads()], rows, sticky=True)
+    return Table(caption, [f"less {title}", "pairs", *heads(study)], rows, sticky=True)
 
 
 def tests_table(study: Study, scope: str | None) -> Table | None:
     """Every paired test: t over seeds, Wilcoxon over cells, both as they are and adjusted."""
     rows: list[list[Cell | str]] = []
-    for key, name, *_ in METRICS:
+    for key, name, *_ in study.kind.metrics:
         for method in study.methods:
             one = study.differences.get((method.name, scope, key))
             if one is not None:

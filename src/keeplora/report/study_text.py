@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from keeplora.report import study_tables
-from keeplora.report.compare import METRICS
 from keeplora.report.study_data import Study
 from keeplora.report.tables import Cell, Table
 
@@ -50,14 +49,14 @@ def table_csv(study: Study) -> str:
         "seed",
         "state",
         "tasks_done",
-        *(key for key, *_ in METRICS),
+        *(key for key, *_ in study.kind.metrics),
         "probe_before",
         *_COST,
     ]
     rows = []
     for cell in study.cells:
         metrics, cost = cell.metrics, cell.run.cost if cell.finished and cell.run else {}
-        values = [metrics.get(key) for key in (*(key for key, *_ in METRICS), "probe_before")]
+        values = [metrics.get(key) for key in (*(key for key, *_ in study.kind.metrics), "probe_before")]
         done = cell.run.done if cell.run else 0
         place = [cell.method, study.title(cell.method), cell.order, cell.seed, cell.state, done]
         rows.append([*place, *values, *(cost.get(key) for key in _COST), cell.error, str(cell.path)])
@@ -73,7 +72,7 @@ def summary_csv(study: Study) -> str:
     rows = []
     for scope in (None, *(order.label for order in study.orders)):
         for method in study.methods:
-            for key, *_ in METRICS:
+            for key, *_ in study.kind.metrics:
                 found = study.estimates.get((method.name, scope, key))
                 one = study.differences.get((method.name, scope, key))
                 values: list[Any] = [None] * 5

@@ -9,9 +9,13 @@ from datetime import datetime
 from typing import Any
 
 from keeplora.report.charts import number
-from keeplora.report.compare import METRICS, Entry, best, signed
+from keeplora.report.compare import Entry, best, signed
+from keeplora.report.kinds import GENERATION
 from keeplora.report.palette import HEAT_LEVELS
 from keeplora.report.runs import Run
+
+NOT_MEANS = ("caption", "cider")
+"""Scorers whose value is worked out of all answers together."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def moments(run: Run) -> list[str]:
 
 
 def heat_map(run: Run) -> dict[str, Any]:
-    """The accuracy matrix with a colour level per cell; the scale runs over the tens that hold every value."""
+    """The matrix with a colour level per cell; the scale runs over the tens that hold every value."""
     values = [v for row in [*run.accuracy, *run.probe_accuracy] for v in row if v is not None]
     low = 10 * math.floor(min(values, default=0) / 10)
     high = max(10 * math.ceil(max(values, default=100) / 10), low + 10)
@@ -115,19 +119,25 @@ def heat_map(run: Run) -> dict[str, Any]:
                 "probes": [cell(v, "") for v in probes],
             }
         )
-    counts = [n for n in (run.results.get("test_counts") or {}).values() if n]
-    noise = None
-    if counts:
-        # Half a 95 % interval of a share measured on n pictures is widest at 50 %: 1.96 * sqrt(0.25 / n).
-        wide = 98.0 / math.sqrt(min(counts))
-        span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        known = f"by itself it is known to ±\u00a0{number(wide)} points at worst (95\u00a0%)."
-        noise = f"A cell rests on {span} test pictures: {known}"
-    return {"rows": rows, "low": low, "high": high, "levels": range(HEAT_LEVELS), "noise": noise}
+    return {"rows": rows, "low": low, "high": high, "levels": range(HEAT_LEVELS), "noise": _noise(run)}
+
+
+def _noise(run: Run) -> str | None:
+    """How well a cell is known, for the sets whose value is a mean over the test items of something in 0..1."""
+    whole = [name for name, scorer in run.scorers.items() if scorer in NOT_MEANS]
+    counts = [n for name, n in (run.results.get("test_counts") or {}).items() if n and name not in whole]
+    if not counts:
+        return None
+    # Half a 95 % interval of such a mean over n items is widest where half are 1 and half 0: 1.96 * sqrt(0.25 / n).
+    wide = 98.0 / math.sqrt(min(counts))
+    span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    known = f"by itself it is known to ±\u00a0{number(wide)} points at worst (95\u00a0%)."
+    besides = f" That does not hold for {', '.join(whole)}: caption scores are no mean over items." if whole else ""
+    return f"A cell rests on {span} {run.kind.items}: {known}{besides}"
 
 
 def change_table(run: Run) -> Table:
-    """Accuracy against the untouched model, in points."""
+    """Every value against the untouched model, in points."""
     names = [*run.tasks, *(f"probe: {p}" for p in run.probes)]
     whole = [
         [*row, *(run.probe_accuracy[i] if i < len(run.probe_accuracy) else [])] for i, row in enumerate(run.accuracy)
@@ -143,13 +153,14 @@ def change_table(run: Run) -> Table:
 def comparison_table(run: Run, found: Sequence[Entry]) -> Table:
     """Methods x metrics, the best of each column marked; seconds and trained parameters beside them."""
     rows: list[list[Cell | str]] = []
-    winners = {key: best(found, key, higher) for key, _, higher, _ in METRICS}
+    metrics = run.kind.metrics
+    winners = {key: best(found, key, higher) for key, _, higher, _ in metrics}
     for i, entry in enumerate(found):
         label = entry.label
         if entry.run is not None and not entry.run.finished:
             label += f" ({entry.run.done} of {len(entry.run.tasks)} tasks)"
         cells: list[Cell | str] = [Cell(label + (" · this run" if entry.strong else ""), "me" if entry.strong else "")]
-        cells += [Cell(number(entry.metrics.get(key)), best=i in winners[key]) for key, _, _, _ in METRICS]
+        cells += [Cell(number(entry.metrics.get(key)), best=i in winners[key]) for key, *_ in metrics]
         cost = entry.run.cost if entry.run else {}
         cells += [
             duration(cost.get("seconds")),
@@ -157,7 +168,7 @@ def comparison_table(run: Run, found: Sequence[Entry]) -> Table:
             count(cost.get("trained_parameters")),
         ]
         rows.append(cells)
-    head = ["method", *(f"{name} {'↑' if higher else '↓'}" for _, name, higher, _ in METRICS)]
+    head = ["method", *(f"{name} {'↑' if higher else '↓'}" for _, name, higher, _ in metrics)]
     return Table(
         "Methods on the same tasks (★ best; ↑ higher is better, ↓ lower)",
         [*head, "time", "peak memory", "trained"],
@@ -176,7 +187,7 @@ def curves_table(run: Run, found: Sequence[Entry]) -> Table:
                 values = entry.run.column(name)
                 rows.append([name, entry.label, *(number(v) for v in values), *["–"] * (steps - len(values))])
     return Table(
-        "Accuracy by set, method and moment, percent",
+        f"{run.kind.quantity.capitalize()} by set, method and moment, percent",
         ["set", "method", "before", *map(str, range(1, steps))],
         rows,
         (1,),
@@ -185,6 +196,8 @@ def curves_table(run: Run, found: Sequence[Entry]) -> Table:
 
 def data_table(run: Run) -> Table:
     """What was learned from and tested on."""
+    if run.kind is GENERATION:
+        return _questions_table(run)
     chance = run.results.get("chance") or {}
     rows: list[list[Cell | str]] = []
     for entry in run.sets:
@@ -203,6 +216,34 @@ def data_table(run: Run) -> Table:
         )
     head = ["set", "kind", "classes", "train", "test", "chance %", "licence", "fingerprint"]
     return Table("Data sets", head, rows, (1, 6, 7), sticky=True)
+
+
+def _questions_table(run: Run) -> Table:
+    rows: list[list[Cell | str]] = [
+        [
+            str(entry.get("name")),
+            "general" if entry.get("kind") == "probe" else "task",
+            run.scorers.get(str(entry.get("name")), "–"),
+            count(entry.get("max_new_tokens")),
+            count(entry.get("train")) if entry.get("kind") != "probe" else "–",
+            count(entry.get("test")),
+            str(entry.get("licence") or "not stated"),
+            str(entry.get("fingerprint") or "–")[:12],
+        ]
+        for entry in run.sets
+    ]
+    head = ["set", "kind", "scorer", "most tokens", "train", "test", "licence", "fingerprint"]
+    return Table("Data sets", head, rows, (1, 2, 6, 7), sticky=True)
+
+
+def components_table(run: Run) -> Table | None:
+    """The parts of the scores that have parts, as of the latest evaluation; "-plain" marks those made without Java."""
+    found = run.results.get("components") or {}
+    rows: list[list[Cell | str]] = [
+        [str(name), str(part), number(value)] for name, parts in found.items() for part, value in parts.items()
+    ]
+    caption = "Components of the scores at the latest evaluation, percent; “-plain”: on plain words, no published score"
+    return Table(caption, ["set", "component", "value"], rows, (1,)) if rows else None
 
 
 def task_table(run: Run) -> Table:
@@ -249,9 +290,10 @@ def loss_table(epochs: Sequence[dict[str, Any]]) -> Table:
         ]
         for e in epochs
     ]
-    return Table(
-        "Training, epoch by epoch", ["task", "epoch", "loss", "train accuracy %", "learning rate", "time"], rows
-    )
+    head = ["task", "epoch", "loss", "train accuracy %", "learning rate", "time"]
+    if all(row[3] == "–" for row in rows):  # answers are generated after training: there is no such share
+        rows, head = [[*row[:3], *row[4:]] for row in rows], [*head[:3], *head[4:]]
+    return Table("Training, epoch by epoch", head, rows)
 
 
 def layer_table(run: Run) -> Table:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keeplora.report.answers import count_tables, read_answers
 from keeplora.report.charts import number
-from keeplora.report.compare import METRICS, best, entries
-from keeplora.report.runs import Run
+from keeplora.report.compare import best, entries
+from keeplora.report.kinds import CLASSIFICATION
+from keeplora.report.runs import Run, load_run
 from keeplora.report.tables import duration
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ def _value(value: float | None, best: bool) -> Text:
 
 
 def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = None) -> Table:
-    """Methods x Transfer, Avg, Last, Probe, forgetting, BWT and seconds, the best of each column starred.
+    """Methods x the metrics of the runs' kind and seconds, the best of each column starred.
 
     ``results`` are the contents of ``results.json`` files that share a ``comparison_key``. The last row is the untouched
     model, read off row 0, unless a zero-shot run is among them. Values are percent (forgetting and BWT: points); "–" is
@@ -43,33 +46,47 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = N
 
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for _, name, _, _ in METRICS:  # a star marks the best, so no arrow is needed, and 80 columns are enough
+    runs = _runs(results)
+    metrics = (runs[0].kind if runs else CLASSIFICATION).metrics
+    for _, name, _, _ in metrics:  # a star marks the best, so no arrow is needed, and 80 columns are enough
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
-    runs = _runs(results)
     if not runs:
         return table
     found = entries(runs[0], runs[1:])
-    winners = {key: best(found, key, higher) for key, _, higher, _ in METRICS}
+    winners = {key: best(found, key, higher) for key, _, higher, _ in metrics}
     for i, entry in enumerate(found):
         label = entry.label
         if entry.run is not None and not entry.run.finished:
             label += f" ({entry.run.done} of {len(entry.run.tasks)} tasks)"
         # Text, not markup: a name may hold square brackets.
         row = [Text(label, style="dim" if entry.run is None else "")]
-        row += [_value(entry.metrics.get(k), i in winners[k]) for k, *_ in METRICS]
+        row += [_value(entry.metrics.get(k), i in winners[k]) for k, *_ in metrics]
         table.add_row(*row, Text(duration(entry.run.cost.get("seconds")) if entry.run else "–"))
     return table
 
 
+def scorer_note(run: Run) -> str:
+    """The scorer that most sets have, then the sets of the others.
+
+    >>> scorer_note(Run(Path("x"), {"scorers": {"counting": "exact", "signs": "exact", "captions": "rouge-l"}}))
+    'exact; captions: rouge-l'
+    """
+    most = Counter(run.scorers.values()).most_common(1)
+    others = [f"{name}: {scorer}" for name, scorer in run.scorers.items() if scorer != most[0][0]]
+    return "; ".join([most[0][0], *others])
+
+
 def matrix_table(results: Mapping[str, Any]) -> Table:
-    """One run's accuracy matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold."""
+    """One run's matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     run = _runs([results])[0]
-    title = Text(f"{run.label}: accuracy in percent")
+    title = Text(f"{run.label}: {run.kind.quantity} in percent")
+    if run.scorers:
+        title.append(f" ({scorer_note(run)})")
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("moment", no_wrap=True)
     for name in run.tasks:
@@ -82,3 +99,30 @@ def matrix_table(results: Mapping[str, Any]) -> Table:
         cells = [Text(number(value), style="bold" if j == i - 1 else "") for j, value in enumerate(row)]
         table.add_row(Text(moment), *cells, *(Text(number(value)) for value in probes))
     return table
+
+
+def answers_tables(run_dir: Path) -> list[Table]:
+    """What became of every test question of a run that answers questions; empty for other runs and without predictions.
+
+    One table of the tasks that are seen before, right after and later, one of the sets with two moments.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    run = load_run(run_dir)
+    made = []
+    for one in count_tables(read_answers(run, pictures=False)) if run.scorers else []:
+        table = Table(
+            title=Text(one.caption),
+            title_justify="left",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        for i, name in enumerate(one.head):
+            table.add_column(name, justify="left" if i == 0 or i in one.left else "right", no_wrap=True)
+        for row in one.rows:
+            table.add_row(*(Text(cell if isinstance(cell, str) else cell.text) for cell in row))
+        made.append(table)
+    return made

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.methods import get_method, method_names
+from keeplora.report.kinds import GENERATION
 from keeplora.report.runs import Run, load_run
 from keeplora.report.study_data import Study, StudyCell
 from keeplora.study.plan import LISTED
 from keeplora.study.store import StudyStore, is_study
 from keeplora.study.tables import summarise
 from keeplora.yaml_text import parse_yaml
+
+KIND = "the kind of run"
 
 
 class Collected(NamedTuple):
@@ -46,29 +49,42 @@ def identity(run: Run) -> dict[str, Any]:
     config, results = config_of(run), run.results
     model = config.get("model")
     model = model if isinstance(model, Mapping) else {}
+    asks = run.kind is GENERATION
     prints = {str(entry.get("name")): entry.get("fingerprint") for entry in run.sets}
     found: dict[str, Any] = {
+        KIND: run.kind.name,
         "the model": results.get("model") or model.get("name"),
         "the model's revision": model.get("revision"),
         "the picture size": model.get("image_size"),
+        "the model's quantisation": model.get("quantize"),
         "the tasks": sorted(run.tasks),
         "the probe sets": sorted(run.probes),
         "the test candidates": results.get("candidates") or config.get("candidates") or "own",
         "evaluate_on": results.get("evaluate_on") or config.get("evaluate_on") or "test",
     }
+    if asks:
+        lengths = {str(entry.get("name")): entry.get("max_new_tokens") for entry in run.sets}
+        found["the weights' precision"] = model.get("dtype") or "auto"
+        found["the longest conversation"] = model.get("max_length")
+        found["the scorers"] = sorted(f"{name}: {scorer}" for name, scorer in run.scorers.items())
+        found["the longest answers"] = sorted(f"{name}: {tokens}" for name, tokens in lengths.items())
+        found["how answers are generated"] = config.get("generation")
+    what = "pictures or questions" if asks else "pictures or classes"
     for name in sorted(prints):
-        found[f"the pictures or classes of {name}"] = prints[name]
+        found[f"the {what} of {name}"] = prints[name]
     return found
 
 
 def differences(a: Run, b: Run) -> str:
     """What differs between two runs, in words; empty where they may be pooled."""
     one, two = identity(a), identity(b)
+    if one[KIND] != two[KIND]:
+        return f"what they do: a run that {a.kind.does} ({a.kind.name}) against one that {b.kind.does} ({b.kind.name})"
     keys = [key for key in one | two if one.get(key) != two.get(key)]
     # Sets that only one of the two has are told by their names already.
     if "the tasks" in keys or "the probe sets" in keys:
-        keys = [key for key in keys if not key.startswith("the pictures or classes") or (key in one and key in two)]
-    hashes = [key for key in keys if key.startswith("the pictures")]
+        keys = [key for key in keys if not key.startswith("the pictures or ") or (key in one and key in two)]
+    hashes = [key for key in keys if key.startswith("the pictures or ")]
     told = [f"{key} ({_short(one.get(key))} against {_short(two.get(key))})" for key in keys if key not in hashes]
     return ", ".join([*told, *hashes])
 

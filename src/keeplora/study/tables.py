@@ -13,7 +13,7 @@ from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from keeplora.errors import ConfigError, did_you_mean
+from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
 from keeplora.evaluation.stats import (
     Interval,
     friedman_nemenyi,
@@ -23,7 +23,8 @@ from keeplora.evaluation.stats import (
     paired_t_test,
     wilcoxon_signed_rank,
 )
-from keeplora.report.compare import METRICS, untouched
+from keeplora.report.compare import untouched
+from keeplora.report.kinds import CLASSIFICATION, Kind
 from keeplora.report.study_data import (
     Difference,
     Key,
@@ -35,7 +36,6 @@ from keeplora.report.study_data import (
     StudyCell,
 )
 
-RANKED = ("transfer", "average", "last", "probe")
 COSTS = (
     "seconds", "statistics_seconds", "training_seconds", "evaluation_seconds", "peak_memory_bytes", "state_bytes",
     "trained_parameters",
@@ -123,10 +123,12 @@ def _difference(values: _Values, method: str, against: str, scope: str | None, m
     )
 
 
-def _differences(values: _Values, methods: Sequence[str], against: str, scopes: Iterable[str | None]):
+def _differences(
+    values: _Values, methods: Sequence[str], against: str, scopes: Iterable[str | None], kind: Kind
+) -> dict[Key, Difference]:
     found: dict[Key, Difference] = {}
     for scope in scopes:
-        for metric, *_ in METRICS:
+        for metric, *_ in kind.metrics:
             family = {
                 name: one
                 for name in methods
@@ -193,14 +195,14 @@ def _costs(cells: Sequence[StudyCell], methods: Sequence[str]) -> dict[str, dict
     return found
 
 
-def _untouched(cells: Sequence[StudyCell], orders: Sequence[str]) -> dict[tuple[str | None, str], float]:
+def _untouched(cells: Sequence[StudyCell], orders: Sequence[str], kind: Kind) -> dict[tuple[str | None, str], float]:
     """Metrics of the model that is never trained, from row 0; over all orders only where every order has begun."""
     found: dict[tuple[str | None, str], float] = {}
     for order in orders:
         run = next((c.run for c in cells if c.order == order and c.run is not None and c.run.accuracy), None)
         if run is not None:
             found |= {(order, key): value for key, value in untouched(run).items() if value is not None}
-    for metric in RANKED:
+    for metric in kind.percents:
         values = [found[order, metric] for order in orders if (order, metric) in found]
         if values and len(values) == len(orders):
             found[None, metric] = fmean(values)
@@ -255,6 +257,15 @@ def settings_of(configs: Sequence[tuple[StudyCell, Mapping[str, Any]]], methods:
     return Settings(rows, notes)
 
 
+def kind_of(cells: Iterable[StudyCell]) -> Kind:
+    """The kind of the cells' runs; classification where none has begun. Refuses a mixture: their metrics differ."""
+    seen = {cell.run.kind.name: cell for cell in cells if cell.run is not None and (cell.run.results or cell.run.sets)}
+    if len(seen) > 1:
+        told = " and ".join(f"{cell.place} {cell.run.kind.does} ({name})" for name, cell in seen.items() if cell.run)
+        raise KeepLoraError(f"{told}: their metrics are not the same, so they cannot stand in one table")
+    return next((cell.run.kind for cell in seen.values() if cell.run), CLASSIFICATION)
+
+
 def summarise(
     cells: Sequence[StudyCell], *, name: str, against: str | None = None, methods: Sequence[str] | None = None,
     orders: Sequence[str] | None = None, titles: Mapping[str, str] | None = None,
@@ -273,12 +284,13 @@ def summarise(
     methods = list(dict.fromkeys(methods or [cell.method for cell in cells]))
     labels = list(dict.fromkeys(orders or [cell.order for cell in cells]))
     reference = choose_reference(methods, against)
+    kind = kind_of(cells)
     values = _Values(cells, labels)
     scopes: list[str | None] = [None, *labels]
     estimates: dict[Key, Interval] = {}
     for method in methods:
         for scope in scopes:
-            for metric, *_ in METRICS:
+            for metric, *_ in kind.metrics:
                 if by_seed := values.by_seed(method, scope, metric):
                     estimates[method, scope, metric] = mean_interval(list(by_seed.values()))
     known_titles = {c.method: c.run.label for c in cells if c.run is not None and c.run.results}
@@ -289,19 +301,19 @@ def summarise(
     )
     tasks = {c.order: tuple(c.run.tasks) for c in reversed(cells) if c.run is not None and c.run.tasks}
     settings = settings_of(configs, methods)
-    ranked = (_ranking(values, methods, key, label) for key, label, *_ in METRICS if key in RANKED)
+    ranked = (_ranking(values, methods, key, label) for key, label, *_ in kind.metrics if key in kind.percents)
     return Study(
         name=name, facts=tuple(facts), cells=tuple(cells), methods=rows,
         orders=tuple(OrderRow(label, tasks.get(label, ())) for label in labels),
         seeds=tuple(sorted({cell.seed for cell in cells})), against=reference, estimates=estimates,
         order_means={
             (method, order, metric): value
-            for method in methods for metric, *_ in METRICS
+            for method in methods for metric, *_ in kind.metrics
             for order, value in values.order_means(method, metric).items()
         },
         counts={(m, scope): values.whole_seeds(m, scope) for m in methods for scope in scopes},
-        differences=_differences(values, methods, reference, scopes) if reference else {},
-        untouched=_untouched(cells, labels), rankings=tuple(one for one in ranked if one is not None),
+        differences=_differences(values, methods, reference, scopes, kind) if reference else {},
+        untouched=_untouched(cells, labels, kind), rankings=tuple(one for one in ranked if one is not None),
         matrices=_matrices(cells), costs=_costs(cells, methods), settings=settings.rows,
-        notes=(*notes, *settings.notes),
+        notes=(*notes, *settings.notes), kind=kind,
     )  # fmt: skip
