@@ -35,6 +35,7 @@ DATA = (
     "keeplora/suites/vqa/ATTRIBUTION.md",
     "keeplora/suites/vqa/provenance.json",
     "keeplora/experiment/presets/*.yaml",
+    "keeplora/report/templates/answers.html.j2",
     "keeplora/report/templates/report.html.j2",
     "keeplora/report/templates/style.css",
     "keeplora/report/templates/study.html.j2",

@@ -12,7 +12,6 @@ from typer.core import TyperGroup
 from keeplora.cli import assets, audit, compare, export, methods, predict, report, resume, run, suites, tune
 from keeplora.errors import KeepLoraError
 
-
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

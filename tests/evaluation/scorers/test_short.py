@@ -132,3 +132,11 @@ def test_unknown_names_and_bad_lists() -> None:
 @pytest.mark.parametrize("name", sorted(SCORERS))
 def test_no_items_have_no_score(name: str) -> None:
     assert score(name, [], [], []) == Scored(None, [], missing=f"{name}: there are no answers to score")
+
+
+def test_ucit_s_exact_match_ignores_case_alone():
+    from keeplora.evaluation.scorers import score
+
+    found = score("exact-ignoring-case", ["BLUE", " blue ", "blue.", "a blue"], [["blue"]] * 4, [""] * 4)
+    assert found.per_sample == [1.0, 1.0, 0.0, 0.0]
+    assert found.value == 50.0

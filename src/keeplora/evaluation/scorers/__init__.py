@@ -11,6 +11,7 @@ from keeplora.evaluation.scorers.base import References, Scored, Scorer
 #: name -> (module of this package, function in it); a module is imported when one of its scorers is first asked for.
 SCORERS: dict[str, tuple[str, str]] = {
     "exact": ("short", "exact"),
+    "exact-ignoring-case": ("short", "exact_ignoring_case"),
     "contains": ("short", "contains"),
     "contains-lower": ("short", "contains_lower"),
     "exact-stripped": ("short", "exact_stripped"),

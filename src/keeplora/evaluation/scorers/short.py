@@ -29,10 +29,19 @@ def _bare(text: str) -> str:
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
+def exact_ignoring_case(predictions: Sequence[str], references: References, questions: Sequence[str]) -> Scored:
+    """Equal but for case and outer whitespace: UCIT's own rule.
+
+    >>> exact_ignoring_case(["Blue", "blue."], [["blue"], ["blue"]], ["", ""]).value
+    50.0
+    """
+    return any_of(lambda p, r: p.strip().casefold() == r.strip().casefold(), predictions, references)
+
+
 def exact(predictions: Sequence[str], references: References, questions: Sequence[str]) -> Scored:
     """Equal but for case, outer whitespace and one full stop at the end.
 
-    UCIT's own evaluation ignores case alone: there an answer that ends in a full stop is wrong.
+    UCIT's own evaluation counts an answer that ends in a full stop as wrong: `exact_ignoring_case`.
 
     >>> exact(["Blue."], [["blue"]], [""]).value
     100.0
