@@ -219,13 +219,15 @@ def test_unknown_commands_and_options_are_usage_errors(cli, words, told):
 
 
 def test_a_loss_that_is_not_a_number_is_one_sentence(world, cli, tmp_path, monkeypatch):
-    from keeplora.experiment import training
+    from keeplora.experiment.objective import TaskObjective
 
-    original = training.TaskObjective.logits
-    monkeypatch.setattr(
-        training.TaskObjective, "logits",
-        lambda self, batch: original(self, batch) * (float("nan") if self.task.name == "stripes" else 1.0),
-    )  # fmt: skip
+    original = TaskObjective.part_loss
+
+    def broken(self, part, total):
+        loss, logits = original(self, part, total)
+        return loss * (float("nan") if self.task.name == "stripes" else 1.0), logits
+
+    monkeypatch.setattr(TaskObjective, "part_loss", broken)
     path = tmp_path / "run"
     answer = cli("run", world.yaml(tmp_path / "e.yaml", method="lora"), "--output", path)
     assert answer.code == 1

@@ -18,8 +18,8 @@ from keeplora.suites import load_suite, suite_folder
 from tests.data.benchmarks.mini_vqa import CAPTIONS, make_mllm_dcl, make_ucit
 
 UCIT = {
-    "ImageNet-R": (23998, "exact-ignoring-case"), "ArxivQA": (40000, "exact"), "VizWiz": (40000, "caption"),
-    "IconQA": (29859, "exact-ignoring-case"), "CLEVR-Math": (40000, "exact"), "Flickr30k": (40000, "caption"),
+    "ImageNet-R": (23998, "exact-ignoring-case"), "ArxivQA": (40000, "exact-ignoring-case"), "VizWiz": (40000, "caption"),
+    "IconQA": (29859, "exact-ignoring-case"), "CLEVR-Math": (40000, "exact-ignoring-case"), "Flickr30k": (40000, "caption"),
 }  # fmt: skip
 MLLM_DCL = {
     "RS": "contains", "Med": "contains-lower", "AD": "contains", "Sci": "multiple-choice-sci", "Fin": "exact-stripped"
