@@ -233,6 +233,6 @@ def test_a_loss_that_is_not_a_number_is_one_sentence(world, cli, tmp_path, monke
     assert answer.code == 1
     assert "Traceback" not in answer.err
     last = answer.err.splitlines()[-1]
-    assert last.startswith("Error: task 'stripes', epoch 1, step 1: the loss is nan (pictures ")
+    assert last.startswith("Error: task 'stripes', epoch 1, step 1: the loss is nan (samples ")
     assert last.count(".png") == 3
     assert [p.name for p in sorted((path / "ledger").glob("0*"))] == [f"0001-{TASKS[0]}"]
