@@ -64,10 +64,13 @@ for name in suite_names():
     assert suite["tasks"], name
     if suite.get("data") == "external":  # it brings no pictures
         continue
-    for kind, specs in (("tasks", suite["tasks"]), ("probes", [*suite["probes"], suite["reference"]])):
+    references = [suite["reference"]] if suite.get("reference") else []
+    for kind, specs in (("tasks", suite["tasks"]), ("probes", [*suite["probes"], *references])):
         for spec in specs:
             task = load_task(spec, suite_folder(), probe=kind == "probes")
-            assert len(task.test) > 0 and task.test.picture(0).mode == "RGB", spec
+            assert len(task.test) > 0, spec
+            picture = task.test[0].images[0] if hasattr(task.test, "conversations") else task.test.picture(0)
+            assert picture.mode == "RGB", spec
 assert {"demo", "demo-small", "mtil", "x-tail"} <= set(suite_names())
 assert all(preset_values(name)["training"] for name in preset_names()) and "mtil" in preset_names()
 assert assets.HEAD.is_file()
