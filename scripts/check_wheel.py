@@ -69,7 +69,7 @@ for name in suite_names():
         for spec in specs:
             task = load_task(spec, suite_folder(), probe=kind == "probes")
             assert len(task.test) > 0, spec
-            picture = task.test[0].images[0] if hasattr(task.test, "conversations") else task.test.picture(0)
+            picture = task.test.pictures(0)[0] if task.kind == "generation" else task.test.picture(0)
             assert picture.mode == "RGB", spec
 assert {"demo", "demo-small", "mtil", "x-tail"} <= set(suite_names())
 assert all(preset_values(name)["training"] for name in preset_names()) and "mtil" in preset_names()
