@@ -4,18 +4,20 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
+TV_VENV ?= .venv-torchvision
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE ?= demo
 RUNS ?= runs
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test lint format types imports wheel python clean
+.PHONY: help demo test test-torchvision lint format types imports wheel python clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
 	@echo "make test     the whole test suite"
+	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
 	@echo "make types    pyright"
 	@echo "make imports  which way imports may go (import-linter)"
@@ -55,6 +57,17 @@ demo: $(BIN)/.assets
 test: $(BIN)/.test
 	@$(BIN)/keeplora assets fetch || test -z "$$CI"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# torch and torchvision as the index has them, which may be CUDA builds: they run on a CPU too.
+$(TV_VENV)/bin/.torchvision: pyproject.toml constraints.txt | python
+	@$(PYTHON) -m venv --clear $(TV_VENV)
+	@grep -v '^torch==' constraints.txt > $(TV_VENV)/constraints.txt
+	@$(TV_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TV_VENV)/constraints.txt \
+	    torch torchvision -e '.[assets,test]'
+	@touch $@
+
+test-torchvision: $(TV_VENV)/bin/.torchvision
+	KEEPLORA_NEED_TORCHVISION=1 OMP_NUM_THREADS=1 $(TV_VENV)/bin/python -m pytest tests/models/test_video_processors_official.py
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

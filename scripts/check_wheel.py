@@ -31,6 +31,12 @@ DATA = (
     "keeplora/models/stand_in_files/*.json",
     "keeplora/models/stand_in_files/chat_template.jinja",
     "keeplora/models/stand_in_files/stand_in.safetensors",
+    "keeplora/models/stand_in_video_files/*.json",
+    "keeplora/models/stand_in_video_files/chat_template.jinja",
+    "keeplora/models/stand_in_video_files/stand_in_video.safetensors",
+    "keeplora/suites/video/*.parquet",
+    "keeplora/suites/video/ATTRIBUTION.md",
+    "keeplora/suites/video/provenance.json",
     "keeplora/suites/vqa/*.parquet",
     "keeplora/suites/vqa/ATTRIBUTION.md",
     "keeplora/suites/vqa/provenance.json",
@@ -45,7 +51,7 @@ SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
     "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
 )  # fmt: skip
-MAX_WHEEL_BYTES = 32_000_000
+MAX_WHEEL_BYTES = 48_000_000
 
 SMOKE = """
 import importlib, pathlib, pkgutil, sys
@@ -56,6 +62,7 @@ names = [m.name for m in pkgutil.walk_packages(keeplora.__path__, "keeplora.") i
 for name in names:
     importlib.import_module(name)
 from keeplora.data import load_task
+from keeplora.data.video import Sampling
 from keeplora.experiment.presets import preset_names, preset_values
 from keeplora.models import assets
 from keeplora.suites import load_suite, suite_folder, suite_names
@@ -69,7 +76,12 @@ for name in suite_names():
         for spec in specs:
             task = load_task(spec, suite_folder(), probe=kind == "probes")
             assert len(task.test) > 0, spec
-            picture = task.test.pictures(0)[0] if task.kind == "generation" else task.test.picture(0)
+            if task.kind == "classification":
+                picture = task.test.picture(0)
+            elif task.test.has_videos:
+                picture = task.test.clips(0, Sampling(frames=2))[0].frames[1]
+            else:
+                picture = task.test.pictures(0)[0]
             assert picture.mode == "RGB", spec
 assert {"demo", "demo-small", "mtil", "x-tail"} <= set(suite_names())
 assert all(preset_values(name)["training"] for name in preset_names()) and "mtil" in preset_names()

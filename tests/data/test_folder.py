@@ -196,8 +196,10 @@ def test_bad_pictures_are_skipped_and_counted(pets: Tree) -> None:
     clean = load(pets)
     bad_pictures(pets)
     (pets.root / "pets/train/cat/lost.png").symlink_to("nowhere.png")
-    task = load(pets, on_error="skip")
-    assert task.fingerprint == clean.fingerprint
+    task = load(pets, on_error="skip", max_skipped=0.9)
+    assert task.train.fingerprint == clean.train.fingerprint
+    assert (task.train.skipped, task.test.skipped) == (0, 1)
+    assert task.test.fingerprint != clean.test.fingerprint  # another test: one picture of it counts as wrong
     train, test = task.warnings
     assert train.startswith("3 unusable picture(s) of train skipped:")
     assert all(name in train for name in ("cut.jpg", "none.png", "lost.png"))
@@ -216,14 +218,14 @@ def test_skip_decodes_in_full(pets: Tree) -> None:
         quick.train.picture(quick.train.keys.index("train/cat/hole.png"))
     with pytest.raises(PictureError, match=r"cat/hole\.png: damaged"):
         load(pets, check="full")
-    assert "train/cat/hole.png" not in load(pets, on_error="skip").train.keys
+    assert "train/cat/hole.png" not in load(pets, on_error="skip", max_skipped=0.9).train.keys
 
 
 def test_class_lost_to_skipping(pets: Tree) -> None:
     for path in (pets.root / "pets/train/dog").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"class 'dog' has no usable picture left in train \(one was .*dog/0\.png"):
-        load(pets, on_error="skip")
+        load(pets, on_error="skip", max_skipped=0.9)
 
 
 def test_huge_picture(pets: Tree) -> None:

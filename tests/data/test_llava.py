@@ -103,8 +103,9 @@ def test_every_published_form(root: Path, entry: dict[str, Any], turns: list[str
         ({"text": ["Q"], "answer": "A"}, "the question is .*give text"),
         ({"text": "Q", "answer": True}, "an answer is True; give text"),
         ({"text": "Q", "answer": ["A", " "]}, "an answer is ' '"),
-        ({"video": "a.mp4", "text": "Q", "answer": "A"}, "video tasks are not supported yet"),
-        ({"text": "<video> Q", "answer": "A"}, "video tasks are not supported yet"),
+        ({"video": "http://a/b.mp4", "text": "Q", "answer": "A"}, "download the videos first"),
+        ({"video": 3, "text": "Q", "answer": "A"}, "a video is 3; give the path of a file"),
+        ({"text": "<video> Q", "answer": "A"}, r"1 '<video>' in the text but 0 video\(s\)"),
         ({"conversations": "x"}, "`conversations` is 'x'; give a list"),
         ({"conversations": ["x"]}, "a turn is 'x'"),
         ({"conversations": [{"from": "robot", "value": "Q"}]}, "from 'robot'; it must be from human, gpt or system"),
@@ -252,7 +253,7 @@ def test_without_a_test_file_whole_pictures_are_held_out(root: Path):
     ]
     assert len(load(root, test=0.3, validation=0.2).validation or ()) == 2
     write(root / "train.json", [talk(1, f"Question {n}?") for n in range(4)])
-    with pytest.raises(DataError, match=r"nothing can be held out .* 4 entries about 1 picture\(s\)"):
+    with pytest.raises(DataError, match=r"nothing can be held out .* 4 entries about 1 file\(s\)"):
         load(root, test=None)
 
 
@@ -261,16 +262,20 @@ def test_an_unusable_picture_stops_or_is_skipped(root: Path):
     (root / "pictures/21.png").unlink()
     with pytest.raises(DataError, match=r"pictures/3.png \(.*train.json, entry 4 \(id 'n3'\)\): the file is empty"):
         load(root)
-    task = load(root, on_error="skip")
+    task = load(root, on_error="skip", max_skipped=0.9)
     assert (len(task.train), len(task.test)) == (9, 4)
     assert [warning.split(":")[0] for warning in task.warnings] == [
-        "1 unusable picture(s) of train skipped", "1 entries of train left out with their unusable pictures",
-        "1 unusable picture(s) of test skipped", "1 entries of test left out with their unusable pictures",
+        "1 unusable picture(s) of train skipped", "1 entries of train left out with their unusable files",
+        "1 unusable picture(s) of test skipped", "1 entries of test score 0 for their unusable files",
     ]  # fmt: skip
+    assert [c.key for c in task.test.skipped] == ["test/21"]
+    assert task.train.skipped == []
+    with pytest.raises(DataError, match=r"1 of the 10 pictures of train cannot be used, more than the share of 0.01"):
+        load(root, on_error="skip")
     for number in range(20, 25):
         (root / f"pictures/{number}.png").unlink(missing_ok=True)
     with pytest.raises(DataError, match="no usable entry is left in test"):
-        load(root, on_error="skip")
+        load(root, on_error="skip", max_skipped=1)
 
 
 def test_the_same_question_about_the_same_picture_on_both_sides(root: Path):

@@ -28,6 +28,7 @@ GOOD = {"name": "pets", "source": "folder", "path": "pets"}
         ({"test": 1.5}, "`test` is 1.5: give a fraction"),
         ({"test": True}, "`test` is True: give a fraction"),
         ({"validation": 0}, "`validation` is 0: give a fraction"),
+        ({"max_skipped": 1.5}, "`max_skipped` is 1.5: give a share from 0 to 1"),
         ({"on_error": "ignore"}, "`on_error` is 'ignore'; .*raise, skip"),
         ({"duplicates": "warm"}, "did you mean 'warn'"),
         ({"check": "ful"}, "did you mean 'full'"),

@@ -79,7 +79,7 @@ def test_rows_without_a_picture_and_with_several(root: Path):
     ("keys", "text", "message"),
     [
         ({"question_column": "qestion"}, None, "no column 'qestion' for `question_column`; did you mean 'question'"),
-        ({"answer_column": "question"}, None, "one column cannot be picture, question and answer at once"),
+        ({"answer_column": "question"}, None, "one column cannot be picture or video, question and answer at once"),
         ({"label_column": "x"}, None, "unknown key 'label_column' for source 'vqa-table'"),
         ({}, "image,question\na,b\n", "which column is `answer_column`"),
         ({}, "image,question,answer\nphotos/1.png,What?,\n", "line 2: has no answer"),

@@ -19,7 +19,7 @@ def test_the_page_runs(here: Path, tmp_path_factory: pytest.TempPathFactory, mon
     from keeplora.models import stand_in
 
     folder = tiny("llava", tmp_path_factory.mktemp("stand-in") / "model")
-    monkeypatch.setattr(stand_in, "stand_in_path", lambda progress=None: folder)
+    monkeypatch.setattr(stand_in, "stand_in_path", lambda name="stand-in", progress=None: folder)
     namespace: dict[str, Any] = {"base_folder": folder}
     page = [block for block in blocks(ROOT / "docs/questions.md") if block.runs]
     assert len(page) >= 8

@@ -91,6 +91,24 @@ def test_the_grid_of_packed_patches_comes_back_exactly():
         assert float((back - packed).abs().max()) < 0.02
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_clips_come_back_frame_by_frame(packed):
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randn(4, 16, 10, generator=generator) if packed else torch.randn(4, 3, 8, 8, generator=generator)
+    clip[1] += 90  # a bright frame does not cost the others their steps
+    clip[3] = torch.nan  # a frame that is absent
+    if packed:
+        clip[:3, :, -2:] = torch.tensor([3.0, 5.0])
+    pixels, low, high = quantise(clip, clip=True)
+    assert pixels.dtype == torch.uint8
+    assert low.shape == ((4, 1, 10) if packed else (4, 3, 1, 1))
+    back = dequantise(pixels, low, high)
+    assert bool(back[3].isnan().all())
+    assert float((back - clip)[:3].abs().max()) < 0.02
+    if packed:
+        assert torch.equal(back[:3, :, -2:], clip[:3, :, -2:])
+
+
 def test_order_is_balanced_from_the_start():
     labels = [0] * 7 + [1] * 2 + [2] * 4
     order = shuffled_by_class(labels, torch.Generator().manual_seed(1))
@@ -278,7 +296,7 @@ def test_a_task_that_fails_while_storing_leaves_nothing(clip, monkeypatch):
     task = FamilyTask(clip, "two")
     model = start(learner, task, "two")
     train(learner, model, task)
-    monkeypatch.setattr("keeplora.methods.replay.quantise", lambda picture: 1 / 0)
+    monkeypatch.setattr("keeplora.methods.replay.quantise", lambda picture, clip: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         learner.finish_task()
     assert same({n: p.detach() for n, p in clip.model.named_parameters()}, before)

@@ -253,3 +253,77 @@ def test_saved_folder_opens_in_the_stock_pipeline(name, folders, tmp_path):
     ]
     probabilities = logits.softmax(0) if name == "clip" else logits.sigmoid()
     assert [scores[label] for label in labels] == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+# ---- videos ----------------------------------------------------------------------------------------------------------
+
+
+def videos(encoder, length=None):
+    """Two of four frames, all different."""
+    return torch.stack([encoder.preprocess_clip(tiny.pictures(4, seed=seed), length) for seed in (0, 1)])
+
+
+def test_a_video_is_the_mean_of_its_frames_normalised_features(encoder, family):
+    clips = videos(encoder)
+    assert clips.shape[:2] == (2, 4)
+    assert encoder.is_clip(clips)
+    assert not encoder.is_clip(clips[0])
+    assert encoder.clip_frames is None
+    with torch.no_grad():
+        found = encoder.image_features(clips)
+        frames = [encoder.image_features(clip) for clip in clips]
+        shuffled = encoder.image_features(clips[:, [2, 0, 3, 1]])
+    want = torch.stack([f.mean(0) / f.mean(0).norm() for f in frames])
+    assert (found - want).abs().max() <= 1e-5
+    assert (shuffled - found).abs().max() <= 1e-5
+    # Not the mean of features as they come, of whatever length: SigLIP's and CLIP's frames differ in it.
+    assert torch.pdist(frames[0]).min() > 0.02
+
+
+def test_a_still_video_is_its_picture(encoder):
+    picture = tiny.pictures(1)[0]
+    with torch.no_grad():
+        still = encoder.image_features(encoder.preprocess_clip([picture] * 3).unsqueeze(0))
+        alone = encoder.image_features(encoder.preprocess(picture).unsqueeze(0))
+    assert (still - alone).abs().max() <= 1e-6
+
+
+def test_absent_frames_do_not_count(encoder, family):
+    short = [encoder.preprocess_clip(tiny.pictures(count, seed=count), 4) for count in (2, 3)]
+    assert [int((~s.flatten(1)[:, 0].isnan()).sum()) for s in short] == [2, 3]
+    clips = torch.stack([*short, encoder.preprocess_clip(tiny.pictures(4, seed=4))])
+    found = encoder.image_features(clips)
+    assert torch.isfinite(found).all()
+    with torch.no_grad():
+        for feature, count in zip(found, (2, 3, 4)):
+            whole = encoder.preprocess_clip(tiny.pictures(count, seed=count))
+            assert (encoder.image_features(whole.unsqueeze(0))[0] - feature).abs().max() <= 1e-5
+    found.sum().backward()
+    grads = [p.grad for p in encoder.model.parameters() if p.grad is not None]
+    assert grads
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    with pytest.raises(ValueError, match="4 frames do not fit into 3"):
+        encoder.preprocess_clip(tiny.pictures(4), 3)
+
+
+def test_the_picture_tower_sees_every_frame_and_its_mask_fits(encoder, family):
+    clips = torch.stack([encoder.preprocess_clip(tiny.pictures(count, seed=count), 4) for count in (2, 4)])
+    tower = encoder.towers["vision"]
+    linear = next(n for n, _ in encoder._targets if n.startswith(tower + "."))
+    seen = []
+    handle = encoder.model.get_submodule(linear).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    with torch.no_grad():
+        encoder.image_features(clips)
+    handle.remove()
+    assert [shape[0] for shape in seen] == [6]
+    masks = encoder.picture_masks(clips)
+    assert list(masks) == ([tower] if family == "siglip2" else [])
+    assert all(mask.shape == seen[0][:-1] for mask in masks.values())
+
+
+def test_videos_are_compared_with_texts_as_pictures_are(encoder):
+    clips, texts = videos(encoder), encoder.class_features(["cat", "bird"], "photo")
+    with torch.no_grad():
+        logits, features = encoder.compare(clips, texts)
+        assert torch.equal(features, encoder.image_features(clips))
+    assert torch.equal(logits, encoder.logits(features, texts))

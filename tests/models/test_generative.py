@@ -104,7 +104,15 @@ REFERENCE = {
         "text": "<|im_start|>user\none plus one<|im_end|>\n<|im_start|>assistant\n«Zürich<|im_end|>»",
     },
 }
-PLACEHOLDER = {"qwen2-5-vl": "<|image_pad|>", "gemma3": "<image_soft_token>", "internvl": "<IMG_CONTEXT>"}
+REFERENCE["video-llava"] = REFERENCE["llava"]
+REFERENCE["llava-next-video"] = {case: text.replace(_LLAVA, _NEXT) for case, text in REFERENCE["llava"].items()}
+REFERENCE["qwen3-vl"] = {case: text.removeprefix(_QWEN_SYSTEM) for case, text in REFERENCE["qwen2-5-vl"].items()}
+PLACEHOLDER = {
+    "qwen2-5-vl": "<|image_pad|>",
+    "qwen3-vl": "<|image_pad|>",
+    "gemma3": "<image_soft_token>",
+    "internvl": "<IMG_CONTEXT>",
+}
 
 
 def reference(family, text):
@@ -169,6 +177,8 @@ def test_joined_samples_are_the_processors_batch(kind, generative, side):
     joined = family.join(encoded(family, *names), side=side)
     texts = [family.chat.whole(CASES[name][0])[0] for name in names]
     beginning = {"add_special_tokens": False} if texts[0].startswith(family.tokenizer.bos_token or "\0") else {}
+    if kind == "video-llava":
+        beginning["images_kwargs"] = {"return_legacy_image_output": False}
     own = family.processor(
         text=texts, images=[CASES[name][1] for name in names], return_tensors="pt", padding=True, padding_side=side,
         **beginning,
@@ -289,7 +299,8 @@ def test_the_tokens_that_close_a_picture_are_not_cut_off(generative):
         (turns("a", "see <image>"), 1, "row 7: turn 2, an answer, holds <image>"),
         (turns("a"), 0, "row 7: the last turn is the user's"),
         ([], 0, "row 7: the conversation is empty"),
-        (turns("<video>a", "b"), 0, "row 7: turn 1 asks for a <video>"),
+        (turns("<video>a", "b"), 0, "row 7: 1 <video> in the text but 0 videos;"),
+        (turns("a", "see <video>"), 0, "row 7: turn 2, an answer, holds <video>; only questions can show a video"),
         ([SimpleNamespace(role="gpt", text="a"), *turns("a", "b")], 0, "row 7: turn 1 has role 'gpt'"),
     ],
 )

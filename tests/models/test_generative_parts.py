@@ -8,22 +8,30 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from keeplora.errors import TargetError
-from tests.models.test_generative import CASES
-from tests.models.tiny_generative import BLOCKS, VISION_BLOCKS
+from tests.models.test_generative import CASES, turns
+from tests.models.tiny_generative import BLOCKS, VISION_BLOCKS, clip
 
 TOWERS = {
     "llava": ("model.language_model", "model.vision_tower", "model.multi_modal_projector"),
     "qwen2-5-vl": ("model.language_model", "model.visual", "model.visual.merger"),
     "idefics3": ("model.text_model", "model.vision_model", "model.connector"),
-}
+    "video-llava": ("model.language_model", "model.image_tower", "model.video_tower", "model.multi_modal_projector"),
+    "qwen3-vl": (
+        "model.language_model", "model.visual", "model.visual.merger", "model.visual.deepstack_merger_list",
+    ),
+}  # fmt: skip
 TOWERS["smolvlm"] = TOWERS["idefics3"]
-PROJECTORS = {"qwen2-5-vl": 2, "idefics3": 1, "smolvlm": 1, "gemma3": 0}  # Gemma's is a bare parameter
+NAMES = {
+    "video-llava": ["language", "vision", "vision-2", "projector"],
+    "qwen3-vl": ["language", "vision", "projector", "projector-2"],
+}
+PROJECTORS = {"qwen2-5-vl": 2, "qwen3-vl": 4, "idefics3": 1, "smolvlm": 1, "gemma3": 0}  # Gemma's is a bare parameter
 
 
 def test_parts_and_targets(kind, generative):
     family = generative(kind)
     assert tuple(family.towers.values()) == TOWERS.get(kind, TOWERS["llava"])
-    assert list(family.towers) == ["language", "vision", "projector"]
+    assert list(family.towers) == NAMES.get(kind, ["language", "vision", "projector"])
     language = family.target_modules()
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -36,7 +44,11 @@ def test_parts_and_targets(kind, generative):
     assert len(projector) == PROJECTORS.get(kind, 2)
     assert family.default_target_modules == language + projector
     vision = family.target_modules(("vision",))
-    assert len(vision) == VISION_BLOCKS * (5 if kind == "qwen2-5-vl" else 6)
+    towers = sum(part.startswith("vision") for part in family.towers)
+    assert len(vision) == towers * VISION_BLOCKS * {"qwen2-5-vl": 5, "qwen3-vl": 4}.get(kind, 6)
+    for part, prefix in family.towers.items():
+        if part.startswith("vision"):
+            assert [name for name in vision if name.startswith(f"{prefix}.")]
     everything = family.target_modules(("projector", "vision", "language"))
     assert len(set(everything)) == len(language) + len(vision) + len(projector)
     assert all(type(by_name[name]) is nn.Linear for name in everything)
@@ -48,7 +60,7 @@ def test_parts_and_targets(kind, generative):
 OTHERS = {
     "qwen3_vl": (["model.visual.merger", "model.visual.deepstack_merger_list"], 8),
     "qwen2_5_omni_thinker": (["model.visual.merger"], 2),  # beside a tower for sound
-    "video_llava": (["model.multi_modal_projector"], 2),  # beside a tower for videos
+    "video_llava": (["model.multi_modal_projector"], 2),  # beside two towers
     "granite_docling": (["model.vision_model.connector"], 15),
     "minicpmv4_6": (["model.merger"], 2),
     "idefics2": (["model.connector"], 24),
@@ -68,7 +80,7 @@ def test_parts_of_other_classes(model_type):
     assert ([prefix for part, prefix in towers.items() if part.startswith("projector")], len(targets["projector"])) == (
         OTHERS[model_type]
     )
-    assert towers["vision"] == {"video_llava": "model.image_tower"}.get(model_type, towers["vision"])
+    assert ("vision-2" in towers) == (model_type == "video_llava")
     assert all(name.startswith(towers["language"] + ".") for name in targets["language"])
 
 
@@ -77,6 +89,8 @@ def test_every_target_acts_on_the_answer(kind, fresh):
     family = fresh(kind)
     targets = family.target_modules(("language", "vision", "projector"))
     family.token_losses(family.encode(*CASES["two"])).sum().backward()
+    if family.reads_videos:  # Video-LLaVA has a tower of its own for them
+        family.token_losses(family.encode(turns("<video>what is it", "a cat"), (), [clip(4)])).sum().backward()
     still = [n for n in targets if (g := family.model.get_submodule(n).weight.grad) is None or not bool(g.any())]
     assert still == []
 

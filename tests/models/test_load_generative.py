@@ -47,7 +47,7 @@ def test_the_class_decides_the_kind(kind, generative, folders):
 
 def test_the_stand_in_is_opened_by_name(generative_folder, monkeypatch):
     module = ModuleType("keeplora.models.stand_in")
-    monkeypatch.setattr(module, "stand_in_path", lambda: generative_folder("llava"), raising=False)
+    monkeypatch.setattr(module, "stand_in_path", lambda name: generative_folder("llava"), raising=False)
     monkeypatch.setitem(sys.modules, "keeplora.models.stand_in", module)
     family = load_model("stand-in")
     assert isinstance(family, Generative)

@@ -18,6 +18,7 @@ from keeplora.models import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKS = Path(stand_in.__file__).parents[1] / "suites/vqa"
+FILES = stand_in.PICTURES.files
 TASKS = ("counting", "numbers", "signs", "textures", "relations", "captions")
 COLUMNS = ["split", "id", "image", "conversations", "kind", "origin", "licence", "items"]
 
@@ -89,12 +90,12 @@ def test_in_teaching_a_question_sees_the_picture_and_itself_alone(monkeypatch):
     import stand_in_teach as teach
     from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-    config = LlavaConfig.from_pretrained(stand_in.FILES)
+    config = LlavaConfig.from_pretrained(FILES)
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 2, 8
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     model.model.language_model.set_attn_implementation("eager")
-    tokenizer = AutoTokenizer.from_pretrained(stand_in.FILES)
+    tokenizer = AutoTokenizer.from_pretrained(FILES)
     turns = [("colour", "What colour is it?", "red"), ("shape", "What shape is it?", "ring")]
     monkeypatch.setattr(teach, "CONVERSATIONS", 0.0)
     monkeypatch.setattr(teach, "BATCH", 2)
@@ -128,8 +129,8 @@ def test_the_packs_and_files_are_small_and_recorded():
     attribution = (PACKS / "ATTRIBUTION.md").read_text()
     assert all(source["package"] in attribution for source in provenance["sources"])
     assert sum(p.stat().st_size for p in PACKS.iterdir()) <= 10_000_000
-    assert sum(p.stat().st_size for p in stand_in.FILES.iterdir()) <= 20_000_000
-    assert stand_in.stand_in_record()["weights_sha256"] == sha256_file(stand_in.FILES / stand_in.WEIGHTS)
+    assert sum(p.stat().st_size for p in FILES.iterdir()) <= 20_000_000
+    assert stand_in.stand_in_record()["weights_sha256"] == sha256_file(FILES / stand_in.PICTURES.weights)
 
 
 def test_the_recorded_figures_are_far_above_guessing_and_above_not_looking():
@@ -148,9 +149,10 @@ def test_without_the_tower_the_message_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_an_incomplete_installation_is_named(tmp_path, monkeypatch):
-    shutil.copytree(stand_in.FILES, tmp_path / "files")
+    shutil.copytree(FILES, tmp_path / "files")
     (tmp_path / "files/tokenizer.json").unlink()
-    monkeypatch.setattr(stand_in, "FILES", tmp_path / "files")
+    broken = stand_in.StandIn(tmp_path / "files", stand_in.PICTURES.weights)
+    monkeypatch.setitem(stand_in.STAND_INS, "stand-in", broken)
     with pytest.raises(KeepLoraError, match=r"tokenizer\.json is missing"):
         stand_in.stand_in_path()
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+# of pictures; "xclip", which reads videos alone, is beside them
 FAMILIES = ("clip", "siglip", "siglip2-fixed", "siglip2", "vision-text", "embedded")
 IMAGE_SIZE = {"embedded": 28}  # a multiple of DINOv2's patch of 14; all others 32
 VISION_WIDTH, TEXT_WIDTH, PROJECTION = 32, 24, 16
 VISION_BLOCKS, TEXT_BLOCKS = 3, 2
+CLIP_FRAMES = 4
 
 CORPUS = [
     "a photo of a cat.", "a photo of a small dog.", "a photo of the large red car.", "a bad photo of the blue circle.",
@@ -139,6 +141,23 @@ def _clip() -> tuple[Any, Any]:
     return model, CLIPProcessor(images, tokenizer)
 
 
+def _xclip() -> tuple[Any, Any]:
+    """With the image processor that the released checkpoints name."""
+    from transformers import VideoMAEImageProcessorPil, XCLIPConfig, XCLIPModel, XCLIPProcessor
+
+    tokenizer = clip_tokenizer()
+    vision, text = _towers(
+        {"image_size": 32, "patch_size": 8, "num_frames": CLIP_FRAMES, "mit_hidden_size": PROJECTION,
+         "mit_intermediate_size": 24, "mit_num_attention_heads": 4},
+        {"vocab_size": len(tokenizer), "max_position_embeddings": 77},
+    )  # fmt: skip
+    config = XCLIPConfig(
+        vision_config=vision, text_config=text, projection_dim=PROJECTION, prompt_num_attention_heads=4
+    )
+    images = VideoMAEImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return XCLIPModel(config), XCLIPProcessor(images, tokenizer)
+
+
 def _siglip(tokenizer: Any) -> tuple[Any, Any]:
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
 
@@ -225,14 +244,14 @@ def _liven(model: nn.Module) -> None:
 
 
 def make_tiny(family: str, directory: str | Path) -> Path:
-    """Write the tiny model of `family` (one of `FAMILIES`) with its processors to `directory` and return that path.
+    """Write the tiny model of `family` (one of `FAMILIES`, or "xclip") with its processors to `directory` and return that path.
 
     The same family always gets the same weights, whatever the global random state, which stays as it was.
     """
     builders = {
         "clip": _clip, "siglip": lambda: _siglip(siglip_tokenizer()),
         "siglip2-fixed": lambda: _siglip(siglip2_tokenizer()), "siglip2": _siglip2,
-        "vision-text": _vision_text, "embedded": _embedded,
+        "vision-text": _vision_text, "embedded": _embedded, "xclip": _xclip,
     }  # fmt: skip
     directory = Path(directory)
     with torch.random.fork_rng(devices=[]):

@@ -11,93 +11,41 @@ from __future__ import annotations
 import importlib.util
 import json
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from tests.models.tiny import CORPUS, _bpe
+from tests.models.tiny_templates import TEMPLATES
 
-KINDS = ("llava", "llava-next", "llava-onevision", "qwen2-5-vl", "idefics3", "gemma3", "internvl", "smolvlm")
+KINDS = (
+    "llava", "llava-next", "llava-onevision", "qwen2-5-vl", "idefics3", "gemma3", "internvl", "smolvlm", "video-llava",
+    "llava-next-video", "qwen3-vl",
+)  # fmt: skip
 # SmolVLM's processor wants num2words (it spells the number of a video's frames).
 AVAILABLE = tuple(k for k in KINDS if k != "smolvlm" or importlib.util.find_spec("num2words"))
-OWNS_VIDEO_PROCESSOR = ("llava-onevision", "qwen2-5-vl", "internvl", "smolvlm")
+OWNS_VIDEO_PROCESSOR = (
+    "llava-onevision", "qwen2-5-vl", "internvl", "smolvlm", "video-llava", "llava-next-video", "qwen3-vl",
+)  # fmt: skip
+READS_VIDEOS = tuple(k for k in AVAILABLE if k in OWNS_VIDEO_PROCESSOR and k != "internvl")
 
 HIDDEN, BLOCKS, VISION_HIDDEN, VISION_BLOCKS = 48, 2, 32, 2
-
-_IMAGES_FIRST = (
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>NEWLINE' }}{% endfor %}"
-)
-_TEXTS = "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-
-# As the released checkpoints have them, without the branches for videos and tools.
-TEMPLATES = {
-    "llava": (
-        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-        + _IMAGES_FIRST.replace("NEWLINE", "\\n")
-        + "{% if message['role'] != 'assistant' %}" + _TEXTS + "{{ content['text'] + ' '}}{% endfor %}"
-        "{% else %}" + _TEXTS + "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    ),
-    "llava-next": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}"
-        "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '[INST] ' }}" + _IMAGES_FIRST.replace("NEWLINE", "\\n")
-        + _TEXTS + "{{ content['text'] }}{% endfor %}{{ ' [/INST]' }}"
-        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}"
-        "{% endfor %}"
-    ),
-    "llava-onevision": (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}" + _IMAGES_FIRST.replace("NEWLINE", "")
-        + "{% if message['role'] != 'assistant' %}" + _TEXTS + "{{ '\\n' + content['text'] }}{% endfor %}{% else %}"
-        + _TEXTS + "{% generation %}{{ '\\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
-        "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-    "qwen2-5-vl": (
-        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-        "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "idefics3": (
-        "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
-        "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
-        "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-        "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-    "gemma3": (
-        "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set first_user_prefix = messages[0]['content'][0]['text'] + '\\n\\n' -%}"
-        "{%- set loop_messages = messages[1:] -%}{%- else -%}{%- set first_user_prefix = '' -%}"
-        "{%- set loop_messages = messages -%}{%- endif -%}{%- for message in loop_messages -%}"
-        "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}"
-        "{%- if message['role'] == 'assistant' -%}{%- set role = 'model' -%}{%- else -%}"
-        "{%- set role = message['role'] -%}{%- endif -%}"
-        "{{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else '') }}"
-        "{%- for item in message['content'] -%}{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}"
-        "{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}"
-        "{{ '<end_of_turn>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
-    ),
-    "internvl": (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
-        "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
-        "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{{'<|im_end|>\\n'}}{% endfor %}"
-        "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-}  # fmt: skip
-TEMPLATES["smolvlm"] = TEMPLATES["idefics3"]
 
 _ROWS = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
 # The special tokens of each class: those with a name that its processor asks the tokenizer for, and the rest.
 _NAMED: dict[str, dict[str, str]] = {
     "llava": {"image_token": "<image>"},
     "llava-next": {"image_token": "<image>"},
+    "video-llava": {"image_token": "<image>", "video_token": "<video>"},
+    "llava-next-video": {"image_token": "<image>", "video_token": "<video>"},
     "llava-onevision": {"image_token": "<image>", "video_token": "<video>"},
     "qwen2-5-vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "qwen3-vl": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     "idefics3": {},
     "smolvlm": {
         "fake_image_token": "<fake_token_around_image>", "image_token": "<image>", "global_image_token": "<global-img>",
@@ -112,6 +60,7 @@ _NAMED: dict[str, dict[str, str]] = {
 _OTHERS = {
     "llava-onevision": ["<|im_start|>"],
     "qwen2-5-vl": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+    "qwen3-vl": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
     "idefics3": [
         "<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROWS,
     ],
@@ -123,6 +72,7 @@ _OTHERS = {
 _LLAMA, _CHATML = ("<s>", "</s>", "<pad>"), (None, "<|im_end|>", "<|endoftext|>")
 _ENDS = {
     "llava": _LLAMA, "llava-next": _LLAMA, "llava-onevision": _CHATML, "qwen2-5-vl": _CHATML, "internvl": _CHATML,
+    "video-llava": _LLAMA, "llava-next-video": _LLAMA, "qwen3-vl": _CHATML,
     "idefics3": (None, "<|endoftext|>", "<|pad|>"), "smolvlm": (None, "<|endoftext|>", "<|pad|>"),
     "gemma3": ("<bos>", "<eos>", "<pad>"),
 }  # fmt: skip
@@ -181,17 +131,26 @@ def _vision(model_type: str, **extra: Any) -> dict[str, Any]:
 Parts = tuple[Any, Any, str, dict[str, Any]]  # model, image processor, class of the processor, its arguments
 
 
-def _llava(tokenizer: Any, following: bool = False) -> Parts:
+def _llava(tokenizer: Any, which: str = "llava") -> Parts:
     import transformers as tf
 
-    token = tokenizer.convert_tokens_to_ids("<image>")
+    token, video = (tokenizer.convert_tokens_to_ids(f"<{what}>") for what in ("image", "video"))
     vision = _vision("clip_vision_model", num_hidden_layers=VISION_BLOCKS + 1, projection_dim=16)
     text = _text(tokenizer, model_type="llama")
     arguments = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     size: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     shared: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_index": token}
-    if following:
-        pinpoints = [[16, 32], [32, 16], [32, 32]]
+    pinpoints = [[16, 32], [32, 16], [32, 32]]
+    if which == "video-llava":
+        model = tf.VideoLlavaForConditionalGeneration(tf.VideoLlavaConfig(**shared, video_token_index=video))
+        return model, tf.VideoLlavaImageProcessor(**size), "VideoLlavaProcessor", arguments
+    if which == "llava-next-video":
+        config = tf.LlavaNextVideoConfig(
+            **shared, video_token_index=video, image_grid_pinpoints=pinpoints, spatial_pool_mode="average"
+        )
+        images = tf.LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints)
+        return tf.LlavaNextVideoForConditionalGeneration(config), images, "LlavaNextVideoProcessor", arguments
+    if which == "llava-next":
         config = tf.LlavaNextConfig(**shared, image_grid_pinpoints=pinpoints)
         images = tf.LlavaNextImageProcessorPil(**size, image_grid_pinpoints=pinpoints)
         return tf.LlavaNextForConditionalGeneration(config), images, "LlavaNextProcessor", arguments
@@ -218,21 +177,26 @@ def _onevision(tokenizer: Any) -> Parts:
     return tf.LlavaOnevisionForConditionalGeneration(config), images, "LlavaOnevisionProcessor", arguments
 
 
-def _qwen(tokenizer: Any) -> Parts:
+def _qwen(tokenizer: Any, third: bool = False) -> Parts:
     import transformers as tf
 
     ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
     names = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
-    vision = {
+    vision: dict[str, Any] = {
         "depth": VISION_BLOCKS, "hidden_size": VISION_HIDDEN, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [1],
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": HIDDEN,
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
-    config = tf.Qwen2_5_VLConfig(
-        vision_config=vision, text_config=_text(tokenizer, rope_parameters=rope), **dict(zip(names, ids, strict=True))
-    )
     images = tf.Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 16 * 24})
+    tokens = dict(zip(names, ids, strict=True))
+    if third:
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        config = tf.Qwen3VLConfig(
+            vision_config=vision, text_config=_text(tokenizer, rope_parameters=rope, head_dim=12), **tokens
+        )
+        return tf.Qwen3VLForConditionalGeneration(config), images, "Qwen3VLProcessor", {}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    config = tf.Qwen2_5_VLConfig(vision_config=vision, text_config=_text(tokenizer, rope_parameters=rope), **tokens)
     return tf.Qwen2_5_VLForConditionalGeneration(config), images, "Qwen2_5_VLProcessor", {}
 
 
@@ -284,11 +248,18 @@ def _internvl(tokenizer: Any) -> Parts:
 
 
 _BUILDERS = {
-    "llava": _llava, "llava-next": lambda t: _llava(t, following=True), "llava-onevision": _onevision,
-    "qwen2-5-vl": _qwen, "idefics3": _idefics3, "smolvlm": lambda t: _idefics3(t, smol=True), "gemma3": _gemma3,
+    "llava": _llava, "llava-next": lambda t: _llava(t, "llava-next"), "llava-onevision": _onevision,
+    "video-llava": lambda t: _llava(t, "video-llava"), "llava-next-video": lambda t: _llava(t, "llava-next-video"),
+    "qwen2-5-vl": _qwen, "qwen3-vl": lambda t: _qwen(t, third=True), "idefics3": _idefics3,
+    "smolvlm": lambda t: _idefics3(t, smol=True), "gemma3": _gemma3,
     "internvl": _internvl,
 }  # fmt: skip
-_VIDEO = {
+_CROPPED = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+_VIDEO: dict[str, dict[str, Any]] = {
+    "video-llava": {"video_processor_type": "VideoLlavaVideoProcessor", **_CROPPED},
+    "llava-next-video": {"video_processor_type": "LlavaNextVideoVideoProcessor", **_CROPPED},
+    "qwen3-vl": {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 4,
+                 "size": {"shortest_edge": 64, "longest_edge": 2048}},
     "llava-onevision": {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": {"height": 16, "width": 16}},
     "qwen2-5-vl": {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4,
                    "size": {"shortest_edge": 64, "longest_edge": 384}},
@@ -337,6 +308,31 @@ def tiny(kind: str, folder: str | Path) -> Path:
         parts["video_processor"] = _VIDEO[kind]
     (folder / "processor_config.json").write_text(json.dumps(parts | arguments, indent=2), encoding="utf-8")
     return folder
+
+
+@dataclass(frozen=True)
+class TinyClip:
+    """Some frames of a video, as `keeplora.models.video_clips.Clip` wants them."""
+
+    frames: tuple[Image.Image, ...]
+    times: tuple[float, ...]
+    duration: float
+    fps: float
+    indices: tuple[int, ...]
+
+
+def clip(count: int, size: tuple[int, int] = (40, 24), *, seed: int = 0, fps: float = 10.0, step: int = 3) -> TinyClip:
+    """`count` frames of noise, every `step`-th of a source of constant rate that goes on for a step after the last."""
+    noise = np.random.default_rng([seed, count])
+    pixels = noise.integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8)
+    indices = tuple(step * i for i in range(count))
+    return TinyClip(
+        tuple(Image.fromarray(frame) for frame in pixels),
+        tuple(i / fps for i in indices),
+        step * count / fps,
+        fps,
+        indices,
+    )
 
 
 WORDS = sorted({w.strip(".,") for line in CORPUS for w in line.split()})

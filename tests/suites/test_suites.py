@@ -39,7 +39,7 @@ def counts(spec: dict) -> tuple[int, int, int]:
 
 
 def test_the_packaged_suites():
-    assert suite_names() == ["demo", "demo-small", "mllm-dcl", "mtil", "ucit", "vqa", "x-tail"]
+    assert suite_names() == ["cl-vista", "demo", "demo-small", "mllm-dcl", "mtil", "ucit", "video", "vqa", "x-tail"]
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -53,7 +53,7 @@ def test_every_packaged_suite_is_whole(name):
         else:
             assert parse_spec(spec, sources).templates == spec["templates"]
     tasks = {spec["name"] for spec in suite["tasks"]}
-    one = name in ("mllm-dcl", "ucit")  # no second order is published
+    one = name in ("mllm-dcl", "ucit", "cl-vista")  # no second order is published
     assert set(suite["orders"]) == ({"1"} if one else {"1", "2"})
     for entry in suite["orders"].values():
         assert set(entry["order"]) == tasks
@@ -217,7 +217,7 @@ def test_a_broken_suite_is_refused_with_a_sentence(own, text, message):
     [
         (
             "no.yaml",
-            r"no\.yaml: no such suite file \(packaged suites: demo, demo-small, mllm-dcl, mtil, ucit, vqa, x-tail\)",
+            r"no\.yaml: no such suite file \(packaged suites: cl-vista, demo, demo-small, mllm-dcl, mtil, ucit, video, vqa, x-tail\)",
         ),
         ("folder/", "is a folder; name the suite's YAML file in it"),
     ],

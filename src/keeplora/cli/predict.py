@@ -11,8 +11,10 @@ import typer
 def predict(
     directory: Annotated[Path, typer.Argument(help="The run directory.")],
     image: Annotated[list[Path] | None, typer.Option(help="A picture. Repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video. Repeatable.")] = None,
     question: Annotated[
-        str | None, typer.Option(help="For a generative model: what to ask about the pictures, all of them at once.")
+        str | None,
+        typer.Option(help="For a generative model: what to ask about the pictures and videos, all of them at once."),
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Candidates, separated by commas; any words will do.")] = None,
     task: Annotated[
@@ -37,21 +39,25 @@ def predict(
 
     names = [name.strip() for name in classes.split(",") if name.strip()] if classes is not None else None
     pictures = [(path, read_picture(path)) for path in image or []]
-    if not pictures and question is None:
-        raise KeepLoraError("nothing to look at: give --image FILE (and for a generative model --question TEXT)")
+    videos = video or []
+    if not pictures and not videos and question is None:
+        raise KeepLoraError(
+            "nothing to look at: give --image FILE or --video FILE (and for a generative model --question TEXT)"
+        )
     model = TrainedModel(directory)
     if question is not None:
-        answer = model.answer([picture for _, picture in pictures], question, task=task)
-        names = [str(path) for path, _ in pictures]
+        answer = model.answer([picture for _, picture in pictures], question, task=task, videos=videos)
+        names = [str(path) for path, _ in pictures] + [str(path) for path in videos]
         told = {"images": names, "question": question, "answer": answer}
         typer.echo(json.dumps(told, ensure_ascii=False) if as_json else answer)
         return
     console = Console()
-    for path, picture in pictures:
+    for path, picture in [*pictures, *((path, path) for path in videos)]:
         found = model.predict(picture, classes=names, task=task, template=template)[:top]
         if as_json:
             rows = [{"class": p.label, "task": p.task, "probability": p.probability} for p in found]
-            typer.echo(json.dumps({"image": str(path), "predictions": rows}, ensure_ascii=False))
+            what = "video" if path is picture else "image"
+            typer.echo(json.dumps({what: str(path), "predictions": rows}, ensure_ascii=False))
             continue
         table = Table(title=str(path), title_justify="left")
         table.add_column("class")

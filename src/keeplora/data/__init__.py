@@ -28,7 +28,7 @@ _TABLE = {"image_column", "split_column", "delimiter"}
 #: Every source by name.
 SOURCES: dict[str, Source] = {
     "folder": Source("keeplora.data.folder"),
-    "table": Source("keeplora.data.table", frozenset(_TABLE | {"label_column"})),
+    "table": Source("keeplora.data.table", frozenset(_TABLE | {"label_column", "video_column"})),
     "datasets": Source("keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision"})),
     "pack": Source("keeplora.data.pack", frozenset({"task"})),
     "fgvc-aircraft": Source("keeplora.data.benchmarks.fgvc_aircraft"),
@@ -43,10 +43,13 @@ SOURCES: dict[str, Source] = {
     "stanford-cars": Source("keeplora.data.benchmarks.stanford_cars"),
     "sun397": Source("keeplora.data.benchmarks.sun397"),
     "coop": Source("keeplora.data.benchmarks.coop", frozenset({"split_file", "images", "shots"})),
-    "llava": Source("keeplora.data.llava", frozenset({"images", "references"}), "generation"),
+    "llava": Source("keeplora.data.llava", frozenset({"images", "videos", "references"}), "generation"),
     "llava-pack": Source("keeplora.data.llava_pack", kind="generation"),
+    "video-qa": Source("keeplora.data.video_qa", frozenset({"answers", "videos"}), "generation"),
     "vqa-table": Source(
-        "keeplora.data.vqa_table", frozenset(_TABLE | {"images", "question_column", "answer_column"}), "generation"
+        "keeplora.data.vqa_table",
+        frozenset(_TABLE | {"images", "videos", "video_column", "question_column", "answer_column"}),
+        "generation",
     ),
 }
 

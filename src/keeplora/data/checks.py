@@ -1,4 +1,4 @@
-"""Looking at every picture once: damaged ones, and the same picture on both sides of a split."""
+"""Looking at every file once: damaged ones, and the same picture or video on both sides of a split."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from keeplora.data.headers import read_header
 from keeplora.data.pictures import MAX_ASPECT, PictureError, check_picture
 from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SourceSpec, listing
+from keeplora.data.video import VideoError, check_video, video_digest
 from keeplora.errors import DataError
 
 #: Part of the name under which good pictures are remembered: another number whenever `check_picture` refuses other ones.
@@ -23,15 +24,19 @@ def file_of(entry: Entry) -> str | None:
     return os.path.abspath(entry.source.path) if isinstance(entry.source, FileBytes) else None
 
 
-def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tuple[list[Entry], list[str]]:
-    """Read every picture and look at it, a few at a time; nothing decoded is kept.
+def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tuple[list[Entry], list[Entry], list[str]]:
+    """Read every picture and video and look at it, a few at a time; nothing decoded is kept.
 
-    A good picture file that has not changed since it was last read is not read again (`keeplora.data.digests`). With
-    ``on_error: skip`` every picture is decoded in full, so that the pictures left out are the same ones in every run
-    and process, and none fails later.
+    A good file that has not changed since it was last read is not read again (`keeplora.data.digests`). With
+    ``on_error: skip`` every file is decoded in full, so that those left out are the same ones in training, statistics and
+    evaluation, in every run and process, and none fails later.
 
     Returns:
-        The usable entries with their digests, and warnings.
+        The usable entries with their digests, those left out, and warnings.
+
+    Raises:
+        PictureError: a file cannot be used, and none may be skipped.
+        DataError: more than the share ``max_skipped`` of them cannot be used.
     """
     full = spec.check == "full" or spec.on_error == "skip"
     facts = FileFacts(f"checked-{_CHECK}-{'full' if full else 'header'}-{spec.max_pixels}")
@@ -39,14 +44,17 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
     new: dict[str, tuple[Stamp, str]] = {}
 
     def fact_of(entry: Entry) -> str:
+        if entry.medium == "video":
+            check_video(entry.source, entry.where, full=full, max_pixels=spec.max_pixels)
+            return f"{video_digest(entry.source)} "
         data = entry.source.read()
         pixels = "" if not full and _whole_array(data, spec) else check_picture(
             data, entry.where, max_pixels=spec.max_pixels, full=full
         )  # fmt: skip
         return f"{hashlib.sha256(data).hexdigest()} {pixels}"
 
-    def check(part: Sequence[Entry]) -> list[Entry | PictureError]:
-        found: list[Entry | PictureError] = []
+    def check(part: Sequence[Entry]) -> list[Entry | DataError]:
+        found: list[Entry | DataError] = []
         for entry in part:
             path = file_of(entry)
             fact = holds(known, path) if path is not None else None
@@ -58,7 +66,7 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
                         stamp, fact = read_settled(path, lambda _, entry=entry: fact_of(entry))
                         if stamp is not None:
                             new[path] = (stamp, fact)
-                except PictureError as error:
+                except (PictureError, VideoError) as error:
                     found.append(_named(error, entry))
                     continue
             digest, _, pixels = fact.partition(" ")
@@ -66,23 +74,31 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
         return found
 
     # Pillow decodes and hashlib hashes without the GIL
-    checked = [item for part in in_threads(check, entries, size=64) for item in part]
+    videos = any(entry.medium == "video" for entry in entries)
+    checked = [item for part in in_threads(check, entries, size=4 if videos else 64) for item in part]
     facts.remember(new)
     good = [item for item in checked if isinstance(item, Entry)]
-    bad = [item for item in checked if isinstance(item, PictureError)]
+    bad = [item for item in checked if isinstance(item, DataError)]
     if not bad:
-        return good, []
+        return good, [], []
+    what = "video" if videos else "picture"
     if spec.on_error == "raise":
-        more = f" ({len(bad) - 1} more picture(s) of {split} cannot be used)" if len(bad) > 1 else ""
-        raise PictureError(f"{bad[0]}; or set `on_error: skip` to leave such pictures out{more}")
-    return good, [f"{len(bad)} unusable picture(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
+        more = f" ({len(bad) - 1} more {what}(s) of {split} cannot be used)" if len(bad) > 1 else ""
+        raise type(bad[0])(f"{bad[0]}; or set `on_error: skip` to leave such {what}s out{more}")
+    if len(bad) > spec.max_skipped * len(entries):
+        raise DataError(
+            f"{len(bad)} of the {len(entries)} {what}s of {split} cannot be used, more than the share of {spec.max_skipped:g} "
+            f"that `max_skipped` lets pass: {listing((str(e) for e in bad), 3)}; mend them, or raise `max_skipped`"
+        )
+    left_out = [entry for entry, item in zip(entries, checked, strict=True) if isinstance(item, DataError)]
+    return good, left_out, [f"{len(bad)} unusable {what}(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
 
 
-def _named(error: PictureError, entry: Entry) -> PictureError:
+def _named(error: DataError, entry: Entry) -> DataError:
     """The error under the entry's name, which tells the row or entry of a list that named the file."""
     path = str(entry.source.path) if isinstance(entry.source, FileBytes) else ""
     told = str(error)
-    return PictureError(entry.where + told[len(path) :]) if path and told.startswith(f"{path}: ") else error
+    return type(error)(entry.where + told[len(path) :]) if path and told.startswith(f"{path}: ") else error
 
 
 def _whole_array(data: bytes, spec: SourceSpec) -> bool:

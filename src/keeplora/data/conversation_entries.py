@@ -2,7 +2,7 @@
 
 LLaVA's: ``{"id", "image", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}``;
 the same with ``role`` and ``content``; and question and answer side by side, as test files have them:
-``{"question_id", "image", "text", "answer"}``.
+``{"question_id", "image", "text", "answer"}``. ``video`` stands where ``image`` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keeplora.data.conversations import Conversation, Turn, asked, check_turns, with_prompt
+from keeplora.data.conversations import IMAGE, VIDEO, Conversation, Turn, asked, check_turns, with_prompt
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.spec import listing
 from keeplora.errors import DataError
@@ -44,12 +44,13 @@ class Entries:
         self._seen: Counter[str] = Counter()
 
     def conversation(
-        self, entry: Mapping[str, Any], pictures: tuple[ByteSource, ...], where: str, number: int
-    ) -> Conversation:
+        self, entry: Mapping[str, Any], pictures: tuple[ByteSource, ...], where: str, number: int,
+        videos: tuple[ByteSource, ...] = (),
+    ) -> Conversation:  # fmt: skip
         """``entry`` as a conversation.
 
         Args:
-            pictures: those of the entry.
+            pictures, videos: those of the entry.
             where: the name for errors.
             number: names the entry where it has no id.
 
@@ -60,17 +61,13 @@ class Entries:
             raise DataError(f"{where}: {_short(entry)} is no JSON object; write one for each question")
         name = _first(entry, IDS)
         where = where if name is None else f"{where} (id {name!r})"
-        if entry.get("video") is not None:
-            raise DataError(f"{where}: names a video, and video tasks are not supported yet; leave the entry out")
-        if entry.get("conversations") is not None:
-            turns, references = self._talk(entry, len(pictures), where)
-        else:
-            turns, references = self._side_by_side(entry, len(pictures), where)
-        check_turns(turns, len(pictures), where)
+        read = self._talk if entry.get("conversations") is not None else self._side_by_side
+        turns, references = read(entry, len(pictures), len(videos), where)
+        check_turns(turns, len(pictures), where, videos=len(videos))
         kind = _first(entry, KINDS)
         return Conversation(
             key=self._key(number if name is None else name), turns=turns, pictures=pictures, where=where,
-            references=references, kind="" if kind is None else str(kind),
+            references=references, kind="" if kind is None else str(kind), videos=videos,
         )  # fmt: skip
 
     def _key(self, name: Any) -> str:
@@ -81,7 +78,9 @@ class Entries:
         self.repeated += 1
         return f"{key}#{self._seen[key]}"
 
-    def _talk(self, entry: Mapping[str, Any], pictures: int, where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    def _talk(
+        self, entry: Mapping[str, Any], pictures: int, videos: int, where: str
+    ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         told = entry["conversations"]
         if not isinstance(told, list) or not told:
             raise DataError(f"{where}: `conversations` is {_short(told)}; give a list of turns")
@@ -93,12 +92,15 @@ class Entries:
             turns.append(Turn("assistant", answer_of(accepted(given, where))))
         references = accepted(given, where) if given is not None else (turns[-1].text.strip(),)
         first = next((n for n, turn in enumerate(turns) if turn.role == "user"), None)
-        if pictures == 1 and first is not None and not any("<image>" in turn.text for turn in turns):
-            turns[first] = asked(turns[first].text, 1, None, where)[0]
+        unmarked = not any(mark in turn.text for turn in turns for mark in (IMAGE, VIDEO))
+        if pictures + videos == 1 and first is not None and unmarked:
+            turns[first] = asked(turns[first].text, pictures, None, where, videos=videos)[0]
+        elif videos == 1 and not pictures:
+            turns = _video_marks(turns)
         return tuple(with_prompt(turn, self.prompt) for turn in turns), references
 
     def _side_by_side(
-        self, entry: Mapping[str, Any], pictures: int, where: str
+        self, entry: Mapping[str, Any], pictures: int, videos: int, where: str
     ) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         question, given = _first(entry, QUESTIONS), _first(entry, ANSWERS)
         if given is None:
@@ -114,7 +116,7 @@ class Entries:
         if question is not None and not isinstance(question, str):
             raise DataError(f"{where}: the question is {_short(question)}; give text")
         references = accepted(given, where)
-        turns = asked(question or str(self.prompt), pictures, self.prompt, where)
+        turns = asked(question or str(self.prompt), pictures, self.prompt, where, videos=videos)
         return (*turns, Turn("assistant", answer_of(references))), references
 
 
@@ -127,6 +129,18 @@ def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(text, str):
         raise DataError(f"{where}: a turn of {side} says {_short(text)}; give text")
     return Turn(ROLES[side], text.strip())
+
+
+def _video_marks(turns: list[Turn]) -> list[Turn]:
+    """Data of Video-LLaVA marks one video by "<image>", once or once per frame: here that is one "<video>"."""
+    text = "".join(turn.text for turn in turns)
+    if VIDEO in text or IMAGE not in text:
+        return turns
+    first = next(n for n, turn in enumerate(turns) if IMAGE in turn.text)
+    marked = Turn(turns[first].role, turns[first].text.replace(IMAGE, VIDEO, 1))
+    rest = [Turn(turn.role, turn.text.replace(IMAGE, "").strip()) for turn in turns]
+    rest[first] = Turn(marked.role, marked.text.replace(IMAGE, "").strip())
+    return rest
 
 
 def _first(entry: Mapping[str, Any], names: Iterable[str]) -> Any:
@@ -158,13 +172,24 @@ def answer_of(references: tuple[str, ...]) -> str:
 
 def pictures_of(entry: Any, folder: Path, where: str) -> tuple[FileBytes, ...]:
     """The pictures that ``image`` or ``images`` of an entry names: one, several or none; relative to ``folder``."""
-    named = _first(entry, ("image", "images")) if isinstance(entry, Mapping) else None
+    return _files(entry, folder, where, "image", "pictures")
+
+
+def videos_of(entry: Any, folder: Path, where: str) -> tuple[FileBytes, ...]:
+    """The videos that ``video`` or ``videos`` of an entry names: one, several or none; relative to ``folder``."""
+    return _files(entry, folder, where, "video", "videos")
+
+
+def _files(entry: Any, folder: Path, where: str, key: str, what: str) -> tuple[FileBytes, ...]:
+    named = _first(entry, (key, f"{key}s")) if isinstance(entry, Mapping) else None
     names = named if isinstance(named, list) else [] if named is None else [named]
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where}: an image is {_short(name)}; give the path of a file")
+            raise DataError(
+                f"{where}: {'an image' if key == 'image' else 'a video'} is {_short(name)}; give the path of a file"
+            )
         if "://" in name:
-            raise DataError(f"{where}: {name!r} is an address, not a file; download the pictures first")
+            raise DataError(f"{where}: {name!r} is an address, not a file; download the {what} first")
     return tuple(FileBytes(folder / Path(name.strip()).expanduser()) for name in names)
 
 

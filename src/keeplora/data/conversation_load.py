@@ -14,7 +14,7 @@ from keeplora.data.conversations import (
     Conversation,
     ConversationSet,
     ConversationTask,
-    picture_digests,
+    file_digests,
     picture_name,
 )
 from keeplora.data.sets import ByteSource, Entry, HeldBytes
@@ -29,6 +29,7 @@ def assemble_conversations(raw: RawConversations, spec: ConversationSpec, *, pro
     found = probe_splits(raw, spec) if probe else raw.splits
     splits = {split: found[split] for split in SPLIT_ALIASES if split in found}
     warnings = list(raw.warnings)
+    skipped: dict[str, list[Conversation]] = {}
     if "test" not in splits:
         splits, told = _cut_test(splits, spec)
         warnings += told
@@ -40,15 +41,21 @@ def assemble_conversations(raw: RawConversations, spec: ConversationSpec, *, pro
             continue
         kept = splits[split]
         chosen = cap_per_class([c.key for c in kept], [""] * len(kept), limit, spec.split_seed)
-        splits[split], told = read_pictures([kept[i] for i in chosen], spec, split)
+        splits[split], skipped[split], told = read_files([kept[i] for i in chosen], spec, split)
         warnings += told
-    splits, told = handle_leaks(splits, spec.duplicates, lambda c: "/".join(picture_digests(c)))
+    splits, told = handle_leaks(splits, spec.duplicates, lambda c: "/".join(file_digests(c)))
     warnings += told
     for split, kept in splits.items():
         if not kept:
-            raise DataError(f"no usable entry is left in {split}; see that the pictures can be opened")
+            raise DataError(f"no usable entry is left in {split}; see that its files can be opened")
     warnings += _unexpected(splits, spec)
-    sets = {split: ConversationSet(kept, max_pixels=spec.max_pixels) for split, kept in splits.items()}
+    sets = {
+        # What cannot be read cannot be learned; in a test it still counts, as a question that is not answered.
+        split: ConversationSet(
+            kept, max_pixels=spec.max_pixels, skipped=() if split == "train" else skipped.get(split, ())
+        )
+        for split, kept in splits.items()
+    }
     train = sets.get("train", ConversationSet([], max_pixels=spec.max_pixels))
     validation = sets.get("validation")
     if isinstance(spec.validation, float) and not probe:
@@ -72,36 +79,41 @@ def grouped(conversations: Sequence[Conversation], spec: ConversationSpec) -> li
         return list(conversations)
     items: dict[tuple[object, ...], Conversation] = {}
     for c in conversations:
-        same = (c.pictures, c.prompt_turns)
+        same = (c.pictures, c.videos, c.prompt_turns)
         first = items.get(same)
         items[same] = c if first is None else replace(first, references=first.references + c.references)
     return list(items.values())
 
 
 def entries_of(conversations: Sequence[Conversation]) -> dict[ByteSource, Entry]:
-    """Every picture once, as what the checks of pictures take."""
+    """Every picture and video once, as what the checks of files take."""
     entries: dict[ByteSource, Entry] = {}
     for c in conversations:
-        for n, source in enumerate(c.pictures):
+        for n, source in enumerate((*c.pictures, *c.videos)):
             if source not in entries:
-                entries[source] = Entry(f"{c.key}#{n}", "", picture_name(source, c.where), source)
+                medium = "picture" if n < len(c.pictures) else "video"
+                entries[source] = Entry(f"{c.key}#{n}", "", picture_name(source, c.where), source, medium=medium)
     return entries
 
 
-def read_pictures(
+def read_files(
     conversations: Sequence[Conversation], spec: ConversationSpec, split: str
-) -> tuple[list[Conversation], list[str]]:
-    """Read every picture once (`check_entries`); conversations with an unusable one are left out where that is asked for."""
-    good, warnings = check_entries(list(entries_of(conversations).values()), spec, split)
+) -> tuple[list[Conversation], list[Conversation], list[str]]:
+    """Read every file once (`check_entries`): the usable conversations, those left out (where that is asked for), warnings."""
+    good, _, warnings = check_entries(list(entries_of(conversations).values()), spec, split)
     digests = {entry.source: entry.digest for entry in good}
-    kept = [
-        replace(c, digests=tuple(digests[source] for source in c.pictures))
-        for c in conversations
-        if all(source in digests for source in c.pictures)
-    ]
-    if lost := len(conversations) - len(kept):
-        warnings.append(f"{lost} entries of {split} left out with their unusable pictures")
-    return kept, warnings
+    kept: list[Conversation] = []
+    lost: list[Conversation] = []
+    for c in conversations:
+        sources = (*c.pictures, *c.videos)
+        if all(source in digests for source in sources):
+            kept.append(replace(c, digests=tuple(digests[source] for source in sources)))
+        else:
+            lost.append(c)
+    if lost:
+        fate = "left out with" if split == "train" else "score 0 for"
+        warnings.append(f"{len(lost)} entries of {split} {fate} their unusable files")
+    return kept, lost, warnings
 
 
 def handle_leaks(
@@ -137,7 +149,7 @@ def _cut_test(
     splits: dict[str, list[Conversation]], spec: ConversationSpec
 ) -> tuple[dict[str, list[Conversation]], list[str]]:
     fraction = spec.test if isinstance(spec.test, float) else DEFAULT_TEST_FRACTION
-    conversations, warnings = read_pictures(splits["train"], spec, "train")
+    conversations, _, warnings = read_files(splits["train"], spec, "train")
     if not isinstance(spec.test, float):
         warnings.append(
             f"no test entries were named: {fraction:.0%} (split_seed {spec.split_seed}) are held out; set `test` to choose"
@@ -147,8 +159,8 @@ def _cut_test(
     held = set(holdout(whole.keys, whole.labels, fraction, spec.split_seed, groups=groups, at_least=1))
     if not held:
         raise DataError(
-            f"nothing can be held out for the test among {len(whole)} entries about {len(set(groups))} picture(s); give more, "
-            "or name a `test`"
+            f"nothing can be held out for the test among {len(whole)} entries about {len(set(groups))} file(s); give more, or "
+            "name a `test`"
         )
     cut = {
         **splits,

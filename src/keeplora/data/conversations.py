@@ -1,4 +1,4 @@
-"""Questions about pictures and their answers: what a generative model is taught and asked."""
+"""Questions about pictures and videos and their answers: what a generative model is taught and asked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, decode_picture
 from keeplora.data.sets import ByteSource, FileBytes
+from keeplora.data.video import Clip, FrameCache, Sampling, decode_clip, video_digest
 from keeplora.errors import DataError
 
 IMAGE, VIDEO = "<image>", "<video>"
@@ -23,7 +24,7 @@ class Turn:
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: "<image>" in it (of a user's turn) marks where a picture goes.
+        text: "<image>" in it (of a user's turn) marks where a picture goes, "<video>" where a video goes.
     """
 
     role: str
@@ -32,7 +33,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns about pictures; the last turn is the assistant's.
+    """Turns about pictures and videos; the last turn is the assistant's.
 
     Attributes:
         key: stable name, the same on every machine (part of the fingerprint).
@@ -41,7 +42,8 @@ class Conversation:
         where: the name for errors, e.g. a file and the number of the entry.
         references: the accepted answers to the last question, at least one; captions have several.
         kind: the sort of question, for stratified samples; "" where the source does not tell.
-        digests: hex SHA-256 of the pictures' bytes; empty until they are read.
+        digests: hex SHA-256 of the bytes of the pictures, then of the videos; empty until they are read.
+        videos: one for each "<video>", in order.
 
     >>> asked = Conversation("1", (Turn("user", "<image>\\nWhat is it?"), Turn("assistant", "a cat")), (), "a.json", ("a cat",))
     >>> asked.question, len(asked.prompt_turns)
@@ -55,12 +57,13 @@ class Conversation:
     references: tuple[str, ...]
     kind: str = ""
     digests: tuple[str, ...] = ()
+    videos: tuple[ByteSource, ...] = ()
 
     @property
     def question(self) -> str:
-        """The last user turn without its pictures' marks."""
+        """The last user turn without its pictures' and videos' marks."""
         text = next(turn.text for turn in reversed(self.turns) if turn.role == "user")
-        return text.replace(IMAGE, "").strip()
+        return text.replace(IMAGE, "").replace(VIDEO, "").strip()
 
     @property
     def prompt_turns(self) -> tuple[Turn, ...]:
@@ -69,16 +72,21 @@ class Conversation:
 
 
 class ConversationSet:
-    """Conversations whose pictures are decoded when asked for and never kept.
+    """Conversations whose pictures and videos are decoded when asked for and never kept.
 
     Args:
         conversations: keys must differ.
         max_pixels: larger pictures are refused.
+        skipped: conversations of a test whose files cannot be read (``on_error: skip``): each scores 0.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(
+        self, conversations: Sequence[Conversation], *, max_pixels: int = DEFAULT_MAX_PIXELS,
+        skipped: Sequence[Conversation] = (),
+    ) -> None:  # fmt: skip
         self.conversations = list(conversations)
         self.max_pixels = max_pixels
+        self.skipped = list(skipped)
         number = {kind: n for n, kind in enumerate(sorted({c.kind for c in self.conversations}))}
         #: the number of each conversation's kind
         self.labels: list[int] = [number[c.kind] for c in self.conversations]
@@ -95,6 +103,10 @@ class ConversationSet:
         """Stable names of the conversations."""
         return [conversation.key for conversation in self.conversations]
 
+    @property
+    def has_videos(self) -> bool:
+        return any(conversation.videos for conversation in self.conversations)
+
     def conversation(self, index: int) -> Conversation:
         return self.conversations[index]
 
@@ -110,29 +122,43 @@ class ConversationSet:
             for source in conversation.pictures
         ]
 
-    def digest(self, index: int) -> str:
-        """Hex SHA-256 over the pictures of conversation ``index`` (over its turns where it has none).
+    def clips(self, index: int, sampling: Sampling, cache: FrameCache | None = None) -> list[Clip]:
+        """Frames of the videos of conversation ``index``; see `keeplora.data.video.decode_clip`."""
+        conversation = self.conversations[index]
+        decode = decode_clip if cache is None else cache.get
+        return [
+            decode(source, picture_name(source, conversation.where), sampling, max_pixels=self.max_pixels)
+            for source in conversation.videos
+        ]
 
-        Conversations about the same pictures have the same one, so that a split can keep them on one side.
+    def digest(self, index: int) -> str:
+        """Hex SHA-256 over the files of conversation ``index`` (over its turns where it has none).
+
+        Conversations about the same pictures and videos have the same one, so that a split can keep them on one side.
         """
         conversation = self.conversations[index]
-        told = list(picture_digests(conversation)) or [[turn.role, turn.text] for turn in conversation.turns]
+        told = list(file_digests(conversation)) or [[turn.role, turn.text] for turn in conversation.turns]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over every conversation's key, turns, references and pictures, in order; computed once."""
+        """Hex SHA-256 over every conversation's key, turns, references and files, in order; computed once.
+
+        A skipped conversation is in it too, by its key: a test with fewer readable files is another test.
+        """
         if self._fingerprint is None:
             total = hashlib.sha256()
             for c in self.conversations:
                 turns = [[turn.role, turn.text] for turn in c.turns]
-                line = [c.key, c.kind, turns, list(c.references), list(picture_digests(c))]
+                line = [c.key, c.kind, turns, list(c.references), list(file_digests(c))]
                 total.update(json.dumps(line).encode() + b"\n")
+            for c in self.skipped:
+                total.update(json.dumps(["skipped", c.key]).encode() + b"\n")
             self._fingerprint = total.hexdigest()
         return self._fingerprint
 
     def subset(self, indices: Sequence[int]) -> ConversationSet:
-        """The conversations at ``indices``, in that order."""
+        """The conversations at ``indices``, in that order, and none of the skipped."""
         return ConversationSet([self.conversations[i] for i in indices], max_pixels=self.max_pixels)
 
 
@@ -175,32 +201,36 @@ def picture_name(source: ByteSource, where: str) -> str:
     return f"{source.path} ({where})" if isinstance(source, FileBytes) else where
 
 
-def picture_digests(conversation: Conversation) -> tuple[str, ...]:
-    """Hex SHA-256 of the encoded bytes of each picture; read now where they are not known yet."""
-    if len(conversation.digests) == len(conversation.pictures):
+def file_digests(conversation: Conversation) -> tuple[str, ...]:
+    """Hex SHA-256 of the bytes of each picture and video; read now where they are not known yet."""
+    if len(conversation.digests) == len(conversation.pictures) + len(conversation.videos):
         return conversation.digests
-    return tuple(hashlib.sha256(source.read()).hexdigest() for source in conversation.pictures)
+    pictures = [hashlib.sha256(source.read()).hexdigest() for source in conversation.pictures]
+    return (*pictures, *map(video_digest, conversation.videos))
 
 
-def asked(question: str, pictures: int, prompt: str | None = None, where: str = "the question") -> tuple[Turn, ...]:
-    """A question as a conversation of one turn; without marks in it the pictures come first, as LLaVA has them.
+def asked(
+    question: str, pictures: int, prompt: str | None = None, where: str = "the question", *, videos: int = 0
+) -> tuple[Turn, ...]:
+    """A question as a conversation of one turn; without marks in it pictures and videos come first, as LLaVA has them.
 
     Args:
-        question: text; each "<image>" in it marks the place of a picture.
-        pictures: how many there are.
+        question: text; each "<image>" or "<video>" in it marks the place of a picture or a video.
+        pictures, videos: how many there are.
         prompt: an instruction to be added; see `with_prompt`.
         where: the name for errors.
 
     Raises:
-        DataError: there are marks, but not as many as pictures; or the question is empty.
+        DataError: there are marks, but not as many as pictures and videos; or the question is empty.
 
     >>> asked("What is it?", 1)[0].text
     '<image>\\nWhat is it?'
     """
     turn = Turn("user", question.strip())
-    if IMAGE not in turn.text:
-        turn = Turn("user", f"{IMAGE}\n" * pictures + turn.text)
-    check_turns((turn,), pictures, where)
+    for mark, count in ((VIDEO, videos), (IMAGE, pictures)):
+        if mark not in turn.text:
+            turn = Turn("user", f"{mark}\n" * count + turn.text)
+    check_turns((turn,), pictures, where, videos=videos)
     return (with_prompt(turn, prompt),)
 
 
@@ -215,8 +245,8 @@ def with_prompt(turn: Turn, prompt: str | None) -> Turn:
     return Turn(turn.role, turn.text + (prompt.rstrip() if prompt[0].isspace() else f"\n{prompt.rstrip()}"))
 
 
-def check_turns(turns: Sequence[Turn], pictures: int, where: str) -> None:
-    """Refuse turns that no chat template could write, and marks that do not fit the pictures.
+def check_turns(turns: Sequence[Turn], pictures: int, where: str, *, videos: int = 0) -> None:
+    """Refuse turns that no chat template could write, and marks that do not fit the pictures and videos.
 
     Raises:
         DataError: a sentence that names ``where``.
@@ -230,16 +260,16 @@ def check_turns(turns: Sequence[Turn], pictures: int, where: str) -> None:
                 "the user first"
             )
     for turn in turns:
-        if VIDEO in turn.text:
-            raise DataError(f"{where}: holds {VIDEO!r}, and video tasks are not supported yet; leave the entry out")
-        if turn.role != "user" and IMAGE in turn.text:
-            raise DataError(
-                f"{where}: {IMAGE!r} is in a turn of the {turn.role}; it can stand in the user's turns alone"
-            )
-        if not turn.text.replace(IMAGE, "").strip():
+        for mark in (IMAGE, VIDEO):
+            if turn.role != "user" and mark in turn.text:
+                raise DataError(
+                    f"{where}: {mark!r} is in a turn of the {turn.role}; it can stand in the user's turns alone"
+                )
+        if not turn.text.replace(IMAGE, "").replace(VIDEO, "").strip():
             raise DataError(f"{where}: a turn of the {turn.role} is empty; fill it in or delete the entry")
-    marks = sum(turn.text.count(IMAGE) for turn in turns)
-    if marks != pictures:
-        raise DataError(
-            f"{where}: {marks} {IMAGE!r} in the text but {pictures} picture(s); write {IMAGE!r} once for each picture"
-        )
+    for mark, count, what in ((IMAGE, pictures, "picture"), (VIDEO, videos, "video")):
+        marks = sum(turn.text.count(mark) for turn in turns)
+        if marks != count:
+            raise DataError(
+                f"{where}: {marks} {mark!r} in the text but {count} {what}(s); write {mark!r} once for each {what}"
+            )

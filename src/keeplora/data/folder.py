@@ -1,7 +1,8 @@
-"""Class folders: ``train/<class>/...`` and ``test/<class>/...``, or a flat ``<class>/...`` that is split.
+"""Class folders of pictures or of videos: ``train/<class>/...`` and ``test/<class>/...``, or a flat ``<class>/...`` that is
+split.
 
 Links are followed, also out of the folder: pointing class folders at another disk is common, and the fingerprint is
-of the bytes. A link that leads nowhere is an unusable picture; a link to a folder above itself is refused.
+of the bytes. A link that leads nowhere is an unusable file; a link to a folder above itself is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from keeplora.data.pictures import EXTENSIONS
 from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, RawTask, TaskSpec, listing, locate
+from keeplora.data.video import VIDEO_SUFFIXES
 from keeplora.errors import ConfigError, DataError
 
 #: Left behind by systems and tools; never anyone's data.
@@ -71,8 +73,10 @@ def _name(path: Path) -> str:
     return unicodedata.normalize("NFC", path.name)
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS
+def medium_of(path: Path) -> str | None:
+    """ "picture" or "video", by the file's ending; None where it is neither."""
+    ending = path.suffix.lower()
+    return "picture" if ending in EXTENSIONS else "video" if ending in VIDEO_SUFFIXES else None
 
 
 def _layout(root: Path) -> dict[str, Path]:
@@ -130,26 +134,29 @@ def _read_split(root: Path, split: str, raw: RawTask, base: Path) -> list[Entry]
             raw.empty.setdefault(split, []).append((label, str(folder)))
         for file in files:
             inside = unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
-            entries.append(Entry(f"{split}/{label}/{inside}", label, str(file), FileBytes(file)))
-    loose = [p for p in ignored if p.parent == root and _is_picture(p)]
+            medium = medium_of(file) or "picture"
+            key = f"{split}/{label}/{inside}"
+            entries.append(Entry(key, label, str(file), FileBytes(file), medium=medium))
+    loose = [p for p in ignored if p.parent == root and medium_of(p)]
+    media = " or ".join(sorted({f"{medium_of(p)}" for p in loose})) or "picture"
     if not names:
-        what = f"{len(loose)} picture(s) but no class folders" if loose else "no class folders"
-        raise DataError(f"{root}: holds {what}; put the pictures of each class into a folder named after it")
+        what = f"{len(loose)} {media}(s) but no class folders" if loose else "no class folders"
+        raise DataError(f"{root}: holds {what}; put the {media}s of each class into a folder named after it")
     if loose:
-        raw.warnings.append(f"{len(loose)} picture(s) outside the class folders ignored: {listing(map(str, loose))}")
+        raw.warnings.append(f"{len(loose)} {media}(s) outside the class folders ignored: {listing(map(str, loose))}")
     other = [p for p in ignored if p not in loose]
     if other:
         kinds = Counter(p.suffix.lower() or "no ending" for p in other)
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raw.warnings.append(
-            f"{len(other)} file(s) that are not pictures ignored ({counts}): {listing(map(str, other))}"
+            f"{len(other)} file(s) that are not pictures or videos ignored ({counts}): {listing(map(str, other))}"
             + ("; convert .heic to PNG or JPEG to use them" if {".heic", ".heif"} & set(kinds) else "")
         )
     return entries
 
 
 def _files(folder: Path, above: tuple[str, ...], ignored: list[Path]) -> list[Path]:
-    """Pictures of a class folder, also in folders below it, sorted by name."""
+    """Pictures and videos of a class folder, also in folders below it, sorted by name."""
     found: list[Path] = []
     for path in _visible(folder):
         if path.is_dir():
@@ -157,7 +164,7 @@ def _files(folder: Path, above: tuple[str, ...], ignored: list[Path]) -> list[Pa
             if real in above:
                 raise DataError(f"{path}: the link leads back to a folder above itself; delete it")
             found += _files(path, (*above, real), ignored)
-        elif _is_picture(path):
+        elif medium_of(path):
             found.append(path)
         else:
             ignored.append(path)

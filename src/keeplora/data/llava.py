@@ -1,4 +1,4 @@
-"""Questions and answers as LLaVA keeps them: a JSON list (or JSON lines) for each split, and a folder of pictures."""
+"""Questions and answers as LLaVA keeps them: a JSON list (or JSON lines) for each split, and a folder of pictures or videos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from keeplora.data.conversation_entries import Entries, pictures_of
+from keeplora.data.conversation_entries import Entries, pictures_of, videos_of
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
 from keeplora.data.sets import FileBytes
@@ -22,8 +22,8 @@ ENDINGS = (".json", ".jsonl")
 def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversations:
     """Read the files that ``train``, ``test`` and ``validation`` name, or those with the usual names in ``path``.
 
-    ``images`` is the folder that pictures' paths start at (default: that of the JSON file), ``references`` a file of COCO
-    captions by which the test's answers are judged.
+    ``images`` is the folder that pictures' paths start at (default: that of the JSON file), ``videos`` that of videos'
+    (default: ``images``), ``references`` a file of COCO captions by which the test's answers are judged.
     """
     raw = RawConversations()
     files = split_files(spec, base_dir)
@@ -31,9 +31,11 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
         raise ConfigError("no training file named: give `train`, or `path` for a folder with train.json")
     base = _base(spec, base_dir)
     images = locate(spec.extra["images"], base, kind="folder") if "images" in spec.extra else None
+    videos = locate(spec.extra["videos"], base, kind="folder") if "videos" in spec.extra else images
     for split, file in files.items():
         if not probe or split == "test" or "test" not in files:
-            raw.splits[split] = _read(file, images or file.parent, split, spec, raw)
+            folders = (images or file.parent, videos or file.parent)
+            raw.splits[split] = _read(file, folders, split, spec, raw)
     if "references" in spec.extra:
         if "test" not in raw.splits:
             raise ConfigError("`references` judges the answers of `test`: name a test file")
@@ -72,12 +74,15 @@ def _base(spec: ConversationSpec, base_dir: Path) -> Path:
     return path if path.is_dir() else base_dir
 
 
-def _read(file: Path, images: Path, split: str, spec: ConversationSpec, raw: RawConversations) -> list[Conversation]:
+def _read(
+    file: Path, folders: tuple[Path, Path], split: str, spec: ConversationSpec, raw: RawConversations
+) -> list[Conversation]:
     entries = Entries(split, spec.prompt)
     found = []
-    for number, entry in enumerate(_load(file), start=1):
+    for number, entry in enumerate(load_entries(file), start=1):
         where = f"{file}, entry {number}"
-        found.append(entries.conversation(entry, pictures_of(entry, images, where), where, number))
+        pictures, videos = pictures_of(entry, folders[0], where), videos_of(entry, folders[1], where)
+        found.append(entries.conversation(entry, pictures, where, number, videos))
     if not found:
         raise DataError(f"{file}: holds no entries for {split}; fill it or name another")
     if entries.repeated and split == "test":
@@ -101,7 +106,12 @@ def _json(file: Path) -> Any:
         raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg}); mend it or copy it again") from error
 
 
-def _load(file: Path) -> list[Any]:
+def load_entries(file: Path) -> list[Any]:
+    """The entries of a JSON list or of JSON lines.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
     if file.suffix.lower() in (".jsonl", ".ndjson"):
         return [entry for _, entry in json_rows(_text(file), file)]
     found = _json(file)

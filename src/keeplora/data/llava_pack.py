@@ -1,6 +1,6 @@
-"""Conversations in one parquet file, encoded pictures included.
+"""Conversations in one parquet file, encoded pictures and videos included.
 
-Columns: split, id, image (or images, a list), conversations (JSON text in LLaVA's form), kind, origin, licence.
+Columns: split, id, image or video (or images, videos, lists), conversations (JSON text in LLaVA's form), kind, origin, licence.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
         licences.add(row["licence"] or "unknown")
         if probe and split != "test":
             continue
-        pictures = row["images"] if row.get("images") else [row["image"]] if row.get("image") else []
-        held = tuple(HeldBytes(bytes(data)) for data in pictures)
+        pictures, videos = (tuple(map(HeldBytes, _held(row, key))) for key in ("image", "video"))
         entry = {"id": row["id"], "kind": row["kind"], "conversations": _turns(row["conversations"], where)}
-        raw.splits.setdefault(split, []).append(entries[split].conversation(entry, held, where, number))
+        raw.splits.setdefault(split, []).append(entries[split].conversation(entry, pictures, where, number, videos))
     main = "test" if probe else "train"
     if main not in raw.splits:
         raise DataError(f"{file}: holds no rows of {main}" + ("" if probe else "; use it as a probe"))
     raw.licence = ", ".join(sorted(licences))
     return raw
+
+
+def _held(row: dict[str, Any], key: str) -> list[bytes]:
+    """The files of a row: those of the column in the plural, or the one in the singular."""
+    return [bytes(data) for data in row.get(f"{key}s") or [row.get(key)] if data]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -54,7 +58,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         brief = str(error).splitlines()[0][:120]
         raise DataError(f"{file}: cannot be read as parquet ({brief}); fetch or build it again") from error
     missing = [name for name in COLUMNS if name not in table.column_names]
-    if not {"image", "images"} & set(table.column_names):
+    if not {"image", "images", "video", "videos"} & set(table.column_names):
         missing.append("image")
     if missing:
         raise DataError(

@@ -24,9 +24,10 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
     if spec.part is not None:
         raw, spec = _part(raw, spec)
     _refuse_twice(raw)
+    medium = _medium(raw)
     found = _probe_splits(raw, spec) if probe else raw.splits
     splits = {split: found[split] for split in SPLIT_ALIASES if split in found}  # one order, whatever the source's
-    _refuse_empty(raw, splits, "test" if probe else "train")
+    _refuse_empty(raw, splits, "test" if probe else "train", medium)
     warnings = raw.warnings
     if "test" not in splits:
         splits, found = _cut_test(splits, spec)
@@ -34,26 +35,31 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
         if probe:
             del splits["train"]
     limits = {"train": spec.max_train_per_class, "test": spec.max_test_per_class}
+    lost: dict[str, list[Entry]] = {}
     for split, entries in splits.items():
         chosen = cap_per_class([e.key for e in entries], [e.label for e in entries], limits.get(split), spec.split_seed)
         splits[split] = [entries[i] for i in chosen]
         if not all(entry.digest for entry in splits[split]):  # those that were cut have been read already
-            splits[split], found = check_entries(splits[split], spec, split)
+            splits[split], lost[split], found = check_entries(splits[split], spec, split)
             warnings += found
-    splits, found = handle_duplicates(splits, spec.duplicates)
+    splits, found = handle_duplicates(splits, spec.duplicates, f"{medium}(s)")
     warnings += found
 
     main = "test" if probe else "train"
     if not splits[main]:
-        raise DataError(f"no usable picture is left in {main}; see that the files can be opened")
+        raise DataError(f"no usable {medium} is left in {main}; see that the files can be opened")
     _refuse_lost(raw, splits[main], main)
     classes = resolve_classes(splits[main], raw, spec)
     for split in ("test", "validation"):
         if split in splits and split != main:
             warnings += check_labels(splits[split], classes, split)
             if not splits[split]:
-                raise DataError(f"no usable picture is left in {split}; see that the files can be opened")
-    sets = {split: _numbered(entries, classes, spec) for split, entries in splits.items()}
+                raise DataError(f"no usable {medium} is left in {split}; see that the files can be opened")
+    # What cannot be read cannot be learned; in a test it still counts, as named wrongly.
+    sets = {
+        split: _numbered(entries, classes, spec, 0 if split == "train" else len(lost.get(split, ())))
+        for split, entries in splits.items()
+    }
     warnings += _unexpected(classes, splits, spec)
     train = sets.get("train", PictureSet([], [], max_pixels=spec.max_pixels))
     validation = sets.get("validation")
@@ -91,6 +97,20 @@ def _refuse_twice(raw: RawTask) -> None:
             seen.add(entry.key)
 
 
+def _medium(raw: RawTask) -> str:
+    """ "picture" or "video": a task is all of one, since a model that reads clips of a fixed length reads nothing else."""
+    first: dict[str, Entry] = {}
+    for entries in raw.splits.values():
+        for entry in entries:
+            first.setdefault(entry.medium, entry)
+    if len(first) > 1:
+        raise DataError(
+            f"{first['picture'].where} is a picture and {first['video'].where} is a video: a task is of one or the other; "
+            "take one kind out, or make two tasks of them"
+        )
+    return next(iter(first), "picture")
+
+
 def _unexpected(classes: Classes, splits: dict[str, list[Entry]], spec: TaskSpec) -> list[str]:
     """Where the counts are not the published ones; a part or a sample of the data was chosen by the person."""
     if spec.part is not None or spec.max_train_per_class is not None or spec.max_test_per_class is not None:
@@ -105,9 +125,10 @@ def _unexpected(classes: Classes, splits: dict[str, list[Entry]], spec: TaskSpec
     ]
 
 
-def _numbered(entries: Sequence[Entry], classes: Classes, spec: TaskSpec) -> PictureSet:
+def _numbered(entries: Sequence[Entry], classes: Classes, spec: TaskSpec, skipped: int) -> PictureSet:
     number = {label: index for index, label in enumerate(classes.raw)}
-    return PictureSet(entries, [number[entry.label] for entry in entries], max_pixels=spec.max_pixels)
+    labels = [number[entry.label] for entry in entries]
+    return PictureSet(entries, labels, max_pixels=spec.max_pixels, skipped=skipped)
 
 
 def _probe_splits(raw: RawTask, spec: TaskSpec) -> dict[str, list[Entry]]:
@@ -120,10 +141,11 @@ def _probe_splits(raw: RawTask, spec: TaskSpec) -> dict[str, list[Entry]]:
 
 def _cut_test(splits: dict[str, list[Entry]], spec: TaskSpec) -> tuple[dict[str, list[Entry]], list[str]]:
     fraction = spec.test if isinstance(spec.test, float) else DEFAULT_TEST_FRACTION
-    entries, warnings = check_entries(splits["train"], spec, "train")
+    entries, _, warnings = check_entries(splits["train"], spec, "train")
+    medium = entries[0].medium if entries else "picture"
     if not isinstance(spec.test, float):
         warnings.append(
-            f"no test pictures were named: {fraction:.0%} of every class (split_seed {spec.split_seed}) are held out; "
+            f"no test {medium}s were named: {fraction:.0%} of every class (split_seed {spec.split_seed}) are held out; "
             "set `test` to choose"
         )
     held = set(
@@ -144,12 +166,12 @@ def _cut_test(splits: dict[str, list[Entry]], spec: TaskSpec) -> tuple[dict[str,
     return cut, warnings
 
 
-def _refuse_empty(raw: RawTask, splits: dict[str, list[Entry]], main: str) -> None:
+def _refuse_empty(raw: RawTask, splits: dict[str, list[Entry]], main: str, medium: str) -> None:
     for label, place in raw.empty.get(main, []):
-        raise DataError(f"{place}: the class folder {label!r} holds no picture; add pictures or delete the folder")
+        raise DataError(f"{place}: the class folder {label!r} holds no {medium}; add {medium}s or delete the folder")
     for split, empties in raw.empty.items():
         if split in splits:
-            raw.warnings += [f"{place}: the class folder {label!r} holds no picture" for label, place in empties]
+            raw.warnings += [f"{place}: the class folder {label!r} holds no {medium}" for label, place in empties]
 
 
 def _refuse_lost(raw: RawTask, entries: Sequence[Entry], main: str) -> None:
@@ -158,6 +180,6 @@ def _refuse_lost(raw: RawTask, entries: Sequence[Entry], main: str) -> None:
     for entry in raw.splits.get(main, raw.splits.get("train", [])):
         if entry.label not in left:
             raise DataError(
-                f"class {entry.label!r} has no usable picture left in {main} (one was {entry.where}); "
-                "replace its damaged or duplicate pictures"
+                f"class {entry.label!r} has no usable {entry.medium} left in {main} (one was {entry.where}); "
+                f"replace its damaged or duplicate {entry.medium}s"
             )

@@ -21,7 +21,7 @@ DUPLICATES = ("warn", "refuse", "drop")
 #: Keys of every source.
 SHARED_KEYS = frozenset(
     {"name", "source", "path", "train", "test", "validation", "max_pixels", "on_error", "check", "duplicates"}
-    | {"split_seed", "licence", "expect"}
+    | {"split_seed", "licence", "expect", "max_skipped"}
 )
 #: Keys of every source of pictures with classes.
 COMMON_KEYS = SHARED_KEYS | {"classes", "templates", "max_train_per_class", "max_test_per_class", "part"}
@@ -65,7 +65,8 @@ class Source(NamedTuple):
 class SourceSpec:
     """What every checked task description has, whatever its kind.
 
-    ``extra`` holds the texts that only some sources know; ``expect`` the published counts, where the description gives them.
+    ``max_skipped`` is the share of a split's files that ``on_error: skip`` may leave out. ``extra`` holds the texts that only
+    some sources know; ``expect`` the published counts, where the description gives them.
     """
 
     name: str
@@ -76,6 +77,7 @@ class SourceSpec:
     validation: str | float | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
     on_error: str = "raise"
+    max_skipped: float = 0.01
     check: str = "header"
     duplicates: str = "warn"
     split_seed: int = 0
@@ -194,6 +196,12 @@ class Keys:
     def whole(self, key: str, least: int) -> int | None:
         return _whole(self.given.get(key), self.where, f"`{key}`", least)
 
+    def share(self, key: str, default: float) -> float:
+        value = self.given.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"{self.where}: `{key}` is {value!r}: give a share from 0 to 1, e.g. 0.01")
+        return float(value)
+
     def fraction_or_text(self, key: str) -> str | float | None:
         value = self.given.get(key)
         if isinstance(value, int | float):
@@ -216,6 +224,7 @@ class Keys:
             "max_pixels": max_pixels, "on_error": self.choice("on_error", ON_ERROR),
             "check": self.choice("check", CHECKS), "duplicates": self.choice("duplicates", DUPLICATES),
             "split_seed": self.whole("split_seed", 0) or 0, "licence": self.text("licence"),
+            "max_skipped": self.share("max_skipped", 0.01),
             "expect": _expect(self.given.get("expect"), self.where, expect),
             "extra": {key: value for key in extra if (value := self.text(key)) is not None},
         }  # fmt: skip

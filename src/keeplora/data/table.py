@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL tables: one row a picture, its path (relative to the table) and its label."""
+"""CSV, TSV and JSONL tables: one row a picture or a video, its path (relative to the table) and its label."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, listing, locate, suggest
+from keeplora.data.video import is_video
 from keeplora.errors import ConfigError, DataError
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "file_name", "filename")
+VIDEO_COLUMNS = ("video", "video_path", "clip")
 LABEL_COLUMNS = ("label", "class", "category", "class_name")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -122,7 +124,13 @@ def _text(value: object, table: Path, line: int, column: str) -> str:
 def _entries(
     table: Path, rows: Iterable[Row], columns: list[str], split: str, spec: TaskSpec, raw: RawTask
 ) -> list[Entry]:
-    image = pick_column(spec.extra.get("image_column"), IMAGE_COLUMNS, columns, table, "image_column")
+    named = {key: spec.extra[key] for key in ("image_column", "video_column") if key in spec.extra}
+    if len(named) > 1:
+        raise ConfigError(
+            "`image_column` and `video_column` are both given: a task is of pictures or of videos; keep one"
+        )
+    key, given = next(iter(named.items()), ("image_column", None))
+    image = pick_column(given, (*IMAGE_COLUMNS, *VIDEO_COLUMNS), columns, table, key)
     label = pick_column(spec.extra.get("label_column"), LABEL_COLUMNS, columns, table, "label_column")
     entries: dict[str, Entry] = {}
     twice: list[str] = []
@@ -130,9 +138,13 @@ def _entries(
         where = f"{table}, line {line}"
         name = _text(row.get(image), table, line, image)
         if "://" in name:
-            raise DataError(f"{where}: {name!r} is an address, not a file; download the pictures first")
+            raise DataError(f"{where}: {name!r} is an address, not a file; download the files first")
         path = table.parent / Path(name).expanduser()
-        entry = Entry(f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", FileBytes(path))
+        video = key == "video_column" or image in VIDEO_COLUMNS or is_video(path)
+        entry = Entry(
+            f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", FileBytes(path),
+            medium="video" if video else "picture",
+        )  # fmt: skip
         first = entries.setdefault(entry.key, entry)
         if first.label != entry.label:
             raise DataError(

@@ -15,7 +15,7 @@ from keeplora.experiment.assumptions import Assumptions
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.footprint import Linear, ModelShape, Tower
 from keeplora.experiment.kinds.generation import Generation
-from keeplora.models.checkpoint import EMBEDDED, STAND_IN, first_line, read_config
+from keeplora.models.checkpoint import OWN, first_line, read_config
 from keeplora.models.generative import Generative
 from keeplora.models.opening import is_generative, open_config
 from keeplora.models.parts import find_targets, find_towers
@@ -38,7 +38,7 @@ def lacks_weights(config: ExperimentConfig) -> bool:
     A name on the hub counts as one until its weights have been downloaded: a dry run does not fetch gigabytes.
     """
     source = source_of(config)
-    if source in (EMBEDDED, STAND_IN):
+    if source in OWN:
         return False
     if (folder := Path(source)).is_dir():
         held = any((folder / name).is_file() for name in WEIGHTS) or any(folder.glob("*.safetensors"))

@@ -64,6 +64,8 @@ _SUITE_KEYS = (
     "validation",
     "early_stopping",
     "generation",
+    "video",
+    "judge",
     "best_epoch",
     "accept",
 )
@@ -85,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`deep_merge`, with ``model: NAME`` short for ``model: {name: NAME}``; another name starts anew."""
+    """`deep_merge`, with ``model: NAME`` short for ``model: {name: NAME}``; another name, or kind of judge, starts anew."""
     below, above = base.get("model"), top.get("model")
     merged = deep_merge(base, top, WHOLE_KEYS)
     if isinstance(above, str):
@@ -97,6 +99,9 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         merged["model"] = {**below, **above} if same and isinstance(below, Mapping) else dict(above)
     elif above is None and below is not None and "model" not in top:
         merged["model"] = below
+    before, judge = base.get("judge"), top.get("judge")
+    if isinstance(before, Mapping) and isinstance(judge, Mapping) and judge.get("kind") not in (None, before.get("kind")):
+        merged["judge"] = dict(judge)
     return merged
 
 

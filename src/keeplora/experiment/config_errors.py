@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from keeplora.errors import ConfigError, did_you_mean
+from keeplora.experiment.config_judge import JudgeConfig
 from keeplora.experiment.config_schema import (
     AcceptConfig,
     EarlyStoppingConfig,
@@ -17,6 +18,7 @@ from keeplora.experiment.config_schema import (
     TrainingConfig,
     TunerConfig,
 )
+from keeplora.experiment.config_video import VideoConfig
 from keeplora.yaml_text import KeyPath
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -25,6 +27,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingConfig,
     "early_stopping": EarlyStoppingConfig,
     "accept": AcceptConfig,
+    "video": VideoConfig,
+    "judge": JudgeConfig,
 }
 #: Keys of a configuration file that are used up while loading.
 FILE_ONLY_KEYS = ("per_method",)

@@ -27,6 +27,8 @@ from keeplora.experiment.config_fields import (
     pick,
 )
 from keeplora.experiment.config_generation import GenerationConfig, PartsConfig, Section, TokenWeightsConfig
+from keeplora.experiment.config_judge import JudgeConfig
+from keeplora.experiment.config_video import VideoConfig
 from keeplora.experiment.presets import preset_values
 
 
@@ -117,7 +119,7 @@ class TrainingConfig(Section):
     )  # fmt: skip
     group_by_length: bool = Field(default=True, description="batches of conversations of like length")
     cache_vision: bool = Field(
-        default=True, description="keep what a frozen vision tower says of each picture in memory, up to 2 GiB"
+        default=True, description="keep what a frozen vision tower says of each picture in memory, up to 4 GiB"
     )
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory in a generative model")
     workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
@@ -216,6 +218,8 @@ class ExperimentConfig(Section):
     generation: GenerationConfig = Field(
         default_factory=GenerationConfig, description="how a generative model answers when it is scored"
     )
+    video: VideoConfig = Field(default_factory=VideoConfig, description="which frames of a video the model sees")
+    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="who rates answers where the score is `judge`")
     best_epoch: bool = Field(default=False, description="keep the epoch with the best validation accuracy")
     accept: AcceptConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from keeplora.data.conversations import ConversationSet
+from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.pictures import TensorCache
 from keeplora.models.generative import Generative, length_grouped
 
@@ -21,16 +22,28 @@ class ConversationTensors(Dataset[dict[str, Any]]):
 
     Args:
         answers: with the answers and their labels, to be trained on; else the prompt alone, to be answered.
+        sampling: which frames of a video are read.
+        frames: where decoded frames are kept.
     """
 
     def __init__(
-        self, conversations: ConversationSet, family: Generative, cache: TensorCache, *, answers: bool
+        self, conversations: ConversationSet, family: Generative, cache: TensorCache, *, answers: bool,
+        sampling: Sampling | None = None, frames: FrameCache | None = None,
     ) -> None:  # fmt: skip
         self.conversations = conversations
         self.labels = conversations.labels
         self.answers = answers
-        self._family, self._cache = family, cache
+        self.sampling = sampling or Sampling()
+        self._family, self._cache, self._frames = family, cache, frames
         self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def sampled(self, sampling: Sampling) -> ConversationTensors:
+        """The same items with other frames of their videos; itself where that makes no difference."""
+        if sampling == self.sampling or not self.conversations.has_videos:
+            return self
+        return ConversationTensors(
+            self.conversations, self._family, self._cache, answers=self.answers, sampling=sampling, frames=self._frames
+        )
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -51,7 +64,8 @@ class ConversationTensors(Dataset[dict[str, Any]]):
             conversation = self.conversations.conversation(index)
             turns = conversation.turns if self.answers else conversation.prompt_turns
             pictures = self.conversations.pictures(index)
-            item = dict(self._family.encode(turns, pictures, where=conversation.where, answers=self.answers))
+            clips = self.conversations.clips(index, self.sampling, self._frames)
+            item = dict(self._family.encode(turns, pictures, clips, where=conversation.where, answers=self.answers))
             if self._cache.admit(*item.values()):
                 self._kept[index] = item
         return {**item, "index": torch.tensor([index])}
@@ -90,15 +104,23 @@ def ordered_loader(
     return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
 
+def chosen_loader(
+    data: ConversationTensors, batches: Sequence[Sequence[int]], collate: Callable[[Any], Any], workers: int
+) -> DataLoader[Any]:
+    """A loader of exactly these batches."""
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
 def training_loader(
     data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], *, workers: int, seed: int, grouped: bool
 ) -> DataLoader[Any]:
     """A loader in a new random order every epoch; ``grouped`` brings items of like length together."""
     # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
     generator = torch.Generator().manual_seed(seed)
+    # Workers live as long as the task: what they have decoded is there in the next epoch.
+    shared: dict[str, Any] = {
+        "collate_fn": collate, "num_workers": workers, "generator": generator, "persistent_workers": workers > 0,
+    }  # fmt: skip
     if grouped:
-        batches = LengthBatches(data.lengths, batch_size, seed)
-        return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=generator)
-    return DataLoader(
-        data, batch_size=batch_size, shuffle=True, collate_fn=collate, num_workers=workers, generator=generator
-    )
+        return DataLoader(data, batch_sampler=LengthBatches(data.lengths, batch_size, seed), **shared)
+    return DataLoader(data, batch_size=batch_size, shuffle=True, **shared)

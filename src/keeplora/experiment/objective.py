@@ -1,4 +1,4 @@
-"""What a dual encoder is trained on and judged by: pictures against class prompts, and the "cls" variant's head."""
+"""What a dual encoder is trained on and judged by: pictures or videos against class prompts, and the "cls" variant's head."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TaskObjective:
             return self._family(model).image_features(batch["pixel_values"])
 
     def text_features(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """[C, D] float32, unit norm, of the prompts in ``batch``."""
+        """[C, D] float32, unit norm (X-CLIP's keep their length), of the prompts in ``batch``."""
         with self.precision.autocast():
             return self._family(model).text_features(self._text(batch))
 
@@ -66,8 +66,9 @@ class TaskObjective:
 
     def logits(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """[N, C] float32 logits of a batch of pictures against the class prompts in it, differentiable."""
-        image_features = self.image_features(batch, model)
-        logits = self.logits_of(image_features, self.text_features(batch, model))
+        with self.precision.autocast():
+            texts = self.text_features(batch, model)
+            logits, image_features = self._family(model).compare(batch["pixel_values"], texts)
         return (logits if self.head is None else add_head(logits, image_features, self.head)).float()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -159,9 +160,8 @@ def predict(
     readout: Readout | None = None,
 ) -> Tensor:  # fmt: skip
     """[N, C] logits at inference; call it inside ``family.evaluating()`` so that class features are computed once."""
-    image_features = family.image_features(pixel_values)
     texts = [family.class_features(classes, templates) for classes, templates in candidates.groups]
-    logits = family.logits(image_features, torch.cat(texts))
+    logits, image_features = family.compare(pixel_values, torch.cat(texts))
     if head is not None:
         logits = add_head(logits, image_features, head.to(logits.device))
     return logits if readout is None else readout(image_features, logits, candidates.classes)
@@ -169,15 +169,21 @@ def predict(
 
 def accuracy(
     family: DualEncoder, candidates: Candidates, data: PictureTensors, precision: Precision, batch_size: int,
-    head: Tensor | None = None, on_batch: Any = None, readout: Readout | None = None,
+    head: Tensor | None = None, on_batch: Any = None, readout: Readout | None = None, workers: int = 0,
 ) -> float:  # fmt: skip
-    """Percent of pictures whose class has the largest logit among the candidates."""
+    """Percent of pictures or videos whose class has the largest logit among the candidates.
+
+    Those that were skipped as unreadable count as wrong. ``workers``: processes that decode what is not in memory.
+    """
     right = 0
+    workers = 0 if data.kept else workers
     own = torch.tensor(candidates.own)
     with family.evaluating(), precision.autocast():
-        for batch in loader(data, batch_size, Collate()):
+        for batch in loader(data, batch_size, Collate(), workers=workers):
+            if workers:
+                data.keep(batch)
             logits = predict(family, candidates, batch["pixel_values"], head, readout)
             right += int((logits.argmax(dim=1).cpu() == own[batch["labels"]]).sum())
             if on_batch is not None:
                 on_batch()
-    return 100.0 * right / len(data)
+    return 100.0 * right / (len(data) + data.pictures.skipped)

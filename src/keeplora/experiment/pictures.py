@@ -1,4 +1,4 @@
-"""Pictures as tensors: decoded once where memory allows, in a fixed order, with the model family's own preprocessing."""
+"""Pictures and videos as tensors: decoded once where memory allows, in a fixed order, with the family's own preprocessing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from keeplora.data import PictureSet, TaskData
-from keeplora.models.dual_encoder import DualEncoder
+from keeplora.data.video import FrameCache, Sampling
+from keeplora.models.dual_encoder import DualEncoder, frames_present
 
 
 class TensorCache:
-    """Preprocessed pictures in memory, up to a number of bytes over all sets; what does not fit is decoded again."""
+    """Preprocessed pictures in memory, up to a number of bytes over all sets; what does not fit is decoded again.
+
+    Attributes:
+        left: bytes that are free. full: whether something has not fitted.
+    """
 
     def __init__(self, max_bytes: int = 2 << 30) -> None:
         self.left = max_bytes
+        self.full = False
 
     def admit(self, *tensors: Tensor) -> bool:
         """Whether ``tensors`` may be kept, all or none; counts them if so."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > self.left:
+            self.full = True
             return False
         self.left -= size
         return True
@@ -31,15 +38,42 @@ class TensorCache:
 class PictureTensors(Dataset[dict[str, Any]]):
     """Items ``{"pixel_values": [3, H, W] float32, "labels": int, "index": int}`` of a `PictureSet`.
 
-    ``labels`` is what the statistics passes stratify by.
+    ``labels`` is what the statistics passes stratify by. Of videos, "pixel_values" are [F, 3, H, W], and "frames": int is how
+    many of the F places hold a frame.
+
+    Args:
+        sampling: which frames of a video are read.
+        frames: where decoded frames are kept that are no longer, or not yet, kept as tensors.
     """
 
-    def __init__(self, pictures: PictureSet, family: DualEncoder, cache: TensorCache) -> None:
+    def __init__(
+        self, pictures: PictureSet, family: DualEncoder, cache: TensorCache, *, sampling: Sampling | None = None,
+        frames: FrameCache | None = None,
+    ) -> None:  # fmt: skip
         self.pictures = pictures
         self.labels = pictures.labels
+        self.sampling = sampling or Sampling()
         self._family = family
-        self._cache = cache
+        self._cache: TensorCache | None = cache
+        self._frames = frames
         self._kept: dict[int, Tensor] = {}
+
+    @property
+    def videos(self) -> bool:
+        return self.pictures.medium == "video"
+
+    @property
+    def kept(self) -> bool:
+        """Whether every item is in memory."""
+        return len(self._kept) == len(self)
+
+    def sampled(self, sampling: Sampling) -> PictureTensors:
+        """The same items with other frames of their videos, kept in ``frames`` alone; itself where nothing would differ."""
+        if sampling == self.sampling or not self.videos:
+            return self
+        other = PictureTensors(self.pictures, self._family, TensorCache(0), sampling=sampling, frames=self._frames)
+        other._cache = None
+        return other
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -50,10 +84,26 @@ class PictureTensors(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         pixels = self._kept.get(index)
         if pixels is None:
-            pixels = self._family.preprocess(self.pictures.picture(index))
-            if self._cache.admit(pixels):
-                self._kept[index] = pixels
-        return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+            pixels = self._clip(index) if self.videos else self._family.preprocess(self.pictures.picture(index))
+            self._keep(index, pixels)
+        item = {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+        return item | {"frames": int(frames_present(pixels.unsqueeze(0)).sum())} if self.videos else item
+
+    def _clip(self, index: int) -> Tensor:
+        # What will be kept as a tensor need not be kept as frames too.
+        frames = self._frames if self._cache is None or self._cache.full else None
+        clip = self.pictures.clip(index, self.sampling, frames)
+        return self._family.preprocess_clip(clip.frames, self.sampling.frames)
+
+    def _keep(self, index: int, pixels: Tensor) -> None:
+        if self._cache is not None and self._cache.admit(pixels):
+            self._kept[index] = pixels
+
+    def keep(self, batch: Mapping[str, Tensor]) -> None:
+        """Keep what worker processes have decoded, where there is room."""
+        for index, pixels in zip(batch["index"].tolist(), batch["pixel_values"], strict=True):
+            if index not in self._kept:
+                self._keep(index, pixels.clone())
 
 
 class Collate:
@@ -67,6 +117,7 @@ class Collate:
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "labels": torch.tensor([item["labels"] for item in items]),
             "index": torch.tensor([item["index"] for item in items]),
+            **({"frames": torch.tensor([item["frames"] for item in items])} if "frames" in items[0] else {}),
             **self.shared,
         }
 
@@ -79,6 +130,8 @@ def loader(
     return DataLoader(
         data, batch_size=batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate,
         num_workers=workers,
+        # They live as long as the training does: what they have decoded is there in the next epoch.
+        persistent_workers=workers > 0 and data.videos and generator is not None,
     )  # fmt: skip
 
 
@@ -90,7 +143,7 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
-        """Names of the pictures of a batch, for a message to a person."""
+        """Names of the pictures or videos of a batch, for a message to a person."""
         ...
 
 

@@ -12,6 +12,8 @@ import torch
 from PIL.Image import Image
 
 from keeplora.data.conversations import asked
+from keeplora.data.sets import FileBytes
+from keeplora.data.video import decode_clip
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
 from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
@@ -88,11 +90,15 @@ class TrainedModel:
         ]  # fmt: skip
 
     def predict(
-        self, picture: Image, *, classes: list[str] | None = None, task: str | None = None, template: str | None = None
-    ) -> list[Prediction]:
+        self, picture: Image | str | os.PathLike[str], *, classes: list[str] | None = None, task: str | None = None,
+        template: str | None = None,
+    ) -> list[Prediction]:  # fmt: skip
         """Candidates by falling probability: the named classes, one task's classes, or every class learned so far.
 
         A class that several tasks share is one candidate, at its best logit.
+
+        Args:
+            picture: a picture, or the path of a video, of which the run's ``video:`` settings say which frames are read.
         """
         if self.family.kind != "classification":
             raise ConfigError(f"{self.path}: {self.config.model.name} answers in words; ask it a --question")
@@ -101,7 +107,7 @@ class TrainedModel:
             raise ConfigError(
                 f"method {self.config.method!r} must be told which task a picture belongs to: give --task NAME"
             )
-        pixels = self.family.preprocess(picture).unsqueeze(0)
+        pixels = self._pixels(picture).unsqueeze(0)
         best: dict[str, tuple[float, str | None]] = {}
         with self.learner.serving(task), self.family.evaluating():
             for group in groups:
@@ -118,13 +124,22 @@ class TrainedModel:
         out = [Prediction(n, best[n][1], p) for n, p in zip(names, probabilities, strict=True)]
         return sorted(out, key=lambda item: -item.probability)
 
+    def _pixels(self, picture: Image | str | os.PathLike[str]) -> torch.Tensor:
+        if not isinstance(picture, str | os.PathLike):
+            return self.family.preprocess(picture)
+        sampling = self.config.video.sampling_of()
+        frames = decode_clip(FileBytes(Path(picture)), str(picture), sampling).frames
+        return self.family.preprocess_clip(frames, sampling.frames)
+
     def answer(
-        self, pictures: Sequence[Image], question: str, *, task: str | None = None, max_new_tokens: int | None = None
-    ) -> str:
-        """The answer of a generative model to a question about any number of pictures, greedily decoded.
+        self, pictures: Sequence[Image], question: str, *, task: str | None = None, max_new_tokens: int | None = None,
+        videos: Sequence[str | os.PathLike[str]] = (),
+    ) -> str:  # fmt: skip
+        """The answer of a generative model to a question about any number of pictures and videos, greedily decoded.
 
         Args:
-            question: text; ``<image>`` marks where a picture goes, else the pictures come first.
+            question: text; ``<image>`` marks where a picture goes and ``<video>`` where a video goes, else they come first.
+            videos: files, of which the run's ``video:`` settings say which frames are read.
             task: the learned task that the question belongs to: its instruction is added, and a method that keeps one
                 model per task needs it.
             max_new_tokens: None: the task's own, or 64.
@@ -141,9 +156,11 @@ class TrainedModel:
                 f"method {self.config.method!r} must be told which task a question belongs to: give --task NAME"
             )
         info = next((record.info for record in self._learned if record.name == task), {})
-        turns = asked(question, len(pictures), info.get("prompt"))
+        turns = asked(question, len(pictures), info.get("prompt"), videos=len(videos))
+        sampling = self.config.video.sampling_of()
+        clips = [decode_clip(FileBytes(Path(video)), str(video), sampling) for video in videos]
         with self.learner.serving(task), self.family.evaluating():
-            item = self.family.encode(turns, list(pictures), where="the question", answers=False)
+            item = self.family.encode(turns, list(pictures), clips, where="the question", answers=False)
             batch = to_device(self.family.join([item], side="left"), self.family.device)
             tokens = max_new_tokens or info.get("max_new_tokens") or 64
             return self.family.generate(batch, max_new_tokens=tokens)[0]

@@ -314,14 +314,14 @@ class RailDual(Rail):
 register(
     Method("rail-primal", "RAIL (primal)", RailPrimal, "untouched model, ridge regression on random features of its images",
            trained="nothing by gradient: one regression", state="ΦᵀΦ (h × h) and ΦᵀY", paper="Xu et al., arXiv 2406.18868",
-           inference="h random features, one product with W", kinds=CLASSIFICATION,
+           inference="h random features, one product with W", kinds=CLASSIFICATION, learns_from_batches=True,
            search={"tuner.options.lam": ("log", 1e-3, 1e1), "tuner.options.beta": ("uniform", 0.5, 1.0)})
 )  # fmt: skip
 register(
     Method("rail-dual", "RAIL (dual)", RailDual, "untouched model, kernel ridge regression on its image features",
            trained="nothing by gradient: one regression", state="the features of every training picture",
            paper="Xu et al., arXiv 2406.18868", inference="a kernel against every training picture",
-           kinds=CLASSIFICATION,
+           kinds=CLASSIFICATION, learns_from_batches=True,
            search={"tuner.options.lam": ("log", 1e-5, 1e-1), "tuner.options.gamma": ("log", 1e-2, 1e1),
                    "tuner.options.beta": ("uniform", 0.5, 1.0)})
 )  # fmt: skip

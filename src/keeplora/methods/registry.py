@@ -53,6 +53,8 @@ class Method:
             the task's own, and what it costs at inference, in a few words for `keeplora methods`.
         task_identity: whether it must be told at test time which task a picture belongs to.
         kinds: the kinds of models that it can teach.
+        learns_from_batches: whether the ``batches`` of `start_task` are what it learns from or keeps, so that videos come with
+            all their frames there; else statistics are taken over them, of fewer frames.
         search: what `keeplora tune` varies, by dotted key.
     """
 
@@ -70,6 +72,7 @@ class Method:
     inference: str = "none: merged"
     task_identity: bool = False
     kinds: tuple[str, ...] = ALL_KINDS
+    learns_from_batches: bool = False
     search: Mapping[str, Space] = field(default_factory=lambda: dict(LEARNING_RATE))
 
     @property

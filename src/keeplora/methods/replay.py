@@ -35,13 +35,18 @@ PREFIX, TEXT, SAMPLES = "replay/", "replay/text/", "replay/samples/"
 `pack_samples` gives them."""
 
 
-def quantise(picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(picture: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(uint8 picture, low, high): 256 even steps between the least and the largest value of every channel.
 
     Channels are the first dimension of [3, H, W], and the columns of a packed list of patches [P, D], whose last columns
-    hold the grid: a column of one or two values comes back exactly.
+    hold the grid: a column of one or two values comes back exactly. The frames of a clip are quantised each for itself, so
+    that one that is absent (NaN) stays so.
+
+    Args:
+        picture: [3, H, W] or [P, D]; or a clip of them, [F, 3, H, W] or [F, P, D].
+        clip: whether it is a clip.
     """
-    dims = (0,) if picture.ndim == 2 else tuple(range(1, picture.ndim))
+    dims = (-2,) if picture.ndim - clip == 2 else (-2, -1)
     low, high = picture.amin(dims, keepdim=True), picture.amax(dims, keepdim=True)
     levels = ((picture - low) / (high - low) * 255).nan_to_num(0.0)  # 0 / 0 where a channel is constant
     return levels.round().to(torch.uint8), low, high
@@ -258,7 +263,8 @@ class Replay(SequentialLora):
         for batch in batches:
             for i in range(batch_size(batch)):
                 if wanted is None or position in wanted:
-                    pixels, low, high = quantise(batch["pixel_values"][i].detach().to("cpu", torch.float32))
+                    values = batch["pixel_values"][i].detach().to("cpu", torch.float32)
+                    pixels, low, high = quantise(values, clip="frames" in batch)
                     label = batch["labels"][i].to("cpu", torch.int32)
                     yield {
                         PREFIX + "pixels": pixels, PREFIX + "low": low, PREFIX + "high": high, PREFIX + "labels": label,
@@ -271,7 +277,8 @@ class Replay(SequentialLora):
 
 register(
     Method("replay", "Experience replay", Replay, "sequential LoRA with samples of old tasks, within a budget of bytes",
-           config=ONE_SCALE, state="samples of old tasks: `budget_mb` of pictures, or `share` percent of conversations",
+           config=ONE_SCALE, learns_from_batches=True,
+           state="samples of old tasks: `budget_mb` of pictures, or `share` percent of conversations",
            paper="Chaudhry et al., arXiv 1902.10486",
            search={**LEARNING_RATE, "tuner.options.weight": ("log", 1e-1, 1e1)})
 )  # fmt: skip

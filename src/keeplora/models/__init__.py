@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.errors import KeepLoraError, did_you_mean
-from keeplora.models.checkpoint import EMBEDDED, STAND_IN, first_line, load_part, read_config
+from keeplora.models.checkpoint import EMBEDDED, OWN, first_line, load_part, read_config
 
 if TYPE_CHECKING:
     from keeplora.models.dual_encoder import DualEncoder
@@ -24,6 +24,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "clip": ("keeplora.models.clip", "CLIP"),
     "siglip": ("keeplora.models.siglip", "SigLIP"),
     "siglip2": ("keeplora.models.siglip", "SigLIP2"),
+    "xclip": ("keeplora.models.xclip", "XCLIP"),
     "vision-text-dual-encoder": ("keeplora.models.vision_text", "VisionText"),
     "keeplora_embedded": ("keeplora.models.vision_text", "Embedded"),
 }
@@ -42,12 +43,13 @@ def load_model(
     dtype: str = "auto",
     quantize: str | None = None,
     max_length: int | None = None,
+    video_size: int | None = None,
 ) -> DualEncoder | Generative:
     """Open a dual encoder, or a generative (image-text-to-text) model, with its processors, in eval mode.
 
     Args:
-        name_or_path: a local folder, a name on the Hugging Face hub, "embedded" (keeplora's own default dual encoder) or
-            "stand-in" (a small generative model for examples).
+        name_or_path: a local folder, a name on the Hugging Face hub, "embedded" (keeplora's own default dual encoder),
+            "stand-in" or "stand-in-video" (small generative models for examples).
         device: where to put it.
         image_size: side in pixels to read pictures at; None is the checkpoint's own. For dual encoders a multiple of the
             patch size, to which the position table is interpolated.
@@ -55,7 +57,7 @@ def load_model(
         trust_remote_code: run Python code that comes with the model. Off: a model that needs it is refused.
         dtype: of the weights of a generative model: "fp32", "bf16" or "auto" (`load_generative`). Dual encoders are
             float32; "bf16" is refused.
-        quantize, max_length: for generative models alone, as in `load_generative`.
+        quantize, max_length, video_size: for generative models alone, as in `load_generative`.
 
     Returns a `DualEncoder` (`kind` is "classification") or a `Generative` (`kind` is "generation").
 
@@ -68,10 +70,10 @@ def load_model(
     """
     name = str(name_or_path)
     source = name
-    if name in (EMBEDDED, STAND_IN) and not Path(name).is_dir():
+    if name in OWN and not Path(name).is_dir():
         module = "keeplora.models.assets" if name == EMBEDDED else "keeplora.models.stand_in"
         own: Any = importlib.import_module(module)
-        source = str(own.embedded_path() if name == EMBEDDED else own.stand_in_path())
+        source = str(own.embedded_path() if name == EMBEDDED else own.stand_in_path(name))
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     config = read_config(name, source, revision)
@@ -98,12 +100,13 @@ def load_model(
 
         return load_generative(
             name, device=device, dtype=dtype, quantize=quantize, image_size=image_size, revision=revision,
-            trust_remote_code=trust_remote_code, max_length=max_length, source=source,
+            trust_remote_code=trust_remote_code, max_length=max_length, source=source, video_size=video_size,
         )  # fmt: skip
     for option, given in (
         ("dtype", dtype not in ("auto", "fp32") and dtype),
         ("quantize", quantize),
         ("max_length", max_length),
+        ("video_size", video_size),
     ):
         if given:
             raise KeepLoraError(
@@ -149,7 +152,8 @@ def _load_weights(name: str, source: str, options: dict[str, Any]) -> Any:
             f"{name}: {len(missing)} of its weights are missing from the file ({', '.join(missing[:3])}, ...); "
             "it is damaged, or not a whole dual encoder"
         )
-    for part in ("get_image_features", "get_text_features", "vision_model", "text_model", "logit_scale"):
+    looks = "get_video_features" if hasattr(model, "get_video_features") else "get_image_features"
+    for part in (looks, "get_text_features", "vision_model", "text_model", "logit_scale"):
         if not hasattr(model, part):
             raise KeepLoraError(
                 f"{name}: its class {type(model).__name__} has no {part!r}, so it is not a dual encoder"

@@ -66,19 +66,19 @@ def shorten(item: Item, pictures: Sequence[Tensor], most: int, where: str, *, an
     """A sample cut to its first `most` tokens.
 
     Args:
-        pictures: for each picture, the positions that stand for it, bool [T]; they are never cut.
+        pictures: for each picture or video, the positions that stand for it, bool [T]; they are never cut.
         answers: whether it is to be learned; a prompt cannot be cut.
 
-    Raises `DataError`, naming `where`, when a picture would be cut or no token of an answer would be left.
+    Raises `DataError`, naming `where`, when a picture or video would be cut or no token of an answer would be left.
     """
     shape = item["input_ids"].shape
     shown = int((item["token_kinds"] == IMAGE).sum())
-    told = f"{where}: it is {shape[1]} tokens long" + (f", {shown} of them for pictures," if shown else "") + " and "
-    mend = "raise max_length, show smaller or fewer pictures, or shorten the text"
+    told = f"{where}: it is {shape[1]} tokens long" + (f", {shown} of them for pictures and videos," if shown else "") + " and "
+    mend = "raise max_length, show smaller or fewer pictures or frames, or shorten the text"
     if not answers:
         raise DataError(f"{told}max_length is {most}; a question cannot be cut: {mend}")
     if any(bool(taken[most:].any()) for taken in pictures):
-        raise DataError(f"{told}cutting it to max_length {most} would cut a picture: {mend}")
+        raise DataError(f"{told}cutting it to max_length {most} would cut a picture or video: {mend}")
     if not bool((item["labels"][:, 1:most] != IGNORED).any()):
         raise DataError(f"{told}cutting it to max_length {most} would leave nothing of an answer: {mend}")
     return {key: value[:, :most] if _runs_along(value, item["input_ids"]) else value for key, value in item.items()}

@@ -11,10 +11,14 @@ from torch import Tensor
 from keeplora.errors import DataError, KeepLoraError
 
 IMAGE, VIDEO = "<image>", "<video>"
+MARKS = re.compile(f"({IMAGE}|{VIDEO})")
+_TYPES = {IMAGE: "image", VIDEO: "video"}
+_NAMES = {IMAGE: "picture", VIDEO: "video"}
 
 
 class Turn(Protocol):
-    """One turn of a conversation: `role` is system, user or assistant; "<image>" in `text` marks a picture's place."""
+    """One turn of a conversation: `role` is system, user or assistant; "<image>" and "<video>" in `text` mark the places
+    of pictures and videos."""
 
     @property
     def role(self) -> str: ...
@@ -110,20 +114,28 @@ class ChatFormat:
         return text + answer, [*spans, (len(text), len(text) + len(answer))]
 
     def _content(self, text: str, where: str) -> list[dict[str, str]]:
-        """A turn's text and pictures in their order; the line break that LLaVA's data writes beside a mark is the mark's."""
+        """A turn's text, pictures and videos in order; a line break beside a mark, as LLaVA's data has it, is the mark's."""
         for token in self.reserved:
             if token in text:
                 raise DataError(
                     f"{where or self.name}: the text holds {token!r}, which {self.name} reads as a picture or video; remove it, "
-                    f"or write {IMAGE} where a picture goes"
+                    f"or write {IMAGE} where a picture and {VIDEO} where a video goes"
                 )
         parts: list[dict[str, str]] = []
-        for i, piece in enumerate(text.strip().split(IMAGE)):
-            if i:
-                parts.append({"type": "image"})
-            if piece := piece.strip("\n"):
+        for piece in MARKS.split(text.strip()):
+            if piece in _TYPES:
+                parts.append({"type": _TYPES[piece]})
+            elif piece := piece.strip("\n"):
                 parts.append({"type": "text", "text": piece})
         return parts
+
+    def writes(self, token: str) -> bool:
+        """Whether the template writes a video as the placeholder `token`."""
+        shown = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
+        try:
+            return self._apply(shown, True).count(token) == 1
+        except DataError:
+            return False
 
 
 def _mark(number: int) -> str:
@@ -131,28 +143,30 @@ def _mark(number: int) -> str:
     return f"\ue000{number}\ue001"
 
 
-def check_turns(turns: Sequence[Turn], pictures: int, where: str, *, answers: bool) -> None:
+def check_turns(turns: Sequence[Turn], pictures: int, where: str, *, answers: bool, videos: int = 0) -> None:
     """Refuse a conversation that cannot be learned or asked, naming it by `where`."""
     if not turns:
         raise DataError(f"{where}: the conversation is empty")
     if answers and turns[-1].role != "assistant":
         raise DataError(f"{where}: the last turn is the {turns[-1].role}'s; there is no answer to learn")
-    marks = 0
     for i, turn in enumerate(turns):
         if turn.role not in ("system", "user", "assistant"):
             raise DataError(f"{where}: turn {i + 1} has role {turn.role!r}; use system, user or assistant")
-        if VIDEO in turn.text:
-            raise DataError(f"{where}: turn {i + 1} asks for a {VIDEO}, which is not supported yet")
         if turn.role == "assistant" and not turn.text.strip():
             raise DataError(f"{where}: turn {i + 1}, an answer, is empty; leave the sample out or give it a text")
-        if turn.role == "assistant" and IMAGE in turn.text:
-            raise DataError(f"{where}: turn {i + 1}, an answer, holds {IMAGE}; only questions can show a picture")
-        marks += turn.text.count(IMAGE)
-    if marks != pictures:
-        raise DataError(
-            f"{where}: {marks} {IMAGE} in the text but {pictures} picture{'' if pictures == 1 else 's'}; there must be one "
-            f"{IMAGE} per picture"
-        )
+        if turn.role == "assistant" and (mark := MARKS.search(turn.text)):
+            raise DataError(
+                f"{where}: turn {i + 1}, an answer, holds {mark.group()}; only questions can show a "
+                f"{_NAMES[mark.group()]}"
+            )
+    for mark, given in ((IMAGE, pictures), (VIDEO, videos)):
+        marks = sum(turn.text.count(mark) for turn in turns)
+        if marks != given:
+            name = _NAMES[mark]
+            raise DataError(
+                f"{where}: {marks} {mark} in the text but {given} {name}{'' if given == 1 else 's'}; there must be one "
+                f"{mark} per {name}"
+            )
 
 
 def shift(position: int, placed: Sequence[Mapping[str, Any]]) -> int:

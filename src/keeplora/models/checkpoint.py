@@ -10,6 +10,9 @@ from keeplora.errors import KeepLoraError, did_you_mean
 
 EMBEDDED = "embedded"
 STAND_IN = "stand-in"
+STAND_IN_VIDEO = "stand-in-video"
+OWN = (EMBEDDED, STAND_IN, STAND_IN_VIDEO)
+"""Names of the models that come with keeplora."""
 
 
 def read_config(name: str, source: str, revision: str | None) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def read_config(name: str, source: str, revision: str | None) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     missing = f"no local folder is called {name!r}"
-    hint = did_you_mean(name, [EMBEDDED, STAND_IN]).split(" (one of")[0].rstrip(";")
+    hint = did_you_mean(name, OWN).split(" (one of")[0].rstrip(";")
     try:
         config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     except Exception as error:

@@ -18,6 +18,11 @@ class CLIP(DualEncoder):
         super().__init__(*args, **kwargs)
         self._check_end_token()
 
+    @property
+    def _pooled_token(self) -> Any:
+        """The token at whose first position the text tower pools; 2 stands for the highest id."""
+        return self.text_config.eos_token_id
+
     def _check_end_token(self) -> None:
         """Refuse a tokenizer whose end token is not the position that the model pools.
 
@@ -25,7 +30,7 @@ class CLIP(DualEncoder):
         which in a causal tower is the same for every text. With the old default (2) it pools at the highest id.
         """
         ids = self.tokenizer("a")["input_ids"]
-        pooled, end, pad = self.text_config.eos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        pooled, end, pad = self._pooled_token, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         mend = f"set text_config.eos_token_id to {end} in its config.json"
         if pooled == 2 and end != 2:
             if ids[-1] != max(ids) or (pad is not None and pad > max(ids)):

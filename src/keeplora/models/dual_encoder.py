@@ -1,4 +1,4 @@
-"""One interface to every CLIP-style model: a picture tower, a text tower and the cosine between them."""
+"""One interface to every CLIP-style model: a picture tower, a text tower and the cosine between them; videos as frames."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class DualEncoder:
     kind: ClassVar[str] = "classification"
     family: ClassVar[str] = "vision-text"
     towers: ClassVar[dict[str, str]] = {"vision": "vision_model", "text": "text_model"}
+    _picture_dims: ClassVar[int] = 3  # of what `preprocess` makes of one picture
 
     def __init__(
         self,
@@ -148,6 +149,8 @@ class DualEncoder:
         Returns float32 [3, image_size, image_size].
         """
         pixels = self.images(images=picture, return_tensors="pt", **self._image_options)["pixel_values"][0]
+        if pixels.ndim == 4 and len(pixels) == 1:  # VideoMAE's processor takes a picture for a clip of one frame
+            pixels = pixels[0]
         if tuple(pixels.shape) != (3, self.image_size, self.image_size):
             raise KeepLoraError(
                 f"{self.name}: its image processor made {tuple(pixels.shape)} of a picture of {picture.size}, not "
@@ -155,12 +158,57 @@ class DualEncoder:
             )
         return pixels
 
+    @property
+    def clip_frames(self) -> int | None:
+        """The one number of frames that the model reads, of videos and of nothing else; None: pictures, and any number."""
+        return None
+
+    def preprocess_clip(self, frames: Sequence[Image], length: int | None = None) -> Tensor:
+        """Turn a video's RGB frames into what `image_features` takes, each as `preprocess` does.
+
+        Returns float32 [length, 3, image_size, image_size]; places behind the last frame are NaN, so that videos of
+        different numbers of frames stack.
+        """
+        pixels = torch.stack([self.preprocess(frame) for frame in frames])
+        missing = (length or len(frames)) - len(frames)
+        if missing < 0:
+            raise ValueError(f"{len(frames)} frames do not fit into {length}")
+        return torch.cat([pixels, pixels.new_full((missing, *pixels.shape[1:]), torch.nan)]) if missing else pixels
+
+    def is_clip(self, pixel_values: Tensor) -> bool:
+        """Whether this is a batch of videos, not of pictures."""
+        return pixel_values.ndim == self._picture_dims + 2
+
+    def _rows(self, pixel_values: Tensor) -> Tensor:
+        """What goes through the picture tower: [N, ...] as it is, and of [N, F, ...] every frame that is there, [M, ...]."""
+        if not self.is_clip(pixel_values):
+            return pixel_values
+        present = frames_present(pixel_values)
+        return pixel_values.flatten(0, 1) if bool(present.all()) else pixel_values[present]
+
     def picture_masks(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Positions of the picture tower that count in C and G, as `token_masks`; {} means all of them."""
         return {}
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Features of preprocessed pictures: [N, 3, H, W] -> [N, D], float32, L2-normalised, differentiable."""
+        """Features of preprocessed pictures or videos, float32, L2-normalised, differentiable.
+
+        Args:
+            pixel_values: pictures [N, 3, H, W], or videos [N, F, 3, H, W] from `preprocess_clip`.
+
+        Returns [N, D]. A video's is the mean of its frames' normalised features, normalised again: the parameter-free
+        "meanP" of CLIP4Clip (Luo et al., 2104.08860) as its authors' code has it. The order of the frames does not matter.
+        """
+        features = self._picture_features(self._rows(pixel_values))
+        if not self.is_clip(pixel_values):
+            return features
+        present = frames_present(pixel_values).to(features.device)
+        every = features.new_zeros(*present.shape, features.shape[-1])
+        every[present] = features
+        return nn.functional.normalize(every.sum(dim=1) / present.sum(dim=1, keepdim=True), dim=-1)
+
+    def _picture_features(self, pixel_values: Tensor) -> Tensor:
+        """Normalised features of single pictures or frames: [M, 3, H, W] -> [M, D]."""
         out = self.model.get_image_features(pixel_values=pixel_values.to(self.device), **self._interpolate)
         return normalised(out)
 
@@ -222,6 +270,14 @@ class DualEncoder:
             bias = getattr(self.model, "logit_bias", None)
             return logits if bias is None else logits + bias.float()
 
+    def compare(self, pixel_values: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [N, C], image features [N, D]) of preprocessed pictures or videos against the features of C texts.
+
+        Families whose text features depend on what they are compared with override it.
+        """
+        image_features = self.image_features(pixel_values)
+        return self.logits(image_features, text_features), image_features
+
     def class_prompts(self, classes: Sequence[str], templates: str | Sequence[str]) -> list[str]:
         """Every template filled with every class, class by class: C · T prompts.
 
@@ -248,11 +304,14 @@ class DualEncoder:
                 self.text_features(self.tokenize(prompts[i : i + 256], names[i : i + 256]))
                 for i in range(0, len(prompts), 256)
             ]
-            features = torch.cat(parts).view(len(classes), len(templates), -1).mean(dim=1)
-            features = nn.functional.normalize(features, dim=-1)
+            features = self._class_feature(torch.cat(parts).view(len(classes), len(templates), -1))
         if self._cache is not None:
             self._cache[key] = features
         return features
+
+    def _class_feature(self, features: Tensor) -> Tensor:
+        """[C, D] from the text features of every template, [C, T, D]."""
+        return nn.functional.normalize(features.mean(dim=1), dim=-1)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[DualEncoder]:
@@ -308,6 +367,11 @@ class DualEncoder:
             self.tokenizer.save_pretrained(part)
             self.images.save_pretrained(part)
         return directory
+
+
+def frames_present(pixel_values: Tensor) -> Tensor:
+    """bool [N, F]: which frames of a batch of videos are there; see `DualEncoder.preprocess_clip`."""
+    return ~pixel_values.flatten(2)[..., 0].isnan()
 
 
 def normalised(output: Any) -> Tensor:

@@ -11,41 +11,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.errors import DataError, KeepLoraError
+from keeplora.errors import KeepLoraError
 from keeplora.files import atomic_dir
-from keeplora.models.batching import (
-    ANSWER,
-    IGNORED,
-    IMAGE,
-    PAD,
-    TEXT,
-    Item,
-    join_items,
-    length_grouped,
-    lengths,
-    shorten,
-)
-from keeplora.models.chat import ChatFormat, Turn, before, check_turns, overlap, shift
-from keeplora.models.checkpoint import first_line
-from keeplora.models.opening import (
-    chat_template,
-    check_options,
-    choose_dtype,
-    end_tokens,
-    length_limit,
-    open_config,
-    open_weights,
-    placeholders,
-)
+from keeplora.models.batching import ANSWER, IGNORED, IMAGE, PAD, TEXT, Item, join_items, length_grouped, lengths
+from keeplora.models.chat import Turn, before
+from keeplora.models.encoding import Encoder
+from keeplora.models.opening import check_options, choose_dtype, end_tokens, length_limit, open_config, open_weights
 from keeplora.models.parts import PARTS, checkpointing, find_targets, find_towers, unknown_part
 from keeplora.models.processors import load_processor, save_processor, set_image_size
+from keeplora.models.video_clips import Clip
+from keeplora.models.video_features import video_by_video
+from keeplora.models.video_sizes import check_side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["ANSWER", "Generative", "IMAGE", "PAD", "TEXT", "length_grouped", "lengths", "load_generative"]
 
-_OURS = frozenset({"labels", "token_kinds", "index"})
+_OURS = frozenset({"labels", "token_kinds", "index", "video_frames"})
+_EXACT = frozenset({"second_per_grid_ts"})  # seconds, which bfloat16 would round
 _KINDS = {"text": TEXT, "image": IMAGE, "answer": ANSWER}
 
 
@@ -58,10 +42,13 @@ class Generative:
         model: what `AutoModelForImageTextToText` gives. processor: its processor.
         name, revision: where it came from.
         max_length: the most tokens that a sample may have, pictures included; None means what the model was made for.
+        video_size: side in pixels of the square that a frame of a video fills at most; None is the class's own size.
 
     Attributes:
         family: the config's model_type. model: nn.Module, in eval mode. tokenizer: the processor's.
-        towers: {"language": ..., "vision": ..., "projector": ...}, module-name prefixes.
+        towers: {"language": ..., "vision": ..., "projector": ...}, module-name prefixes; of Video-LLaVA also "vision-2",
+            its tower for videos.
+        chat: the chat template.
     """
 
     kind: ClassVar[str] = "generation"
@@ -74,6 +61,7 @@ class Generative:
         name: str = "",
         revision: str | None = None,
         max_length: int | None = None,
+        video_size: int | None = None,
     ) -> None:
         self.model: Any = model.eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -85,11 +73,8 @@ class Generative:
         # Looked up once, before any adapter renames the linears (PEFT puts them under `.base_layer`).
         self._targets = find_targets(self.model, self.towers, label)
         self.max_length = length_limit(config, max_length, label)
-        image_token = getattr(config, "image_token_id", None)
-        self.image_token_id = int(processor.image_token_id if image_token is None else image_token)
-        self.chat = ChatFormat(
-            self.tokenizer, chat_template(processor, label), reserved=placeholders(processor), name=label
-        )
+        self._encoder = Encoder(processor, config, label, video_size)
+        self.chat = self._encoder.chat
         self._ends = end_tokens(self.model, self.tokenizer, self.chat.end)
         pad = self.tokenizer.pad_token_id
         self._pad = int(self._ends[0] if pad is None else pad)
@@ -103,6 +88,11 @@ class Generative:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def reads_videos(self) -> bool:
+        """Whether the class has a video input; if not, a video is shown as its frames, one picture each, in a row."""
+        return self._encoder.videos
 
     def target_modules(self, parts: Sequence[str] = ("language",)) -> list[str]:
         """Full names of the linears of `parts`: of the blocks of "language" and "vision" (attention and MLP), and of the
@@ -120,63 +110,30 @@ class Generative:
     # -- samples and batches -------------------------------------------------------------------------------------
 
     def encode(
-        self, turns: Sequence[Turn], pictures: Sequence[Image] = (), *, where: str = "", answers: bool = True
-    ) -> dict[str, Tensor]:
+        self, turns: Sequence[Turn], pictures: Sequence[Image] = (), clips: Sequence[Clip] = (), *, where: str = "",
+        answers: bool = True,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """One conversation as a batch of one.
 
         Args:
-            turns: with one "<image>" per picture, in order. A last answer is left out when `answers` is False.
+            turns: with one "<image>" per picture and one "<video>" per clip, in order. A last answer is left out when
+                `answers` is False.
             pictures: RGB.
+            clips: frames of videos with their times (`video_clips.Clip`).
             where: the sample, for error messages.
             answers: False gives the prompt alone, up to where the model's answer begins.
 
         Returns the processor's tensors, `labels` [1, T] int64 (-100 off the answers' tokens; the token that ends an
-        answer belongs to it) and `token_kinds` [1, T] uint8 (PAD, TEXT, IMAGE, ANSWER).
+        answer belongs to it) and `token_kinds` [1, T] uint8 (PAD, TEXT, IMAGE for pictures and videos, ANSWER). Where
+        `pixel_values_videos` is [videos, F, 3, H, W], `video_frames` [videos] tells how many frames of each are not filling.
 
-        A conversation that is longer than `max_length` is cut at its end; where that would cut a picture, or leave no
-        token of an answer, or where it is a prompt, it is refused with `DataError`.
+        A class without a video input gets a clip as its frames, and then every picture in one piece. A conversation that
+        is longer than `max_length` is cut at its end; where that would cut a picture or a video, or leave no token of an
+        answer, or where it is a prompt, it is refused with `DataError`.
         """
-        where = where or "the conversation"
-        turns = turns[:-1] if not answers and turns and turns[-1].role == "assistant" else turns
-        check_turns(turns, len(pictures), where, answers=answers)
-        text, spans = self.chat.whole(turns, where) if answers else self.chat.prompt(turns, where)
-        out = self._process(text, list(pictures), where)
-        replaced = out.pop("text_replacement_offsets", None) if pictures else []
-        out.pop("text_replacement_offsets", None)
-        if replaced is None:
-            raise KeepLoraError(
-                f"{self.name or self.family}: its {type(self.processor).__name__} does not tell which tokens stand for a "
-                "picture (return_text_replacement_offsets), so answers cannot be told from questions"
-            )
-        placed = replaced[0] if replaced else []
-        offsets = out.pop("offset_mapping")[0]
-        item: dict[str, Tensor] = {key: value for key, value in out.items() if isinstance(value, Tensor)}
-        ids = item["input_ids"]
-        labels = torch.full_like(ids, IGNORED)
-        for start, end in spans if answers else []:
-            inside = overlap(offsets, shift(start, placed), shift(end, placed))
-            labels[0, inside] = ids[0, inside]
-        kinds = torch.full(ids.shape, TEXT, dtype=torch.uint8)
-        kinds[labels != IGNORED] = ANSWER
-        kinds[ids == self.image_token_id] = IMAGE
-        item |= {"labels": labels, "token_kinds": kinds}
-        if self.max_length is not None and ids.shape[1] > self.max_length:
-            taken = [overlap(offsets, *place["new_span"]) for place in placed]
-            return shorten(item, taken, self.max_length, where, answers=answers)
-        return item
-
-    def _process(self, text: str, pictures: list[Any], where: str) -> dict[str, Any]:
-        options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(bos):  # the template wrote it; the tokenizer would write it again
-            options["add_special_tokens"] = False
-        try:
-            out = self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt", **options)
-        except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
-            raise DataError(
-                f"{where}: the processor of {self.name or self.family} refuses it: {first_line(error)}"
-            ) from error
-        return dict(out)
+        return self._encoder.encode(
+            turns, pictures, clips, where or "the conversation", answers=answers, max_length=self.max_length
+        )
 
     def join(self, items: Sequence[Item], *, side: str = "right") -> dict[str, Tensor]:
         """Several samples as one batch, padded on `side` to the longest; samples without pictures may be among them.
@@ -231,14 +188,17 @@ class Generative:
         # Before the head and not behind the base model, so that what a class does to its logits (Gemma's soft cap) is done.
         hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows].unsqueeze(0),))
         try:
-            with checkpointing(model):
+            with checkpointing(model), video_by_video(model, batch.get("video_frames")):
                 return model(**self._inputs(batch), use_cache=False).logits[0]
         finally:
             hook.remove()
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = {key: value.to(self.device) for key, value in batch.items() if key not in _OURS}
-        return {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        return {
+            key: value.to(self.dtype) if value.is_floating_point() and key not in _EXACT else value
+            for key, value in inputs.items()
+        }
 
     def gradient_checkpointing(self, on: bool) -> None:
         """Compute the blocks' activations again in the backward pass instead of keeping them, in eval mode too."""
@@ -278,7 +238,11 @@ class Generative:
         inputs = self._inputs(batch)
         options: dict[str, Any] = {"tokenizer": self.tokenizer} if stop else {}
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), self._eval_mode(), self._kept_state(), torch.random.fork_rng(devices, enabled=sample):
+        videos = video_by_video(self.model, batch.get("video_frames"))
+        with (
+            torch.no_grad(), self._eval_mode(), self._kept_state(), videos,
+            torch.random.fork_rng(devices, enabled=sample),
+        ):  # fmt: skip
             if sample:
                 torch.manual_seed(seed)
             found = self.model.generate(**inputs, generation_config=settings, **options)
@@ -347,6 +311,7 @@ def load_generative(
     dtype: str = "auto",
     quantize: str | None = None,
     image_size: int | None = None,
+    video_size: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_length: int | None = None,
@@ -360,6 +325,7 @@ def load_generative(
         dtype: "fp32", "bf16", or "auto": float32 on a CPU and for float32 checkpoints, else bfloat16.
         quantize: "8bit" or "4bit" (bitsandbytes): the language model's blocks; `dtype` is that of the rest.
         image_size: for classes that read pictures of any size, the side in pixels of the square that they fill at most.
+        video_size: likewise of a video's frames.
         max_length: the most tokens that a sample may have; None is the model's own limit.
         source: where to read it, if not `name_or_path`, which then only names it.
 
@@ -378,7 +344,9 @@ def load_generative(
     processor = load_processor(name, source, config, options)
     if image_size is not None:
         set_image_size(processor, image_size, name)
+    if video_size is not None:
+        check_side(processor, video_size, name)
     chosen = choose_dtype(dtype, config, str(device))
     model = open_weights(name, source, config, options, dtype=chosen, quantize=quantize, device=str(device))
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Generative(model, processor, name=name, revision=commit, max_length=max_length)
+    return Generative(model, processor, name=name, revision=commit, max_length=max_length, video_size=video_size)

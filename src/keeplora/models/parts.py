@@ -18,9 +18,10 @@ def find_towers(model: nn.Module, name: str = "the model") -> dict[str, str]:
     """Module-name prefixes: {"language": ..., "vision": ..., "projector": ...}.
 
     The language model is the outermost module that was made from `config.text_config`, the vision tower the one made
-    from `config.vision_config`. The projector is what else has weights beside them, below the head, towers for sound and
-    video aside; a class that merges patches in its vision tower (Qwen-VL) has it there, behind the blocks. Where there
-    are several, the others are "projector-2" and so on; where there is none, the key is missing.
+    from `config.vision_config`; a second one of the same class beside it (Video-LLaVA's for videos) is "vision-2". The
+    projector is what else has weights beside them, below the head, towers for sound aside; a class that merges patches in
+    its vision tower (Qwen-VL) has it there, behind the blocks. Where there are several, the others are "projector-2" and
+    so on; where there is none, the key is missing.
     """
     config: Any = model.config
     language = _made_from(model, config.get_text_config(), exclude=())
@@ -39,20 +40,23 @@ def find_towers(model: nn.Module, name: str = "the model") -> dict[str, str]:
     towers = {"language": language, "vision": vision}
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     composite = _parent(language)
-    # Other towers: Video-LLaVA's second is of the first one's class; a merger may share the first one's config.
+    # Other towers; a merger may share the first one's config.
     words = ("audio", "vision", "video", "vq")
     senses = {type(v) for k, v in vars(config).items() if hasattr(v, "model_type") and any(w in k for w in words)}
     senses.discard(type(vision_config))
     tower = model.get_submodule(vision)
+    children = model.get_submodule(composite).named_children()
+    seconds = [_join(composite, child) for child, module in children if type(module) is type(tower)]
+    for i, prefix in enumerate(prefix for prefix in seconds if prefix != vision):
+        towers[f"vision-{i + 2}"] = prefix
     between = [
         prefix
         for child, module in model.get_submodule(composite).named_children()
-        if (prefix := _join(composite, child)) not in (language, vision)
+        if (prefix := _join(composite, child)) not in towers.values()
         and module is not head
         and not isinstance(module, nn.Embedding)
         and not _holds(prefix, (language, vision))
         and type(getattr(module, "config", None)) not in senses
-        and type(module) is not type(tower)
         and any(True for _ in module.parameters())
     ]
     if not between:
@@ -111,9 +115,12 @@ def find_targets(model: nn.Module, towers: dict[str, str], name: str = "the mode
     """
     config: Any = model.config
     projectors = [prefix for part, prefix in towers.items() if part.startswith("projector")]
-    found: dict[str, list[str]] = {}
-    for part in ("language", "vision"):
-        tower = model.get_submodule(towers[part])
+    found: dict[str, list[str]] = {"language": [], "vision": []}
+    for name_of_part, prefix in towers.items():
+        part = name_of_part.split("-")[0]
+        if part == "projector":
+            continue
+        tower = model.get_submodule(prefix)
         depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
         lists = [
             (child, len(module))
@@ -122,7 +129,7 @@ def find_targets(model: nn.Module, towers: dict[str, str], name: str = "the mode
         ]
         if not lists:
             raise TargetError(
-                f"{name}: no list of {depth} blocks is in its {part} tower ({type(tower).__name__} at {towers[part]}); give "
+                f"{name}: no list of {depth} blocks is in its {part} tower ({type(tower).__name__} at {prefix}); give "
                 "target_modules, as names of its nn.Linear modules"
             )
         blocks, count = min(lists, key=lambda item: item[0].count("."))
@@ -131,8 +138,8 @@ def find_targets(model: nn.Module, towers: dict[str, str], name: str = "the mode
             f"{blocks}.{i}.{linear}" for i in range(read) for linear in _linears(tower.get_submodule(f"{blocks}.{i}"))
         ]
         if not names:
-            raise TargetError(f"{name}: the blocks of its {part} tower at {towers[part]}.{blocks} hold no nn.Linear")
-        found[part] = [_join(towers[part], n) for n in names]
+            raise TargetError(f"{name}: the blocks of its {part} tower at {prefix}.{blocks} hold no nn.Linear")
+        found[part] += [_join(prefix, n) for n in names]
     found["projector"] = [
         _join(prefix, linear) if linear else prefix
         for prefix in projectors

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-
-_VIDEO_FILE = "video_preprocessor_config.json"
+from keeplora.models.video_processors import VIDEO_PROCESSORS, FrameProcessor, video_settings
 
 
 def load_processor(name: str, source: str, config: Any, options: dict[str, Any]) -> Any:
@@ -23,11 +22,11 @@ def load_processor(name: str, source: str, config: Any, options: dict[str, Any])
         try:
             processor = AutoProcessor.from_pretrained(source, **options)
         except ImportError:
-            # Qwen-VL, LLaVA-OneVision, InternVL and SmolVLM own a video processor, which transformers builds with
-            # torchvision or not at all. Pictures need none of it.
+            # Video-LLaVA, Qwen-VL, InternVL and others own a video processor, which transformers builds with torchvision
+            # or not at all.
             if is_torchvision_available():
                 raise
-            return _without_videos(source, config, options)
+            return _without_torchvision(source, config, options)
         if getattr(processor, "image_processor", None) is None:
             raise KeepLoraError(f"{name}: its {type(processor).__name__} reads no pictures")
         if is_torchvision_available():
@@ -39,8 +38,11 @@ def load_processor(name: str, source: str, config: Any, options: dict[str, Any])
         raise KeepLoraError(f"{name}: its processor could not be loaded: {reason}") from error
 
 
-def _without_videos(source: str, config: Any, options: dict[str, Any]) -> Any:
-    """The class's processor around no video processor, whose settings are kept for `save_processor`."""
+def _without_torchvision(source: str, config: Any, options: dict[str, Any]) -> Any:
+    """The class's processor around our own video processor, or around none where the class's is not known.
+
+    The checkpoint's settings for videos are kept for `save_processor`.
+    """
     import transformers
     from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -49,41 +51,40 @@ def _without_videos(source: str, config: Any, options: dict[str, Any]) -> Any:
     named = settings.get("processor_class")
     family: Any = getattr(transformers, named) if named else PROCESSOR_MAPPING[type(config)]
 
+    own, settings_used = video_settings(source, options, settings)
+    kind = VIDEO_PROCESSORS.get(config.model_type)
+    frames = None if kind is None else FrameProcessor(kind, settings_used)
+
     def check(self: Any, part: str, value: Any) -> Any:
-        if part == "video_processor" and value is None:
+        if part == "video_processor" and value is frames:
             return None
         return super(still, self).check_argument_for_proper_class(part, value)  # type: ignore[misc]
 
-    # The same class, but for the check that every part is there; it keeps its name, which is what is saved.
-    still = type(family.__name__, (family,), {"check_argument_for_proper_class": check})
+    def to_dict(self: Any) -> dict[str, Any]:
+        return {key: value for key, value in super(still, self).to_dict().items() if key != "video_processor"}  # type: ignore[misc]
+
+    # The same class, but for the check that every part is its own; it keeps its name, which is what is saved.
+    still = type(family.__name__, (family,), {"check_argument_for_proper_class": check, "to_dict": to_dict})
     parts = {
         "tokenizer": lambda: AutoTokenizer.from_pretrained(source, **options),
         "image_processor": lambda: AutoImageProcessor.from_pretrained(source, **options | {"backend": "pil"}),
-        "video_processor": lambda: None,
+        "video_processor": lambda: frames,
     }
     processor = still.from_args_and_dict([parts[part]() for part in family.get_attributes()], settings)
-    processor.omitted_video = settings.get("video_processor") or _video_settings(source, options)
+    # Where a checkpoint has settings for pictures alone, ours are kept as transformers would write them.
+    processor.omitted_video = own or (frames.to_dict() if frames is not None else None)
     return processor
-
-
-def _video_settings(source: str, options: dict[str, Any]) -> dict[str, Any] | None:
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(
-        source, _VIDEO_FILE, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False
-    )
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
 
 
 def save_processor(processor: Any, folder: Path) -> None:
     """Write the processor to an existing folder, as its own `save_pretrained` does; the video settings stay as they were."""
-    if getattr(processor, "video_processor", 0) is not None:
+    if not hasattr(processor, "omitted_video"):
         processor.save_pretrained(folder)
         return
     processor.tokenizer.save_pretrained(folder)
     if isinstance(processor.chat_template, str):
         (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
-    settings = {key: value for key, value in processor.to_dict().items() if key != "video_processor"}
+    settings = processor.to_dict()
     if processor.omitted_video is not None:
         settings["video_processor"] = processor.omitted_video
     else:  # an older checkpoint keeps one file for pictures and videos

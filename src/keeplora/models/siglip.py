@@ -39,6 +39,7 @@ class SigLIP2(SigLIP):
     """
 
     family: ClassVar[str] = "siglip2"
+    _picture_dims: ClassVar[int] = 2
 
     def _set_image_size(self, image_size: int | None) -> int:
         patch = self.vision_config.patch_size
@@ -56,11 +57,10 @@ class SigLIP2(SigLIP):
         return torch.cat([inputs["pixel_values"][0], shape], dim=-1)
 
     def picture_masks(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Real patches, bool [N, P]: padded ones are masked in the tower."""
-        return {self.towers["vision"]: pixel_values[..., -1] > 0}
+        """Real patches, bool [N, P] ([M, P] of the M frames of videos): padded ones are masked in the tower."""
+        return {self.towers["vision"]: self._rows(pixel_values)[..., -1] > 0}
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Features of packed pictures: [N, P, patch · patch · 3 + 2] -> [N, D], float32, unit norm, differentiable."""
+    def _picture_features(self, pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.to(self.device)
         out = self.model.get_image_features(
             pixel_values=pixel_values[..., :-2],

@@ -1,6 +1,7 @@
 """Sample answers before, right after and at the end, with the picture; and, over the whole test set, what became of each.
 
-Read from the run directory: ``predictions/after-I/SET.jsonl`` (every answer at moment I, 0 is the untouched model) and
+A video is shown by some of its frames, side by side. Read from the run directory: ``predictions/after-I/SET.jsonl`` (every
+answer at moment I, 0 is the untouched model) and
 ``samples/SET.json`` with its pictures (a few items drawn before anything was answered). Either may be missing.
 """
 
@@ -89,6 +90,19 @@ class Item:
     picture: str | None = None
     missing: str = ""
     pictures: int = 1
+    times: list[float] = field(default_factory=list)
+    """Of a video: when its frames were, in seconds; its ``picture`` shows them side by side."""
+
+    @property
+    def film(self) -> str:
+        """What a strip of frames shows, in words; "" for a picture.
+
+        >>> Item("?", [], [], None, times=[0.0, 1.25]).film
+        '2 frames, 0 s to 1.25 s'
+        """
+        if not self.times:
+            return ""
+        return f"{len(self.times)} frames, {self.times[0]:.3g} s to {self.times[-1]:.3g} s"
 
     @property
     def fate_name(self) -> str:
@@ -171,7 +185,7 @@ def _predictions(run: Run, name: str, after: int) -> dict[tuple[str, int], Answe
             continue
         if isinstance(row, dict) and "key" in row:
             key = str(row["key"])
-            found[key, seen[key]] = Answer(clean(row.get("prediction", "")), _score(row.get("score")))
+            found[key, seen[key]] = Answer(clean(row.get("prediction") or ""), _score(row.get("score")))
             seen[key] += 1
     return found
 
@@ -252,6 +266,7 @@ def _read_set(run: Run, name: str, task: int | None) -> tuple[SetAnswers, list[t
                 clean(entry.get("question", "")), [clean(one) for one in entry.get("references") or []],
                 [(m, answers[m].get((str(entry.get("key")), 0))) for m in moments], become((str(entry.get("key")), 0)),
                 pictures=entry["pictures"] if isinstance(entry.get("pictures"), int) else 1,
+                times=[float(t) for t in entry.get("times") or [] if isinstance(t, int | float)],
             ),
             entry.get("picture"),
         )

@@ -84,6 +84,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "tiles": compare.tiles(run),
         "heat": tables.heat_map(run) if run.accuracy else None,
         "answers": (found_answers := answers.read_answers(run)),
+        "films": any(item.film for one in found_answers for item in (*one.shown, *one.others)),
         "answer_tables": answers.count_tables(found_answers),
         "fates": [(answers.FATE_NAMES.get(name, name), meaning) for name, meaning in answers.FATES.items()],
         "right_from": answers.RIGHT_FROM,

@@ -24,7 +24,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "order": list, "preset": str, "candidates": str, "training": dict, "tuner": dict, "per_method": dict, "seed": int,
 }  # fmt: skip
 #: Settings whose values only the experiment can check.
-_PASSED_ON = ("validation", "early_stopping", "best_epoch", "accept", "reference")
+_PASSED_ON = ("validation", "early_stopping", "best_epoch", "accept", "reference", "generation", "video", "judge")
 _WORDS = {dict: "a mapping (`key: value` lines)", str: "text", list: "a list", int: "a whole number"}
 _CANDIDATES = ("own", "seen", "all")
 _ORDER_KEYS = {"order": list, "preset": str}
@@ -34,7 +34,7 @@ def suite_names() -> list[str]:
     """Every packaged suite, sorted.
 
     >>> suite_names()
-    ['demo', 'demo-small', 'mllm-dcl', 'mtil', 'ucit', 'vqa', 'x-tail']
+    ['cl-vista', 'demo', 'demo-small', 'mllm-dcl', 'mtil', 'ucit', 'video', 'vqa', 'x-tail']
     """
     return sorted(path.stem for path in suite_folder().glob("*.yaml"))
 

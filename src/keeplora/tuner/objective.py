@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Objective(Protocol):
     """A classification task against class prompts.
 
-    A batch holds ``pixel_values`` [N, ...], ``labels`` [N] and the tokenised prompts of its candidate classes. Prompts are
+    A batch holds ``pixel_values`` [N, ...], ``labels`` [N] and the tokenised prompts of its candidate classes; a batch of
+    videos, whose ``pixel_values`` are [N, F, ...], also ``frames`` [N], how many of the F each one has. Prompts are
     read from the batch, so a batch of another task brings its own. ``model`` stands in for the learner's model: a deep
     copy of it with other weights (a teacher); None is the learner's own, adapter included.
     """

@@ -28,10 +28,10 @@ class TaskCheck:
         folder: where its data is looked for; "" for a name on the hub.
         found, missing: what the source needs, as paths below ``folder``.
         classes: how many; None where the lists could not be read, and for questions.
-        pictures: number by split; of questions, where the task has these.
+        pictures: number of pictures or videos by split; of questions, where the task has these.
         expect: the published counts.
-        bytes: of all pictures, encoded.
-        smallest, largest: ``(width, height, name)`` of the pictures with the least and the most pixels.
+        bytes: of all pictures and videos, encoded.
+        smallest, largest: ``(width, height, name)`` of those with the least and the most pixels.
         problems: what must be mended, a sentence each.
         notes: what a person should know and that stops nothing.
         fetch: where to get the data, in words; "" where nothing is missing.
@@ -53,9 +53,10 @@ class TaskCheck:
     fetch: str = ""
 
     def tally(self, pictures: Sequence[tuple[Entry, Look]], split: str, *, skip: bool) -> None:
-        """Add what looks at the pictures of one split found; unusable ones are notes where they may be skipped."""
+        """Add what looks at the pictures or videos of one split found; unusable ones are notes where they may be skipped."""
         bad = [look.problem for _, look in pictures if look.problem]
-        (self.notes if skip else self.problems).extend(cut_short(bad, f"pictures of {split} cannot be used"))
+        what = "videos" if any(entry.medium == "video" for entry, _ in pictures) else "pictures"
+        (self.notes if skip else self.problems).extend(cut_short(bad, f"{what} of {split} cannot be used"))
         for entry, look in pictures:
             if look.problem:
                 continue

@@ -1,4 +1,5 @@
-"""A quick look at every picture: its size, the first kilobyte and the end; remembered until the file changes."""
+"""A quick look at every picture (its size, the first kilobyte and the end) and video (its container, stream and first frame);
+remembered until the file changes."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from keeplora.data.digests import FileFacts, Stamp, file_digests, holds, in_thre
 from keeplora.data.headers import HEAD_BYTES, TAIL_BYTES, Header, read_header
 from keeplora.data.pictures import FORMATS, PictureError, check_picture, read_bytes
 from keeplora.data.sets import Entry
+from keeplora.data.video import VideoError, check_video
 
 #: Part of the name under which looks are remembered: another number whenever they find something else.
 _LOOK = 1
@@ -23,14 +25,14 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a look at one picture found.
+    """What a look at one picture or video found.
 
     Attributes:
-        size: bytes of the encoded picture.
-        width, height: as stored, in pixels.
-        sample: differs for two pictures of one size unless their first and last bytes agree.
-        pixels: hex SHA-256 of the decoded pixels; "" unless the look was full.
-        problem: a sentence that names the picture; "" for a sound one.
+        size: bytes of the encoded file.
+        width, height: of a picture as stored, of a video as shown, in pixels.
+        sample: differs for two files of one size unless their first and last bytes agree.
+        pixels: hex SHA-256 of the decoded pixels; "" unless the look was full, and for a video.
+        problem: a sentence that names the file; "" for a sound one.
     """
 
     size: int
@@ -54,9 +56,9 @@ class Look:
 def look_at(
     entries: Sequence[Entry], *, full: bool, max_pixels: int, tick: Callable[[int], None] = lambda count: None
 ) -> list[Look]:
-    """Look at every picture, in order; ``tick(n)`` is called after every ``n`` more.
+    """Look at every picture and video, in order; ``tick(n)`` is called after every ``n`` more.
 
-    With ``full`` every picture is decoded.
+    With ``full`` every picture, and every frame of every video, is decoded.
     """
     facts = FileFacts(f"look-{_LOOK}-{'full' if full else 'quick'}-{max_pixels}")
     known = facts.recall(filter(None, map(file_of, entries)))
@@ -66,7 +68,7 @@ def look_at(
         return [_look(entry, known, new, full, max_pixels) for entry in part]
 
     looks: list[Look] = []
-    for part in in_threads(some, entries):
+    for part in in_threads(some, entries, size=4 if any(entry.medium == "video" for entry in entries) else 256):
         looks += part
         tick(len(part))
     facts.remember(new)
@@ -80,16 +82,26 @@ def _look(
     try:
         if path is None:
             data = entry.source.read()
+            if entry.medium == "video":
+                return _look_at_video(entry, len(data), hashlib.sha256(data).hexdigest(), full, max_pixels)
             return _look_at_bytes(data, entry.where, full, max_pixels)
         fact = holds(known, path)
         if fact is not None:
             return Look.of_fact(fact, known[path][0].size)
-        stamp, look = read_settled(path, lambda name: _look_at_file(name, full, max_pixels))
+        stamp, look = read_settled(path, lambda name: _look_at_file(entry, name, full, max_pixels))
         if stamp is not None:
             new[path] = (stamp, look.as_fact())
         return look
-    except PictureError as error:
+    except (PictureError, VideoError) as error:
         return Look(0, problem=str(error))
+
+
+def _look_at_video(entry: Entry, size: int, sample: str, full: bool, max_pixels: int) -> Look:
+    try:
+        facts = check_video(entry.source, entry.where, full=full, max_pixels=max_pixels)
+    except VideoError as error:
+        return Look(size, problem=str(error))
+    return Look(size, facts.width, facts.height, sample)
 
 
 def _look_at_bytes(data: bytes, where: str, full: bool, max_pixels: int) -> Look:
@@ -102,13 +114,15 @@ def _look_at_bytes(data: bytes, where: str, full: bool, max_pixels: int) -> Look
     return Look(len(data), *(header or _measured(data))[1:], sample, pixels)
 
 
-def _look_at_file(path: str, full: bool, max_pixels: int) -> Look:
+def _look_at_file(entry: Entry, path: str, full: bool, max_pixels: int) -> Look:
     if not os.path.isfile(path):  # a link that leads nowhere, a folder, a pipe that would never end
         read_bytes(path)
     try:
         size, header, sample = _ends(path)
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    if entry.medium == "video":
+        return _look_at_video(entry, size, sample, full, max_pixels)
     if not full and header is not None and may_be_used(header.width, header.height, max_pixels):
         return Look(size, header.width, header.height, sample)
     data = read_bytes(path)
@@ -157,7 +171,7 @@ def _measured(data: bytes) -> Header:
 def find_duplicates(splits: Mapping[str, Sequence[tuple[Entry, Look]]]) -> list[str]:
     """One sentence for each two splits that share pictures, and one for pictures of train under two classes.
 
-    Only pictures of one size whose first and last bytes agree are read in full.
+    Only files of one size whose first and last bytes agree are read in full.
     """
     by_pixels: dict[str, int] = defaultdict(int)
     for _, look in _each(splits):

@@ -48,16 +48,17 @@ def examine_questions(
 
 
 def _named(spec: ConversationSpec) -> tuple[str, ...]:
-    """The files and the folder that the description names; those of a table or pack are told by its source."""
-    if spec.source != "llava":
+    """The files and the folders that the description names; those of a table or pack are told by its source."""
+    if spec.source not in ("llava", "video-qa"):
         return ()
-    files = [*spec.split_names.values(), *(value for key, value in spec.extra.items() if key == "references")]
-    return (*files, *(f"{value.rstrip('/')}/" for key, value in spec.extra.items() if key == "images"))
+    files = [*spec.split_names.values(), *(spec.extra[key] for key in ("answers", "references") if key in spec.extra)]
+    folders = dict.fromkeys(spec.extra[key] for key in ("images", "videos") if key in spec.extra)
+    return (*files, *(f"{folder.rstrip('/')}/" for folder in folders))
 
 
 def _missing_folders(splits: Mapping[str, Sequence[Conversation]], root: Path) -> list[str]:
-    """Folders that pictures are said to be in and that are not there, the uppermost of each."""
-    sources = (source for found in splits.values() for c in found for source in c.pictures)
+    """Folders that pictures and videos are said to be in and that are not there, the uppermost of each."""
+    sources = (source for found in splits.values() for c in found for source in (*c.pictures, *c.videos))
     folders = {Path(os.path.abspath(source.path.parent)) for source in sources if isinstance(source, FileBytes)}
     missing = set()
     for folder in folders:
@@ -76,7 +77,7 @@ def _pictures(
     full: bool,
     progress: Progress,
 ) -> dict[ByteSource, tuple[Entry, Look]]:
-    """A look at every picture, once."""
+    """A look at every picture and video, once."""
     fresh = {split: entries_of(found) for split, found in splits.items()}
     total, done = sum(map(len, fresh.values())), 0
 
@@ -98,9 +99,10 @@ def _answers(splits: Mapping[str, Sequence[Conversation]], spec: ConversationSpe
     """Entries that say the same twice, and answers of the test that training never shows."""
     notes = []
     for split, found in splits.items():
-        times = Counter((c.pictures, c.turns) for c in found)
+        times = Counter((c.pictures, c.videos, c.turns) for c in found)
         if again := sum(times.values()) - len(times):
-            notes.append(f"{again:,} entries of {split} repeat another's picture, question and answer")
+            what = "video" if any(c.videos for c in found) else "picture"
+            notes.append(f"{again:,} entries of {split} repeat another's {what}, question and answer")
     if spec.scorer not in CAPTION_SCORERS and "train" in splits and "test" in splits:
         known = {turn.text.strip().lower() for c in splits["train"] for turn in c.turns if turn.role == "assistant"}
         new = [c for c in splits["test"] if not known & {reference.lower() for reference in c.references}]
@@ -116,8 +118,12 @@ def _leaks(
 ) -> None:  # fmt: skip
     digests = doubtful_digests(pair for pair in looks.values() if not pair[1].problem)
     names = {source: digests.get(id(entry), entry.key) for source, (entry, _) in looks.items()}
-    notes = handle_leaks(splits, "warn", lambda c: "/".join(names[source] for source in c.pictures))[1]
+    notes = handle_leaks(splits, "warn", lambda c: "/".join(names[source] for source in (*c.pictures, *c.videos)))[1]
     (check.problems if spec.duplicates == "refuse" else check.notes).extend(notes)
-    sides = {split: {names[source] for c in found for source in c.pictures} for split, found in splits.items()}
-    if shared := len(sides.get("train", set()) & sides.get("test", set())):
-        check.notes.append(f"{shared:,} picture(s) are in train and in test, under the same or other questions")
+    for what in ("picture", "video"):
+        sides = {
+            split: {names[source] for c in found for source in (c.videos if what == "video" else c.pictures)}
+            for split, found in splits.items()
+        }
+        if shared := len(sides.get("train", set()) & sides.get("test", set())):
+            check.notes.append(f"{shared:,} {what}(s) are in train and in test, under the same or other questions")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
 from keeplora.evaluation.scorers.base import References, Scored, Scorer
+
+if TYPE_CHECKING:
+    from keeplora.evaluation.judges import Judge
 
 #: name -> (module of this package, function in it); a module is imported when one of its scorers is first asked for.
 SCORERS: dict[str, tuple[str, str]] = {
@@ -21,7 +26,11 @@ SCORERS: dict[str, tuple[str, str]] = {
     "caption": ("captions", "caption"),
     "rouge-l": ("captions", "rouge_l"),
     "cider": ("captions", "cider"),
+    "option": ("choice", "option"),
+    "judge": ("judge", "judge"),
 }
+#: Those that take a judge.
+JUDGED = frozenset({"judge"})
 
 
 def scorer_names() -> list[str]:
@@ -45,8 +54,15 @@ def scorer(name: str) -> Scorer:
     return getattr(import_module(f"{__name__}.{module}"), function)
 
 
-def score(name: str, predictions: Sequence[str], references: References, questions: Sequence[str]) -> Scored:
-    """Judge answers.
+def score(
+    name: str,
+    predictions: Sequence[str],
+    references: References,
+    questions: Sequence[str],
+    *,
+    judge: Judge | None = None,
+) -> Scored:
+    """Score answers.
 
     Args:
         name: one of `scorer_names`.
@@ -54,6 +70,7 @@ def score(name: str, predictions: Sequence[str], references: References, questio
         references: the accepted answers of each item, at least one; an item earns what its best reference gives it,
             except where the scorer says otherwise (votes of "vqa", CIDEr's mean over references).
         questions: one per item; the rules of some sets depend on it.
+        judge: who rates answers for the scores in `JUDGED`; None: word overlap. Other scores need none.
 
     Returns:
         A `Scored`. For no items at all the value is None.
@@ -64,7 +81,7 @@ def score(name: str, predictions: Sequence[str], references: References, questio
     >>> score("exact", ["A cat.", "dog"], [["a cat"], ["wolf", "fox"]], ["", ""])
     Scored(value=50.0, per_sample=[1.0, 0.0], components={}, missing=None)
     """
-    judge = scorer(name)
+    function: Callable[..., Scored] = scorer(name)
     if not len(predictions) == len(references) == len(questions):
         raise KeepLoraError(
             f"{name}: {len(predictions)} predictions, {len(references)} lists of references and {len(questions)} "
@@ -75,7 +92,9 @@ def score(name: str, predictions: Sequence[str], references: References, questio
             raise KeepLoraError(f"{name}: item {i} needs a list of at least one reference, not {accepted!r}")
     if not predictions:
         return Scored(None, [], missing=f"{name}: there are no answers to score")
-    return judge(predictions, references, questions)
+    if judge is not None and name in JUDGED:
+        function = partial(function, judge=judge)
+    return function(predictions, references, questions)
 
 
-__all__ = ["SCORERS", "References", "Scored", "Scorer", "score", "scorer", "scorer_names"]
+__all__ = ["JUDGED", "SCORERS", "References", "Scored", "Scorer", "score", "scorer", "scorer_names"]

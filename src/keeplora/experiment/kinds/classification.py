@@ -1,15 +1,17 @@
-"""Naming pictures with a dual encoder: pictures against class prompts, and the "cls" variant's head."""
+"""Naming pictures or videos with a dual encoder: against class prompts, and the "cls" variant's head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from keeplora.data import TaskData
+from keeplora.data import PictureSet, TaskData
+from keeplora.data.video import FrameCache, Sampling
 from keeplora.errors import ConfigError
 from keeplora.experiment.candidates import Candidates, candidates_for
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
@@ -35,6 +37,35 @@ class Classification:
         self.config, self.family, self.precision, self.method = config, family, precision, method
         self.tasks, self.probes = tasks, probes
         self._cache = TensorCache()
+        # Of videos, every worker has caches of its own.
+        share = max(1, config.training.workers)
+        self._clips, self._frames = TensorCache((2 << 30) // share), FrameCache((config.video.cache_mib << 20) // share)
+
+    @property
+    def _videos(self) -> bool:
+        return any(task.medium == "video" for task in [*self.tasks, *self.probes])
+
+    def sampling(self, *, statistics: bool = False) -> Sampling:
+        """Which frames of a video are read; a model that reads one number of frames gets as many in the statistics."""
+        found = self.config.video.sampling_of(statistics=statistics)
+        return found if self.family.clip_frames is None else replace(found, frames=self.family.clip_frames)
+
+    def _check_medium(self, samples: PictureSet) -> None:
+        """Refuse what the model cannot read, now."""
+        wanted, video = self.family.clip_frames, self.config.video
+        if wanted is None or not len(samples):
+            return
+        model = self.config.model.name
+        if samples.medium != "video":
+            raise ConfigError(
+                f"{samples.where(0)} is a picture, but {model} reads videos alone, of {wanted} frames; choose CLIP or another "
+                "model for pictures"
+            )
+        if video.frames != wanted or video.sampling == "fps":
+            raise ConfigError(
+                f"video: {model} reads {wanted} frames of every video, no more and no fewer; set `frames: {wanted}` and "
+                "`sampling: uniform` (or segment)"
+            )
 
     def sets(self, task: TaskData) -> Sets:
         if self.config.training.micro_batch is not None:
@@ -49,14 +80,17 @@ class Classification:
             self.data_set(task.validation) if task.validation is not None else None,
         )  # fmt: skip
 
-    def data_set(self, samples: Any) -> PictureTensors:
-        return PictureTensors(samples, self.family, self._cache)
+    def data_set(self, samples: PictureSet) -> PictureTensors:
+        self._check_medium(samples)
+        cache = self._clips if samples.medium == "video" else self._cache
+        return PictureTensors(samples, self.family, cache, sampling=self.sampling(), frames=self._frames)
 
     def default_targets(self) -> Mapping[str, Any]:
         return {"target_modules": self.family.default_target_modules}
 
     def info(self, task: TaskData) -> dict[str, Any]:
-        return {"classes": task.classes, "templates": task.templates}
+        video = {"video": self.config.video.model_dump()} if task.medium == "video" else {}
+        return {"classes": task.classes, "templates": task.templates} | video
 
     def objective(self, task: TaskData) -> TaskObjective:
         return TaskObjective(self.family, task, self.precision)
@@ -73,10 +107,12 @@ class Classification:
         config: KeepLoraConfig,
         seed: int,
     ) -> dict[str, Any]:
-        pictures = loader(data, training.eval_batch_size, Collate(), workers=training.workers)
+        fewer = data.sampled(self.sampling(statistics=True))
+        source = data if self.method.learns_from_batches else fewer
+        pictures = loader(fewer, training.eval_batch_size, Collate(), workers=training.workers)
         pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels)
         return {
-            "batches": loader(data, training.batch_size, objective.collate, workers=training.workers),
+            "batches": loader(source, training.batch_size, objective.collate, workers=training.workers),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
             "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
         }  # fmt: skip
@@ -111,13 +147,13 @@ class Classification:
         self, task: TaskData, data: PictureTensors, learner: ContinualLearner, *, head: Tensor | None = None,
         on_batch: Callable[[], object] = lambda: None, keep: Path | None = None,
     ) -> float:  # fmt: skip
-        """Percent of pictures named rightly; single answers are not kept."""
+        """Percent of pictures or videos named rightly; single answers are not kept."""
         if head is None:
             head = self._heads(learner).get(tuple(task.classes))
         with learner.serving(task.name):
             return accuracy(
                 self.family, self._candidates(task, learner), data, self.precision, self.config.training.eval_batch_size,
-                head, on_batch, learner.readout,
+                head, on_batch, learner.readout, self.config.training.workers if data.videos else 0,
             )  # fmt: skip
 
     def steps(self, data: PictureTensors) -> int:
@@ -132,7 +168,8 @@ class Classification:
         }  # fmt: skip
 
     def comparison(self) -> list[Any]:
-        return [] if self.config.candidates == "own" else [self.config.candidates]
+        told: list[Any] = [] if self.config.candidates == "own" else [self.config.candidates]
+        return told + ([{"video": self.config.video.model_dump(exclude={"cache_mib"})}] if self._videos else [])
 
     def running(self, learner: ContinualLearner) -> AbstractContextManager[object]:
         return nullcontext()

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from keeplora.data.conversations import ConversationSet, ConversationTask
-from keeplora.evaluation.scorers import score
+from keeplora.data.video import FrameCache
+from keeplora.evaluation.judges import Judge, make_judge
+from keeplora.evaluation.scorers import JUDGED, score
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
-from keeplora.experiment.conversations import ConversationTensors, Parts, ordered_loader, training_loader
+from keeplora.experiment.conversations import (
+    ConversationTensors,
+    Parts,
+    chosen_loader,
+    ordered_loader,
+    training_loader,
+)
 from keeplora.experiment.device import Precision
 from keeplora.experiment.kinds.base import Sets
 from keeplora.experiment.pictures import TaskBatches, TensorCache
@@ -27,6 +37,17 @@ from keeplora.tuner import ContinualLearner, KeepLoraConfig
 from keeplora.tuner.sampling import to_device
 
 IGNORED = -100
+
+
+def _cache_bytes(device: str) -> int:
+    """What the outputs of a frozen vision tower may take: 2 GiB of a GPU, else 4 GiB, or a quarter of the memory if less."""
+    if device != "cpu":
+        return 2 << 30
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 2 << 30
+    return min(4 << 30, memory // 4)
 
 
 class GenerationObjective:
@@ -84,23 +105,31 @@ class Generation:
     ) -> None:  # fmt: skip
         self.config, self.family, self.precision, self.method = config, family, precision, method
         self.tasks, self.probes = tasks, probes
-        self._cache = TensorCache()
+        # Every worker has caches of its own.
+        share = max(1, config.training.workers)
+        self._cache, self._frames = TensorCache((2 << 30) // share), FrameCache((config.video.cache_mib << 20) // share)
         self._components: dict[str, dict[str, float]] = {}
         self._missing: dict[str, str] = {}
         self._folder: Path | None = None
+        judged = any(task.scorer in JUDGED for task in [*tasks, *probes])
+        self._judge: Judge | None = make_judge(config.judge.settings) if judged else None
         for task in [*tasks, *probes]:
             score(task.scorer, [], [], [])  # refuses an unknown scorer, now
 
     # -- data ------------------------------------------------------------------------------------------------------
 
     def sets(self, task: ConversationTask) -> Sets:
-        train = ConversationTensors(task.train, self.family, self._cache, answers=True)
-        return Sets(
-            train, self.data_set(task.test), self.data_set(task.validation) if task.validation is not None else None
-        )
+        validation = self.data_set(task.validation) if task.validation is not None else None
+        return Sets(self._tensors(task.train, answers=True), self.data_set(task.test), validation)
 
     def data_set(self, samples: ConversationSet) -> ConversationTensors:
-        return ConversationTensors(samples, self.family, self._cache, answers=False)
+        return self._tensors(samples, answers=False)
+
+    def _tensors(self, samples: ConversationSet, *, answers: bool) -> ConversationTensors:
+        sampling = self.config.video.sampling_of()
+        return ConversationTensors(
+            samples, self.family, self._cache, answers=answers, sampling=sampling, frames=self._frames
+        )
 
     def default_targets(self) -> Mapping[str, Any]:
         parts = self.config.tuner.parts
@@ -113,7 +142,7 @@ class Generation:
     def info(self, task: ConversationTask) -> dict[str, Any]:
         return {
             "classes": [], "templates": [], "scorer": task.scorer, "max_new_tokens": task.max_new_tokens,
-            "prompt": task.prompt,
+            "prompt": task.prompt, **({"video": self.config.video.model_dump()} if self._videos else {}),
         }  # fmt: skip
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -129,9 +158,10 @@ class Generation:
         seed: int,
     ) -> dict[str, Any]:  # fmt: skip
         size = training.micro_batch or training.batch_size
-        singles = ordered_loader(data, 1, self.family.join, training.workers)
+        singles = ordered_loader(data, 1, self.family.join, training.workers)  # what is replayed is as it was taught
+        fewer = data.sampled(self.config.video.sampling_of(statistics=True))
         return {
-            "batches": ordered_loader(data, size, self.family.join, training.workers),
+            "batches": ordered_loader(fewer, size, self.family.join, training.workers),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
             "forward_fn": objective.forward, "single_batches": singles,
         }  # fmt: skip
@@ -160,14 +190,14 @@ class Generation:
         order = sorted(range(len(data)), key=lambda i: (lengths[i], i))
         answers = [""] * len(data)
         with self.family.evaluating(), self.precision.autocast():
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                batch = self.family.join([data[i] for i in chosen], side="left")
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            collate = partial(self.family.join, side="left")
+            for batch in chosen_loader(data, batches, collate, self.config.training.workers):
                 found = self.family.generate(
                     to_device(batch, self.family.device), max_new_tokens=task.max_new_tokens, sample=settings.sample,
                     temperature=settings.temperature, top_p=settings.top_p, seed=self.config.seed,
                 )  # fmt: skip
-                for i, answer in zip(chosen, found, strict=True):
+                for i, answer in zip(batch["index"].tolist(), found, strict=True):
                     answers[i] = answer
                 on_batch()
         return answers
@@ -178,22 +208,28 @@ class Generation:
     ) -> float | None:  # fmt: skip
         with learner.serving(task.name):
             answers = self._answers(task, data, on_batch)
-        asked = [data.conversations.conversation(i) for i in range(len(data))]
-        scored = score(task.scorer, answers, [c.references for c in asked], [c.question for c in asked])
+        asked, skipped = data.conversations.conversations, data.conversations.skipped
+        scored = score(
+            task.scorer, answers, [c.references for c in asked], [c.question for c in asked], judge=self._judge
+        )
         if scored.missing:
             self._missing[task.name] = f"{task.name}: {scored.missing}"
+        share = len(asked) / (len(asked) + len(skipped))  # a question whose file cannot be read scores 0
         if keep is not None:
-            self._components[task.name] = dict(scored.components)
+            # The other components are of the questions that could be asked.
+            counted = {"skipped": float(len(skipped))} if skipped else {}
+            self._components[task.name] = dict(scored.components) | counted
+            given = [*zip(asked, answers, scored.per_sample, strict=True), *((c, None, 0.0) for c in skipped)]
             rows = (
                 {
                     "key": c.key, "question": c.question, "references": list(c.references), "prediction": answer,
                     "score": value,
                 }
-                for c, answer, value in zip(asked, answers, scored.per_sample, strict=True)
+                for c, answer, value in given
             )  # fmt: skip
             keep.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(keep, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return scored.value
+        return None if scored.value is None else scored.value * share
 
     def steps(self, data: ConversationTensors) -> int:
         return -(-len(data) // self.config.training.eval_batch_size)
@@ -209,26 +245,39 @@ class Generation:
 
     def comparison(self) -> list[Any]:
         settings = [[t.name, t.scorer, t.max_new_tokens] for t in self._all()]
-        return ["generation", settings, self.config.generation.model_dump()]
+        told: list[Any] = ["generation", settings, self.config.generation.model_dump()]
+        told += [{"video": self.config.video.model_dump(exclude={"cache_mib"})}] if self._videos else []
+        return told + ([{"judge": dict(self._judge.identity)}] if self._judge is not None else [])
+
+    @property
+    def _videos(self) -> bool:
+        return any(task.test.has_videos or task.train.has_videos for task in self._all())
 
     @contextmanager
     def running(self, learner: ContinualLearner) -> Iterator[None]:
         """With gradient checkpointing where asked for, and a vision tower that nothing moves answered from memory."""
-        training, tower = self.config.training, self.family.towers.get("vision")
+        training, family = self.config.training, self.family
+        towers = [prefix for part, prefix in family.towers.items() if part.startswith("vision")]
         with ExitStack() as stack:
+            if self._judge is not None:
+                stack.callback(self._judge.close)
             if training.gradient_checkpointing:
                 self.family.gradient_checkpointing(True)
                 stack.callback(self.family.gradient_checkpointing, False)
-            still = tower is not None and not any(name.startswith(f"{tower}.") for name in learner.store.names)
-            if training.cache_vision and tower is not None and still:
-                stack.enter_context(VisionCache(self.family.model.get_submodule(tower)).active())
+            moved = tuple(f"{tower}." for tower in towers)
+            if training.cache_vision and towers and not any(name.startswith(moved) for name in learner.store.names):
+                modules = [family.model.get_submodule(tower) for tower in towers]
+                most = _cache_bytes(family.device.type)
+                stack.enter_context(VisionCache(*modules, max_bytes=most).active())
             yield
 
     def begin(self, folder: Path, earlier: Mapping[str, Any] | None) -> None:
         self._folder = folder
         self._components = dict((earlier or {}).get("components", {}))
+        if self._judge is not None:
+            self._judge = make_judge(self.config.judge.settings, folder / "judgements.jsonl")
         for task in self._all():
-            write_samples(folder, task.name, task.test, self.config.seed)
+            write_samples(folder, task.name, task.test, self.config.seed, self.config.video.sampling_of())
 
     def repeat(self, after: int) -> None:
         assert self._folder is not None
