@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/stand-in"), help="that of train_stand_in.py")
     parser.add_argument("--packages", type=Path, help="where the packages are downloaded to (default: WORK/packages)")
     parser.add_argument("--videos", type=Path, help="where reels and checkpoints are kept (default: WORK/videos)")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights to start from")
@@ -150,7 +150,8 @@ def main() -> None:
                 for s in (SOURCES[key] for key in ("emoji-google", "emoji-twitter"))
             ],
         },
-        "teaching": {**record, "rate": args.rate, "batch": BATCH, "minutes": round(minutes, 1)},
+        "teaching": {**record, "rate": args.rate, "batch": BATCH, "minutes": round(minutes, 1)}
+        | ({"started_from": args.start.name} if args.start else {}),
         "held_out": scores,
         "weights_sha256": sha256_file(VIDEOS.files / VIDEOS.weights),
     }

@@ -11,6 +11,7 @@ from keeplora.data.checks import check_entries, handle_duplicates
 from keeplora.data.conversation_spec import CAPTION_SCORERS, ConversationSpec, RawConversations
 from keeplora.data.conversations import (
     IMAGE,
+    VIDEO,
     Conversation,
     ConversationSet,
     ConversationTask,
@@ -119,7 +120,7 @@ def read_files(
 def handle_leaks(
     splits: dict[str, list[Conversation]], policy: str, picture: Callable[[Conversation], str]
 ) -> tuple[dict[str, list[Conversation]], list[str]]:
-    """`handle_duplicates` of questions: the same one about the same pictures on two sides of a split.
+    """`handle_duplicates` of questions: the same one about the same pictures and videos on two sides of a split.
 
     Every question of a training conversation counts, the last one of a test conversation. ``picture`` names the pictures of
     a conversation; equal names mean equal pictures.
@@ -132,7 +133,8 @@ def handle_leaks(
             asked = [turn.text for turn in c.turns if turn.role == "user"]
             pictures = picture(c)
             for text in asked if split == "train" else asked[-1:]:
-                same = hashlib.sha256(json.dumps([pictures, text.replace(IMAGE, "").strip()]).encode()).hexdigest()
+                bare = text.replace(IMAGE, "").replace(VIDEO, "").strip()
+                same = hashlib.sha256(json.dumps([pictures, bare]).encode()).hexdigest()
                 entry = Entry(c.key, "", c.where, c.pictures[0] if c.pictures else HeldBytes(b""), same)
                 owners[id(entry)] = c
                 entries[split].append(entry)

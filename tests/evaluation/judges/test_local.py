@@ -52,7 +52,7 @@ def make_model(folder: Path, template: str | None = TEMPLATE) -> Path:
         attention = model.model.layers[0].self_attn
         attention.v_proj.weight[15, 8] = 1.0
         attention.o_proj.weight[15, 15] = 1.0
-        follows = {0: 4, 1: 4, 2: 2, 3: 4, 4: 5, 5: 7, 6: 7, 7: 2, 8: 4}
+        follows = {0: 2, 1: 4, 2: 2, 3: 4, 4: 5, 5: 7, 6: 7, 7: 2, 8: 4}
         for last, following in follows.items():
             model.lm_head.weight[following, last] = 10.0
         model.lm_head.weight[6, 4] = 9.0

@@ -19,8 +19,9 @@ class Scored:
         value: percent, 0 to 100 (CIDEr, and means with CIDEr in them, may exceed it); None where it cannot be computed
             here: ``missing`` then says why. Never a mean over fewer parts than the name promises.
         per_sample: one value in 0..1 per item: right (1), wrong (0) or partly.
-        components: the parts of ``value`` by name, in percent (those of "judge": a count and a mean rating). Names with "-plain" at their end were computed on plain
-            tokens and are not the numbers that the literature reports under the bare name.
+        components: the parts of ``value`` by name, in percent (those of "judge": a count and a mean rating). Names with
+            "-plain" at their end were computed on plain tokens and are not the numbers that the literature reports under
+            the bare name.
         missing: one sentence, or None.
     """
 

@@ -214,6 +214,10 @@ class Generation:
         )
         if scored.missing:
             self._missing[task.name] = f"{task.name}: {scored.missing}"
+        if unparsable := int(scored.components.get("unparsable", 0)):
+            self._missing[f"{task.name} (judge)"] = (
+                f"{task.name}: the judge's words held no rating for {unparsable} of {len(asked)} answers, which count 0"
+            )
         share = len(asked) / (len(asked) + len(skipped))  # a question whose file cannot be read scores 0
         if keep is not None:
             # The other components are of the questions that could be asked.
