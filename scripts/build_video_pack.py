@@ -4,7 +4,8 @@
     python scripts/build_video_pack.py --work build/stand-in
 
 Needs npm, apt-get and dpkg-deb on a Debian 12 system. The packages are pinned by SHA-256, every choice is made by a
-seeded generator and x264 runs in one thread, so a second run with the same pillow and PyAV writes the same clips.
+seeded generator and x264 runs in one thread, so a second run with the same pillow and PyAV draws the same frames; one
+clip in twenty is stored in a few other bits (see video_clips.py).
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def line_clip(reel: Reel, rng: Random) -> Clip:
             along = line[axis] * way
             said = more if along > 0 else less if along < 0 else "neither"
             turns.append(("heading", f"Is {it} heading {less} or {more}?", said))
-    first, last = (SPEEDS[steps[i]] for i in (0, -1))
-    turns.append(("pace", *rng.choice(((f"How brisk is {it} at the start?", first), (f"How brisk is {it} at the end?", last)))))
+    when, step = rng.choice((("start", steps[0]), ("end", steps[-1])))
+    turns.append(("pace", f"How brisk is {it} at the {when}?", SPEEDS[step]))
     turns.append(("trace", f"Trace {it}.", ", ".join(_place(*spots[states[i]]) for i in (1, 3, 5, 7))))
     if many and pace != "still":
         turns.append(("object", "What is in motion?", one.name))

@@ -53,7 +53,11 @@ def draw_frame(ground: Image.Image, poses: Sequence[Pose]) -> Image.Image:
 
 
 def encode(frames: Sequence[Image.Image], quality: int = 27, preset: str = "veryslow") -> bytes:
-    """An MP4 of H.264 (libx264, yuv420p, one thread: the same bytes every time) at `FPS`; `quality` is x264's crf."""
+    """An MP4 of H.264 (libx264, yuv420p, one thread) at `FPS`; `quality` is x264's crf.
+
+    The same frames give the same pictures but not always the same bytes: with frames as small as these, what x264's
+    look-ahead (mbtree) plans differs by a bit now and then, most often where the whole frame changes.
+    """
     import av
     from av.bitstream import BitStreamFilterContext
 

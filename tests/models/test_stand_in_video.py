@@ -110,7 +110,7 @@ def test_reels_of_teaching_say_what_is_true(scripts):
         rng = Chance(seed)
         reel = make(Alone(), rng)
         clip = ask(reel, rng)
-        told = {kind: said for kind, _, said in clip.turns if kind in ("start", "end", "heading", "pace")}
+        told = {kind: said for kind, asked, said in clip.turns if asked.startswith(("Where", "On the", "In which"))}
         spots = [reel.facts["spots"][i] for i in clip.states]
         for key, (x, y) in (("start", spots[0]), ("end", spots[-1])):
             word = ("top", "middle", "bottom")[int(y % 112 * 3 // 112)]
@@ -120,6 +120,8 @@ def test_reels_of_teaching_say_what_is_true(scripts):
         moves = [tuple((b - a + 56) % 112 - 56 for a, b in zip(p, q, strict=True)) for p, q in pairwise(spots)]
         total = tuple(float(np.sign(round(sum(m[i] for m in moves), 3))) for i in (0, 1))
         assert told["heading"] == (COMPASS[total] if any(total) else "nowhere")
+        halved = [said for kind, asked, said in clip.turns if kind == "heading" and asked.startswith("Is ")]
+        assert " ".join(w for w in reversed(halved) if w != "neither") == (told["heading"] if any(total) else "")
         lengths = [np.hypot(*m) for m in moves]
         early, late = sum(lengths[:3]), sum(lengths[-3:])
         halves = {"the first half": early > late, "the second half": late > early}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from keeplora.models.video_sizes import LLAVA, fit, kind_of, plain
 from tests.models.test_generative import PICTURES, turns
 from tests.models.tiny_generative import READS_VIDEOS, clip
 
+# Where torchvision must be there (`make test-torchvision`) its absence is a failure.
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed: no official video processor"
+    importlib.util.find_spec("torchvision") is None and not os.environ.get("KEEPLORA_NEED_TORCHVISION"),
+    reason="torchvision is not installed: no official video processor",
 )
 
 SIZES = [(64, 48), (48, 64), (101, 37), (33, 33), (320, 180)]

@@ -217,7 +217,8 @@ def test_a_broken_suite_is_refused_with_a_sentence(own, text, message):
     [
         (
             "no.yaml",
-            r"no\.yaml: no such suite file \(packaged suites: cl-vista, demo, demo-small, mllm-dcl, mtil, ucit, video, vqa, x-tail\)",
+            r"no\.yaml: no such suite file \(packaged suites: cl-vista, demo, demo-small, mllm-dcl, mtil, ucit, video, "
+            r"vqa, x-tail\)",
         ),
         ("folder/", "is a folder; name the suite's YAML file in it"),
     ],

@@ -99,7 +99,8 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Decode every picture and video, instead of a look at its first and last bytes.")
+        bool,
+        typer.Option("--full", help="Decode every picture and video, instead of a look at its first and last bytes."),
     ] = False,
 ) -> None:
     """Check that a suite's data is all there and sound. Exit status 1 where something is missing or wrong."""

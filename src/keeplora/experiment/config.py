@@ -100,7 +100,11 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     elif above is None and below is not None and "model" not in top:
         merged["model"] = below
     before, judge = base.get("judge"), top.get("judge")
-    if isinstance(before, Mapping) and isinstance(judge, Mapping) and judge.get("kind") not in (None, before.get("kind")):
+    if (
+        isinstance(before, Mapping)
+        and isinstance(judge, Mapping)
+        and judge.get("kind") not in (None, before.get("kind"))
+    ):
         merged["judge"] = dict(judge)
     return merged
 

@@ -73,7 +73,11 @@ def shorten(item: Item, pictures: Sequence[Tensor], most: int, where: str, *, an
     """
     shape = item["input_ids"].shape
     shown = int((item["token_kinds"] == IMAGE).sum())
-    told = f"{where}: it is {shape[1]} tokens long" + (f", {shown} of them for pictures and videos," if shown else "") + " and "
+    told = (
+        f"{where}: it is {shape[1]} tokens long"
+        + (f", {shown} of them for pictures and videos," if shown else "")
+        + " and "
+    )
     mend = "raise max_length, show smaller or fewer pictures or frames, or shorten the text"
     if not answers:
         raise DataError(f"{told}max_length is {most}; a question cannot be cut: {mend}")

@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS
-from keeplora.data.sets import ByteSource, HeldBytes
+from keeplora.data.sets import ByteSource
 from keeplora.data.video.decode import Clip, decode_clip, identity
 from keeplora.data.video.sampling import Sampling
-from keeplora.data.video.source import file_of
+from keeplora.data.video.source import at_hand, file_of
 
 
 class FrameCache:
@@ -100,8 +100,8 @@ class FrameCache:
         """What tells this source from all others, and the source with its bytes where they had to be read."""
         if file_of(source) is not None:
             return source, identity(source)
-        data = source.read()
-        return HeldBytes(data), hashlib.sha256(data).hexdigest()
+        source = at_hand(source)
+        return source, hashlib.sha256(source.read()).hexdigest()
 
     def _keep(self, key: Hashable, clip: Clip) -> None:
         size = clip.nbytes

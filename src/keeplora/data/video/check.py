@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS
 from keeplora.data.sets import ByteSource
-from keeplora.data.video.decode import timeline_of
+from keeplora.data.video.decode import opener, timeline_of
 from keeplora.data.video.matroska import damage, is_matroska
 from keeplora.data.video.pixels import Developer
 from keeplora.data.video.reader import frames, make_decoder
-from keeplora.data.video.source import Opened, VideoError, opened, raw
-from keeplora.data.video.timeline import codec_of, rate, starts_open
+from keeplora.data.video.source import Opened, VideoError, at_hand, raw
+from keeplora.data.video.timeline import codec_of, rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,11 @@ def check_video(source: ByteSource, where: str, *, full: bool, max_pixels: int =
     Raises:
         VideoError: missing, damaged, cut short, too large, or no video; it names the file and says how to mend it.
     """
-    with contextlib.ExitStack() as stack:
-
-        def open_video() -> Opened:
-            return stack.enter_context(opened(source, where, max_pixels))
-
-        timeline = timeline_of(source, open_video, max_pixels) if full else None
+    source = at_hand(source)
+    with opener(source, where, max_pixels) as open_video:
+        timeline = timeline_of(source, open_video, max_pixels)[0] if full else None
         video = open_video()
-        strict = timeline is None or not starts_open(video, timeline)
+        strict = timeline is None or not timeline.cut_out
         decoded = frames(video, make_decoder(video, max_pixels, strict), timeline)
         first = next(decoded, None)
         if first is None:

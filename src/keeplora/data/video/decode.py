@@ -15,8 +15,8 @@ from keeplora.data.sets import ByteSource
 from keeplora.data.video.pixels import Developer
 from keeplora.data.video.reader import Reader, frames, make_decoder
 from keeplora.data.video.sampling import Sampling
-from keeplora.data.video.source import Opened, VideoError, file_of, opened
-from keeplora.data.video.timeline import Timeline, Timelines, counted, scan, starts_open, untimed
+from keeplora.data.video.source import Opened, VideoError, at_hand, file_of, opened
+from keeplora.data.video.timeline import Timeline, Timelines, counted, scan, untimed
 
 #: A video's packets are read once in a process, its frames' times kept.
 _TIMELINES = Timelines()
@@ -73,14 +73,11 @@ def decode_clip(
     >>> from keeplora.data.sets import FileBytes
     >>> clip = decode_clip(FileBytes(Path("dog.mp4")), "dog.mp4", Sampling(frames=8))  # doctest: +SKIP
     """
-    with contextlib.ExitStack() as stack:
-
-        def open_video() -> Opened:
-            return stack.enter_context(opened(source, where, max_pixels))
-
-        timeline = timeline_of(source, open_video, max_pixels)
+    source = at_hand(source)
+    with opener(source, where, max_pixels) as open_video:
+        timeline, video = timeline_of(source, open_video, max_pixels)
         wanted = [timeline.index_at(time) for time in sampling.times(timeline.duration, timeline.last)]
-        reader = Reader(open_video, timeline, max_pixels)
+        reader = Reader(open_video, timeline, max_pixels, video)
         developer: Developer | None = None
         found: dict[int, int] = {}
         pictures: dict[int, Image.Image] = {}
@@ -100,18 +97,28 @@ def decode_clip(
     )
 
 
-def timeline_of(source: ByteSource, open_video: Callable[[], Opened], max_pixels: int) -> Timeline:
-    """The times of the video's frames; those of an unchanged file are remembered.
+@contextlib.contextmanager
+def opener(source: ByteSource, where: str, max_pixels: int) -> Iterator[Callable[[], Opened]]:
+    """Gives a function that opens the video afresh; all that it opened is closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(opened(source, where, max_pixels))
 
-    A container without time stamps is decoded once to count its frames, none of which is kept.
+
+def timeline_of(
+    source: ByteSource, open_video: Callable[[], Opened], max_pixels: int
+) -> tuple[Timeline, Opened | None]:
+    """The times of the video's frames; and the video where it had to be read for them, but not decoded.
+
+    The times of an unchanged file are remembered. A container without time stamps is decoded once to count its frames, none
+    of which is kept.
     """
     key = identity(source)
     if key is not None and (known := _TIMELINES.get(key)) is not None:
-        return known
-    video = open_video()
+        return known, None
+    video = read = open_video()
     timeline = None if untimed(video) else scan(video)
     if timeline is None:
-        video = open_video()
+        video, read = open_video(), None
         count = sum(1 for _ in frames(video, make_decoder(video, max_pixels)))
         if count == 0:
             raise VideoError(f"{video.where}: no frames in the video; copy it again or delete it")
@@ -119,7 +126,7 @@ def timeline_of(source: ByteSource, open_video: Callable[[], Opened], max_pixels
     # a file that changed meanwhile would be remembered under the wrong stamp
     if key is not None and key == identity(source):
         _TIMELINES.put(key, timeline)
-    return timeline
+    return timeline, read
 
 
 def identity(source: ByteSource) -> tuple[str, Stamp] | None:
@@ -142,14 +149,11 @@ def all_frames(
     Raises:
         VideoError: as `decode_clip`, and where any frame of the video is damaged.
     """
-    with contextlib.ExitStack() as stack:
-
-        def open_video() -> Opened:
-            return stack.enter_context(opened(source, where, max_pixels))
-
-        timeline = timeline_of(source, open_video, max_pixels)
+    source = at_hand(source)
+    with opener(source, where, max_pixels) as open_video:
+        timeline, _ = timeline_of(source, open_video, max_pixels)
         video = open_video()
         developer = Developer(video, max_side)
-        decoder = make_decoder(video, max_pixels, strict=not starts_open(video, timeline))
+        decoder = make_decoder(video, max_pixels, strict=not timeline.cut_out)
         for decoded in frames(video, decoder, timeline):
             yield (decoded.pts - timeline.pts[0]) * timeline.tick, developer.develop(decoded.frame)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from keeplora.data.video.source import Opened, VideoError, brief
-from keeplora.data.video.timeline import Timeline, starts_open
+from keeplora.data.video.timeline import Timeline
 
 
 class Decoded(NamedTuple):
@@ -126,14 +126,17 @@ class Reader:
 
     Args:
         open_video: opens the video afresh.
+        video: one that was opened before, and read but not decoded.
     """
 
-    def __init__(self, open_video: Callable[[], Opened], timeline: Timeline, max_pixels: int) -> None:
+    def __init__(
+        self, open_video: Callable[[], Opened], timeline: Timeline, max_pixels: int, video: Opened | None = None
+    ) -> None:
         self.timeline, self.max_pixels, self._open = timeline, max_pixels, open_video
         self.decoded = 0  # frames out of the decoder so far
-        self._video: Opened | None = None
-        self._decoder: Any = None
+        self._video = video
         self._strict = True
+        self._decoder: Any = None if video is None else make_decoder(video, max_pixels)
         self._flow: Iterator[Decoded] = iter(())
         self._at: Decoded | None = None  # the frame that came out last
 
@@ -174,10 +177,7 @@ class Reader:
     @property
     def video(self) -> Opened:
         """What is read from at present."""
-        if self._video is None:
-            self._open_video(strict=True)
-        assert self._video is not None
-        return self._video
+        return self._video or self._open_video(strict=True)
 
     def _forward(self, target: int) -> tuple[Decoded | None, Decoded | None]:
         """The frame of this time stamp, or None; and the last one before it."""
@@ -193,8 +193,10 @@ class Reader:
     def _starts(self, key: int) -> Iterator[Callable[[], None]]:
         """Ways to come before a frame whose last key is number ``key``: the shortest first, from the file's start last."""
         keys, back = self.timeline.keys, 1
-        while self.timeline.timed and key > 0:
+        while self.timeline.timed and key >= 0:
             lead = key - 1 if keys[key].open else key
+            if lead < 0:
+                break
             # containers look their keys up by one stamp or the other, and some land behind the key they find
             stamps = (keys[lead].pts, keys[lead].dts, keys[max(0, lead - 1)].pts)
             for stamp in dict.fromkeys(stamp for stamp in stamps if stamp is not None):
@@ -216,9 +218,10 @@ class Reader:
         self._flow = frames(video, self._decoder, self.timeline, goal)
 
     def _start_over(self) -> None:
-        self._open_video(strict=not starts_open(self.video, self.timeline))
-        self._flow = frames(self.video, self._decoder, self.timeline)
+        video = self._open_video(strict=not self.timeline.cut_out)
+        self._flow = frames(video, self._decoder, self.timeline)
 
-    def _open_video(self, strict: bool) -> None:
+    def _open_video(self, strict: bool) -> Opened:
         self._video, self._at, self._strict = self._open(), None, strict
         self._decoder = make_decoder(self._video, self.max_pixels, strict)
+        return self._video

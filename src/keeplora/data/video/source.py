@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from keeplora.data.pictures import MAX_ASPECT
-from keeplora.data.sets import ByteSource, FileBytes
+from keeplora.data.sets import ByteSource, FileBytes, HeldBytes
 from keeplora.data.video.boxes import cut_short
 from keeplora.errors import DataError, KeepLoraError
 
@@ -74,6 +74,11 @@ class Opened(NamedTuple):
 def file_of(source: ByteSource) -> str | None:
     """The absolute path of a source that is a whole file."""
     return os.path.abspath(source.path) if isinstance(source, FileBytes) else None
+
+
+def at_hand(source: ByteSource) -> ByteSource:
+    """A file as it is; any other source with its bytes in memory, so that they are fetched once."""
+    return source if isinstance(source, FileBytes | HeldBytes) else HeldBytes(source.read())
 
 
 def video_digest(source: ByteSource) -> str:

@@ -54,6 +54,11 @@ class Timeline:
         return len(self.pts)
 
     @property
+    def cut_out(self) -> bool:
+        """Whether the first frames may refer to what is not there; the decoder must not stop at every fault then."""
+        return self.keys[0].open
+
+    @property
     def last(self) -> float:
         """Seconds from the start of the first frame to the start of the last."""
         return (self.pts[-1] - self.pts[0]) * self.tick
@@ -104,14 +109,6 @@ def untimed(video: Opened) -> bool:
 def codec_of(video: Opened) -> str:
     """FFmpeg's name of the compression, whichever program undoes it."""
     return video.stream.codec_context.codec.canonical_name
-
-
-def starts_open(video: Opened, timeline: Timeline) -> bool:
-    """Whether the video is a piece cut out of an H.264 stream, which refers to what is gone.
-
-    Its decoder must not stop at every fault.
-    """
-    return codec_of(video) == "h264" and timeline.timed and timeline.keys[0].open
 
 
 def hidden(codec: str, packet: Any) -> bool:

@@ -1,0 +1,149 @@
+"""Memory and time of reading an hour-long video, and clips a second with loader workers.
+
+    python benchmarks/video_decoding.py [folder]
+
+Writes an hour of 320 x 240 at 25 frames a second with a key frame every 10 seconds, once (a minute or two), into ``folder``,
+by default one of the system's temporary folder. Every row of the first table is measured in a process of its own: the growth is
+its peak of resident memory above what it held after a one-second clip had been decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keeplora.data.sets import FileBytes
+from keeplora.data.video import Sampling, all_frames, check_video, decode_clip, video_digest
+
+SIZE, RATE, HOUR = (320, 240), 25, 3600
+CLIPS, CLIP_SECONDS = 48, 5
+
+
+def write(path: Path, seconds: int, key_every: int) -> Path:
+    """A video of drifting stripes; what is in it does not matter, only that no two frames are the same."""
+    import av
+
+    if path.exists():
+        return path
+    part = path.with_suffix(".part.mp4")
+    y, x = np.mgrid[: SIZE[1], : SIZE[0]]
+    with av.open(str(part), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "crf": "30"})
+        stream.width, stream.height = SIZE
+        stream.pix_fmt, stream.gop_size = "yuv420p", key_every * RATE
+        grey = np.full((120, 320), 128, np.uint8)
+        planes = [
+            np.vstack([(128 + 90 * np.sin((x + 3 * i) / 40) * np.cos(y / 50)).astype(np.uint8), grey])
+            for i in range(100)
+        ]
+        for number in range(seconds * RATE):
+            plane = planes[number % len(planes)]
+            plane[:8, :32] = number // len(planes) % 256
+            frame = av.VideoFrame.from_ndarray(plane, format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    part.rename(path)
+    return path
+
+
+def peak() -> float:
+    """Highest resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(what: str, path: Path, warm: Path) -> dict[str, float]:
+    """Peak growth (MiB) and seconds of one way to read ``path``."""
+    decode_clip(FileBytes(warm), str(warm), Sampling(frames=8))
+    check_video(FileBytes(warm), str(warm), full=True)
+    video, before, start = FileBytes(path), peak(), time.perf_counter()
+    if what == "uniform":
+        decode_clip(video, str(path), Sampling(frames=8))
+    elif what == "again":
+        decode_clip(video, str(path), Sampling(frames=8))
+        start = time.perf_counter()
+        decode_clip(video, str(path), Sampling("segment", frames=8))
+    elif what == "header":
+        check_video(video, str(path), full=False)
+    elif what == "full":
+        check_video(video, str(path), full=True)
+    elif what == "digest":
+        video_digest(video)
+    else:
+        kept = list(islice(all_frames(video, str(path)), 60 * RATE))
+        assert len(kept) == 60 * RATE
+    return {"MiB": peak() - before, "s": time.perf_counter() - start}
+
+
+def in_own_process(what: str, path: Path, warm: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", what, str(path), str(warm)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def throughput(paths: list[Path]) -> Iterator[str]:
+    from torch.utils.data import DataLoader
+
+    for workers in (0, 1, 2):
+        loader = DataLoader(Clips(paths), batch_size=None, num_workers=workers, shuffle=False)
+        start = time.perf_counter()
+        count = sum(1 for _ in loader)
+        yield f"| {workers} | {count / (time.perf_counter() - start):.1f} |"
+
+
+class Clips:
+    """The clips' frames as arrays [8, height, width, 3]."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        return np.stack([np.asarray(f) for f in decode_clip(FileBytes(path), str(path), Sampling(frames=8)).frames])
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    hour = write(folder / "hour.mp4", HOUR, 10)
+    minute = write(folder / "minute.mp4", 60, 10)
+    warm = write(folder / "second.mp4", 1, 10)
+    print(f"{HOUR * RATE:,} frames, {hour.stat().st_size / 2**20:.0f} MiB of {SIZE[0]} x {SIZE[1]}\n")
+    print("| | peak growth, MiB | seconds |\n|--|--|--|")
+    rows = (
+        ("8 frames of a minute", "uniform", minute),
+        ("8 frames of the hour", "uniform", hour),
+        ("8 other frames, times known", "again", hour),
+        ("header check of the hour", "header", hour),
+        ("full check of the hour", "full", hour),
+        ("digest of the hour", "digest", hour),
+        ("every frame of its first minute in a list", "list", hour),
+    )
+    for name, what, path in rows:
+        found = in_own_process(what, path, warm)
+        print(f"| {name} | {found['MiB']:.1f} | {found['s']:.2f} |", flush=True)
+    print(f"| the same of the hour, extrapolated | {60 * found['MiB']:,.0f} | {60 * found['s']:.0f} |")
+    clips = [write(folder / f"clip-{i}.mp4", CLIP_SECONDS, 2) for i in range(CLIPS)]
+    print(f"\n8 frames of each of {CLIPS} clips of {CLIP_SECONDS} s, one decoder thread each:\n")
+    print("| workers | clips a second |\n|--|--|")
+    for row in throughput(clips):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
+    else:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir()) / "keeplora-video-benchmark")
