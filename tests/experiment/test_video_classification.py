@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import shutil
 from collections import Counter
@@ -16,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("av")
 
+from keeplora.cli import main
 from keeplora.data import load_task
 from keeplora.data.sets import PictureSet
 from keeplora.data.video import FrameCache, Sampling
@@ -143,6 +145,19 @@ def test_a_run_of_every_family(root: Path, run: Any, family: str) -> None:
     for column, task in enumerate(TASKS):
         right = [model.predict(file, task=task)[0].label == label for label, file in files(root, task)]
         assert accuracy[2][column] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_the_command_line_names_a_video(root: Path, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run(family="xclip", probes=[], method="lora", training={"epochs": 8})[0]
+    capsys.readouterr()
+    assert (
+        main(["predict", str(path), "--video", str(root / "shade/test/dark/0.mp4"), "--task", "shade", "--json"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["video"].endswith("shade/test/dark/0.mp4")
+    found = TrainedModel(path, device="cpu").predict(root / "shade/test/dark/0.mp4", task="shade")
+    assert [p["class"] for p in told["predictions"]] == [p.label for p in found]
+    assert found[0].label == "dark"
 
 
 @pytest.mark.parametrize("family", ["clip", "xclip"])

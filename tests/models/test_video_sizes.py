@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ AREA = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 6}
         (QWEN2, {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16}, (48, 64), 2, (56, 56)),
         (QWEN3, {"size": {"shortest_edge": 4096, "longest_edge": 32 * 1024}}, (320, 180), 2, (160, 96)),
         (QWEN3, {"size": {"shortest_edge": 4096, "longest_edge": 32 * 1024}}, (320, 180), 8, (64, 32)),
+        (QWEN3, {"size": {"shortest_edge": 4096, "longest_edge": 32 * 1024}}, (64, 64), 16, (32, 32)),
         (QWEN3, {"size": {"shortest_edge": 64 * 1024, "longest_edge": 128 * 1024}}, (64, 48), 2, (224, 160)),
         (SMOL, {}, (320, 180), 2, (364, 364)),
     ],
@@ -104,7 +106,8 @@ def test_a_checkpoint_with_settings_for_pictures_alone(kind, generative_folder, 
     (folder / "processor_config.json").write_text(json.dumps(parts))
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     family = load_generative(folder)
-    asked, shown = turns("<video>what", "a cat"), [clip(4)]
+    asked: Any = turns("<video>what", "a cat")
+    shown = [clip(4)]
     item = family.encode(asked, (), shown)
     if kind == "qwen2-5-vl":
         assert item["video_grid_thw"].tolist() == [[2, 2, 4]]  # 16 x 8 pixels, at most 192

@@ -68,6 +68,34 @@ def test_another_setting_or_precision_is_another_entry(tower: Tower) -> None:
     assert cache.misses == 3
 
 
+def test_two_towers_share_a_cache_and_no_answers(tower: Tower) -> None:
+    other, picture = Tower(), torch.randn(1, 3, 2, 2)
+    with torch.no_grad():
+        wanted = [t(picture).last_hidden_state for t in (tower, other)]
+    cache = VisionCache(tower, other)
+    with cache.active():
+        for _ in range(2):
+            found = [t(picture).last_hidden_state for t in (tower, other)]
+            assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert (cache.hits, cache.misses) == (2, 2)
+
+
+def test_what_stands_beside_a_picture_is_part_of_it(tower: Tower) -> None:
+    class Masked(Tower):
+        def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor) -> BaseModelOutputWithPooling:  # type: ignore[override]
+            return super().forward(pixel_values * mask[:, None, None, None])
+
+    masked, pictures, mask = Masked(), torch.randn(2, 3, 2, 2), torch.tensor([1.0, 2.0])
+    cache = VisionCache(masked)
+    with torch.no_grad(), cache.active():
+        for order in ([0, 1], [1, 0]):
+            for given in (mask, 3 * mask):
+                expected = masked.linear((pictures * given[:, None, None, None])[order].flatten(1))
+                found = masked(pixel_values=pictures[order], mask=given[order]).last_hidden_state
+                torch.testing.assert_close(found, expected)
+    assert (cache.hits, cache.misses) == (4, 4)
+
+
 def test_a_full_cache_still_answers(tower: Tower) -> None:
     cache = VisionCache(tower, max_bytes=0)
     picture = torch.randn(1, 3, 2, 2)

@@ -105,7 +105,7 @@ def ordered_loader(
 
 
 def chosen_loader(
-    data: ConversationTensors, batches: Sequence[Sequence[int]], collate: Callable[[Any], Any], workers: int
+    data: ConversationTensors, batches: list[list[int]], collate: Callable[[Any], Any], workers: int
 ) -> DataLoader[Any]:
     """A loader of exactly these batches."""
     return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
