@@ -185,6 +185,7 @@ def test_every_registered_family_exists():
             "clip",
             "siglip",
             "siglip2",
+            "xclip",
             "vision-text",
             "embedded",
         }
