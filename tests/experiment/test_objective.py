@@ -207,7 +207,7 @@ def test_a_copy_of_the_model_answers_in_its_place(family, task, objective, data)
             p.mul_(1.1)
         mine, theirs = objective.logits(batch), objective.logits(batch, teacher)
         assert not torch.allclose(mine, theirs)
-        # By its own scale, too, which nothing trains: a teacher's is always the student's.
+        # By its own scale, too; the teachers of lwf and zscl have the student's, which those methods leave alone.
         features = objective.image_features(batch, teacher), objective.text_features(batch, teacher)
         torch.testing.assert_close(theirs, family.around(teacher).logits(*features))
         assert torch.equal(objective.logits(batch), mine)

@@ -60,7 +60,7 @@ def frames(
 
     Raises:
         VideoError: damage; it names the file and the place.
-        _SeekFailed: the container stands at no key of the timeline, or after the one that leads to the ``goal``.
+        _SeekFailed: the container stands after the key that leads to the ``goal``, or its stamps are not the timeline's.
     """
     from av.error import FFmpegError
 
@@ -81,8 +81,10 @@ def frames(
             if not started and not packet.is_keyframe:
                 continue
             if timed is not None and packet.is_keyframe and not reached:
-                if pts is None or not timed.has_key(pts):
-                    raise _SeekFailed
+                if pts is None or not timed.has_key(pts):  # a stamp guessed from the middle of a stream
+                    if started:
+                        raise _SeekFailed
+                    continue
                 goal = goal or Goal(pts, pts)
                 if pts > (goal.pts if started else goal.lead):
                     raise _SeekFailed
@@ -198,7 +200,7 @@ class Reader:
             if lead < 0:
                 break
             # containers look their keys up by one stamp or the other, and some land behind the key they find
-            stamps = (keys[lead].pts, keys[lead].dts, keys[max(0, lead - 1)].pts)
+            stamps = (keys[lead].pts, keys[lead].dts, keys[max(0, lead - 1)].pts, keys[max(0, lead - 3)].pts)
             for stamp in dict.fromkeys(stamp for stamp in stamps if stamp is not None):
                 yield functools.partial(self._seek, stamp, Goal(keys[key].pts, keys[lead].pts))
             key, back = key - back, 2 * back
