@@ -25,7 +25,7 @@ from keeplora.data.sets import FileBytes
 from keeplora.data.video import Sampling, all_frames, check_video, decode_clip, video_digest
 
 SIZE, RATE, HOUR = (320, 240), 25, 3600
-CLIPS, CLIP_SECONDS = 48, 5
+CLIPS, CLIP_SECONDS, ROUNDS = 48, 5, 10
 
 
 def write(path: Path, seconds: int, key_every: int) -> Path:
@@ -107,17 +107,20 @@ def throughput(paths: list[Path]) -> Iterator[str]:
 
 
 class Clips:
-    """The clips' frames as arrays [8, height, width, 3]."""
+    """The clips' frames as tensors [8, height, width, 3], every clip `ROUNDS` times."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return ROUNDS * len(self.paths)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        path = self.paths[index]
-        return np.stack([np.asarray(f) for f in decode_clip(FileBytes(path), str(path), Sampling(frames=8)).frames])
+    def __getitem__(self, index: int) -> Any:
+        from torch import from_numpy
+
+        path = self.paths[index % len(self.paths)]
+        clip = decode_clip(FileBytes(path), str(path), Sampling(frames=8))
+        return from_numpy(np.stack([np.asarray(frame) for frame in clip.frames]))
 
 
 def main(folder: Path) -> None:

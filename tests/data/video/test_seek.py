@@ -202,6 +202,24 @@ def test_damage_is_met_only_on_the_way_to_a_frame(tmp_path: Path) -> None:
         check_video(source, "hurt.mp4", full=True)
 
 
+def test_a_frame_that_its_packet_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full check refuses; a sample shows what a player would: the frame before, or the first there is."""
+    source = FileBytes(numbered(tmp_path / "a.mp4", 30))
+    real = reader.frames
+
+    def gaps(*args: Any) -> Iterator[reader.Decoded]:
+        return (found for found in real(*args) if found.pts not in (0, 13 * 512, 14 * 512))
+
+    for module in ("reader", "decode", "check"):
+        monkeypatch.setattr(f"keeplora.data.video.{module}.frames", gaps)
+    clip = decode_clip(source, "a.mp4", Sampling("fps", frames=30, fps=25))
+    assert clip.indices == (1, *range(1, 13), 12, 12, *range(15, 30))
+    assert [number_of(picture) for picture in clip.frames] == list(clip.indices)
+    told = r"^a\.mp4: 3 of 30 frames cannot be decoded, the first of them at 0\.00 s; copy it again or delete it$"
+    with pytest.raises(VideoError, match=told):
+        check_video(source, "a.mp4", full=True)
+
+
 def test_frames_are_made_smaller(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a.mp4", 12, (96, 64), matrix=(0, 1, -1, 0))
     clip = decode_clip(FileBytes(path), "a.mp4", Sampling(frames=3), max_side=48)

@@ -94,6 +94,12 @@ def test_without_av(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_video(FileBytes(tmp_path / "a.mp4"), "a.mp4", full=False)
 
 
+def test_an_old_av(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("av.__version__", "17.1.0")
+    with pytest.raises(KeepLoraError, match=r'^the package av 17\.1\.0 is too old .*: pip install -U "av>=18"$'):
+        decode_clip(FileBytes(tmp_path / "a.mp4"), "a.mp4", Sampling())
+
+
 def test_av_is_imported_when_a_video_is_read_and_not_before() -> None:
     code = "import sys, keeplora.data.video; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

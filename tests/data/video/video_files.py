@@ -131,7 +131,7 @@ def encode(
                 frame.colorspace, frame.color_range = space, range_
             container.mux(stream.encode(frame))
         if track is not None:
-            _tone(container, track, (count + 1) / rate)
+            tone(container, track, (count + 1) / rate)
         container.mux(stream.encode())
     return Path(path)
 
@@ -141,7 +141,7 @@ def _chain(first: np.ndarray, rest: Iterable[np.ndarray]) -> Iterable[np.ndarray
     yield from rest
 
 
-def _tone(container: Any, track: Any, seconds: float | Fraction) -> None:
+def tone(container: Any, track: Any, seconds: float | Fraction) -> None:
     for start in range(0, int(44100 * seconds), 1024):
         wave = np.sin(np.arange(start, start + 1024) / 20).astype(np.float32) * 0.1
         frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
@@ -157,5 +157,5 @@ def numbered(path: Path | str, frames: int = 30, size: tuple[int, int] = (96, 64
 
 def sound_only(path: Path | str, seconds: float = 1.0) -> Path:
     with av.open(str(path), "w") as container:
-        _tone(container, container.add_stream("aac", rate=44100), seconds)
+        tone(container, container.add_stream("aac", rate=44100), seconds)
     return Path(path)

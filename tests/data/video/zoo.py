@@ -100,20 +100,55 @@ def _joined(folder: Path) -> Path:
     return path
 
 
-def _cut_out(folder: Path) -> Path:
-    """A piece of a transport stream that begins at an open key frame, as a recording from a broadcast does."""
+def _cut_out(codec: str) -> Callable[[Path], Path]:
+    """A piece of a transport stream that begins at an open key frame, as a recording from a broadcast does.
+
+    A picture shown before that key comes after it; and in H.264 one after it speaks of pictures before it.
+    """
+
+    def write(folder: Path) -> Path:
+        import av
+
+        shape = OPEN_GOP.replace("12", "10") + ":b-adapt=0"
+        options = {
+            "libx264": {"x264-params": shape + ":b-pyramid=normal"},
+            "libx265": {"x265-params": "log-level=none:" + shape},
+        }
+        whole = numbered(folder / "whole.ts", 48, codec=codec, options=options[codec])
+        path = folder / "piece.ts"
+        with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            keys, stamps = 0, []
+            for packet in source.demux(video=0):
+                keys += packet.is_keyframe
+                if keys >= 2 and packet.dts is not None:
+                    stamps.append(packet.pts)
+                    packet.stream = stream
+                    target.mux(packet)
+        assert min(stamps) < stamps[0]
+        return path
+
+    return write
+
+
+def _hidden(folder: Path) -> Path:
+    """VP8 with one picture that is only referred to (its bit to be shown is cleared), as encoders make them."""
     import av
 
-    whole = numbered(folder / "whole.ts", 48, options={"x264-params": OPEN_GOP + ":b-pyramid=normal"})
-    path = folder / "piece.ts"
+    whole = numbered(folder / "whole.webm", 30, codec="libvpx", options={"auto-alt-ref": "0"})
+    path = folder / "hidden.webm"
     with av.open(str(whole)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
-        keys = 0
-        for packet in source.demux(video=0):
-            keys += packet.is_keyframe
-            if keys >= 2 and packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.dts is None:
+                continue
+            data = bytearray(bytes(packet))
+            if number == 7:
+                data[0] &= ~0x10
+            changed = av.Packet(bytes(data))
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.is_keyframe, changed.stream = packet.is_keyframe, stream
+            target.mux(changed)
     return path
 
 
@@ -148,6 +183,24 @@ def _noisy(make: Callable[[Path], Path], start: float, end: float) -> Callable[[
         return path
 
     return write
+
+
+def _song(folder: Path) -> Path:
+    import av
+
+    from tests.data.video.video_files import tone
+
+    path = folder / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound, art = container.add_stream("aac", rate=44100), container.add_stream("mjpeg", rate=1)
+        art.width = art.height = 320
+        art.pix_fmt = "yuvj420p"
+        art.disposition = av.stream.Disposition.attached_pic
+        packet = av.Packet(_jpeg())
+        packet.stream, packet.pts, packet.dts, packet.time_base = art, 0, 0, Fraction(1, 90000)
+        container.mux(packet)
+        tone(container, sound, 1.0)
+    return path
 
 
 def _folder(folder: Path) -> Path:
@@ -192,7 +245,8 @@ GOOD: dict[str, Good] = {
     "no key frames but the first": Good(
         video("refresh.ts", 60, options={"x264-params": "intra-refresh=1:keyint=12:bframes=0"}), list(range(60))
     ),
-    "piece of a broadcast": Good(_cut_out, list(range(12, 48))),
+    "piece of a broadcast": Good(_cut_out("libx264"), list(range(10, 48))),
+    "piece of a broadcast, hevc": Good(_cut_out("libx265"), list(range(10, 48))),
     "joined recordings": Good(_joined, list(range(20)), tolerance=14.0),
     "hevc": Good(video("hevc.mp4", codec="libx265")),
     "hevc, 10 bits": Good(video("ten.mkv", codec="libx265", pixels="yuv420p10le")),
@@ -201,6 +255,7 @@ GOOD: dict[str, Good] = {
     "prores, 10 bits": Good(video("ten.mov", codec="prores_ks", pixels="yuv422p10le")),
     "vp9 webm": Good(video("vp9.webm", codec="libvpx-vp9")),
     "vp8 webm": Good(video("vp8.webm", codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16"})),
+    "vp8 with a hidden picture": Good(_hidden, [*range(7), *range(8, 30)], times=[i / 25 for i in range(30) if i != 7]),
     "av1": Good(video("av1.mp4", codec="libsvtav1")),
     "mpeg-4 part 2": Good(video("four.avi", codec="mpeg4", options={"qscale": "2"}), tolerance=5.0),
     "mpeg-4 part 2, b frames": Good(video("fourb.avi", codec="mpeg4", bframes=2), tolerance=5.0),
@@ -246,6 +301,8 @@ GOOD: dict[str, Good] = {
     "full range": Good(video("full.mp4", colour=(5, 2))),
     "BT.709, full range": Good(video("hdfull.mp4", colour=(1, 2))),
     "grey": Good(video("grey.mp4", pixels="gray", colour=(2, 2)), seen=_grey),
+    "grey, range not told": Good(video("grey.mkv", codec="ffv1", pixels="gray", colour=(2, 0)), seen=_grey),
+    "full range, 10 bits": Good(video("full10.mkv", codec="libx265", pixels="yuv420p10le", colour=(5, 2))),
     "rgb": Good(video("rgb.mp4", codec="libx264rgb", pixels="rgb24")),
     "cover picture first": Good(video("cover.mp4", cover=_jpeg())),
     "with sound": Good(video("sound.mp4", sound=True)),
@@ -255,6 +312,7 @@ GOOD: dict[str, Good] = {
 
 BAD: dict[str, Bad] = {
     "sound only": Bad(lambda folder: sound_only(folder / "song.mp4"), "sound only"),
+    "sound and a cover": Bad(_song, "sound and a cover picture only"),
     "no bytes": Bad(_bytes("empty.mp4", b""), "empty"),
     "zeros": Bad(_bytes("zeros.mp4", bytes(20_000)), "not a video"),
     "noise": Bad(_bytes("noise.webm", random.Random(1).randbytes(20_000)), "not a video"),

@@ -46,7 +46,7 @@ class Developer:
         try:
             rgb = self._scaler.reformat(
                 frame, format="rgba" if clear else "rgb24", src_colorspace=_MATRIX.get(int(frame.colorspace), _BT601),
-                src_color_range=self._range(frame), dst_color_range=_FULL, interpolation=self._flags, threads=1,
+                src_color_range=int(frame.color_range) or _LIMITED, dst_color_range=_FULL, interpolation=self._flags, threads=1,
             )  # fmt: skip
             picture = Image.fromarray(rgb.to_ndarray())
         except (FFmpegError, ValueError) as error:
@@ -58,15 +58,6 @@ class Developer:
             white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
             picture = Image.alpha_composite(white, picture).convert("RGB")
         return self._fit(turned(picture, frame), quarter=_quarter_turned(frame))
-
-    @staticmethod
-    def _range(frame: Any) -> int:
-        if frame.format.name.startswith("yuvj"):
-            return _FULL
-        told = int(frame.color_range)
-        if told in (_LIMITED, _FULL):
-            return told
-        return _FULL if frame.format.is_rgb or frame.format.name.startswith(("gray", "ya")) else _LIMITED
 
     def _fit(self, picture: Image.Image, quarter: bool) -> Image.Image:
         width, height = max(1, round(self.video.width * self.video.aspect)), self.video.height

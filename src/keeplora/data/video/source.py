@@ -26,6 +26,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".ts", ".m2ts", ".mts", ".mpg"}
     | {".mpeg", ".m2v", ".vob", ".flv", ".f4v", ".wmv", ".asf", ".ogv", ".mxf", ".h264", ".264", ".h265", ".hevc"}
 )
+#: Earlier ones cannot be told to convert colours exactly.
+OLDEST_AV = 18
 #: Demuxers that read one file and nothing else. Playlists (hls, dash, concat) would open what they name, and the text and
 #: picture demuxers would see a video in a letter.
 _DEMUXERS = (
@@ -48,12 +50,20 @@ def is_video(path: str | os.PathLike[str]) -> bool:
 
 
 def require_av() -> Any:
-    """The module ``av``."""
+    """The module ``av``.
+
+    Raises:
+        KeepLoraError: it is missing, or lacks what is used here.
+    """
     try:
         import av
         import av.video.reformatter
     except ImportError as error:
         raise KeepLoraError('reading videos needs the package av: pip install "keeplora[video]"') from error
+    if int(av.__version__.split(".")[0]) < OLDEST_AV:
+        raise KeepLoraError(
+            f'the package av {av.__version__} is too old to read videos right: pip install -U "av>={OLDEST_AV}"'
+        )
     return av
 
 
