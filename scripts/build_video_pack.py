@@ -11,18 +11,14 @@ clip in twenty is stored in a few other bits (see video_clips.py).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, sha256_file
+from keeplora.files import atomic_write_json, atomic_write_text
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pack_rows import source_records, write_pack
 from pack_sources import SOURCES, fetch
 from stand_in_mixture import things
 from stand_in_scenes import SIDE
@@ -31,18 +27,6 @@ from video_tasks import TASKS, ClipRow
 
 HERE = Path(__file__).resolve().parent.parent / "src/keeplora/suites/video"
 USED = {key: SOURCES[key] for key in ("emoji-google", "emoji-twitter")}
-SCHEMA = pa.schema(
-    [
-        ("split", pa.string()),
-        ("id", pa.string()),
-        ("video", pa.binary()),
-        ("conversations", pa.string()),
-        ("kind", pa.string()),
-        ("origin", pa.string()),
-        ("licence", pa.string()),
-        ("items", pa.string()),
-    ]
-)
 
 
 def as_dict(row: ClipRow) -> dict[str, object]:
@@ -99,23 +83,8 @@ def main() -> None:
     record: dict[str, object] = {}
     for name, make in TASKS.items():
         rows = [as_dict(row) for row in make(drawn["emoji"])]
-        sink = pa.BufferOutputStream()
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, sink, compression={c: "none" if c == "video" else "zstd" for c in SCHEMA.names})
-        file = atomic_write_bytes(args.out / f"{name}.parquet", sink.getvalue().to_pybytes())
-        record[name] = {
-            "train": sum(row["split"] == "train" for row in rows),
-            "test": sum(row["split"] == "test" for row in rows),
-            "kinds": dict(sorted(Counter(str(row["kind"]) for row in rows if row["split"] == "test").items())),
-            "bytes": file.stat().st_size,
-            "sha256": sha256_file(file),
-            "clips_sha256": hashlib.sha256(b"".join(bytes(row["video"]) for row in rows)).hexdigest(),  # type: ignore[call-overload]
-        }
+        record[name] = write_pack(args.out / f"{name}.parquet", rows, "video")
         print(name, record[name], flush=True)
-    sources = [
-        {"registry": s.registry, "package": s.package, "version": s.version, "sha256": s.sha256, "licence": s.licence}
-        for s in USED.values()
-    ]
     provenance = {
         "command": "python scripts/build_video_pack.py",
         "clips": {
@@ -125,7 +94,7 @@ def main() -> None:
             "written_by": f"PyAV {av.__version__}",
         },
         "sets": record,
-        "sources": sources,
+        "sources": source_records(USED.values()),
     }
     atomic_write_json(args.out / "provenance.json", provenance)
     atomic_write_text(args.out / "ATTRIBUTION.md", attribution())

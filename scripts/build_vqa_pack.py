@@ -10,21 +10,18 @@ of names or a seeded generator, so a second run with the same pillow and resvg-p
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, sha256_file
+from keeplora.files import atomic_write_json, atomic_write_text
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pack_attribution import MIT
+from pack_rows import source_records, write_pack
 from pack_sources import SOURCES, fetch
 from stand_in_mixture import things
 from vqa_tasks import TASKS, TEXTILE, Row
@@ -33,18 +30,6 @@ HERE = Path(__file__).resolve().parent.parent / "src/keeplora/suites/vqa"
 USED = ("mnist", "noto", "signs", "tabler", "emoji-google", "emoji-twitter", "openclipart")
 ALL = {key: SOURCES[key] for key in USED} | {"textile": TEXTILE}
 LOSSLESS_LIMIT, QUALITY = 2500, 80
-SCHEMA = pa.schema(
-    [
-        ("split", pa.string()),
-        ("id", pa.string()),
-        ("image", pa.binary()),
-        ("conversations", pa.string()),
-        ("kind", pa.string()),
-        ("origin", pa.string()),
-        ("licence", pa.string()),
-        ("items", pa.string()),
-    ]
-)
 
 
 def encode(image: Image.Image) -> bytes:
@@ -132,30 +117,10 @@ def main() -> None:
     record: dict[str, object] = {}
     for name in args.only:
         rows = [as_dict(row) for row in TASKS[name](folders, drawn)]
-        sink = pa.BufferOutputStream()
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
-        pq.write_table(table, sink, compression={c: "none" if c == "image" else "zstd" for c in SCHEMA.names})
-        file = atomic_write_bytes(args.out / f"{name}.parquet", sink.getvalue().to_pybytes())
-        record[name] = {
-            "train": sum(row["split"] == "train" for row in rows),
-            "test": sum(row["split"] == "test" for row in rows),
-            "kinds": dict(sorted(Counter(str(row["kind"]) for row in rows if row["split"] == "test").items())),
-            "bytes": file.stat().st_size,
-            "sha256": sha256_file(file),
-            "pictures_sha256": hashlib.sha256(b"".join(bytes(row["image"]) for row in rows)).hexdigest(),  # type: ignore[call-overload]
-        }
+        record[name] = write_pack(args.out / f"{name}.parquet", rows, "image")
         print(name, record[name], flush=True)
     if set(args.only) == set(TASKS):
-        sources = [
-            {
-                "registry": s.registry,
-                "package": s.package,
-                "version": s.version,
-                "sha256": s.sha256,
-                "licence": s.licence,
-            }
-            for s in ALL.values()
-        ]
+        sources = source_records(ALL.values())
         provenance = {"command": "python scripts/build_vqa_pack.py", "side": 112, "sets": record, "sources": sources}
         atomic_write_json(args.out / "provenance.json", provenance)
         atomic_write_text(args.out / "ATTRIBUTION.md", attribution())

@@ -45,6 +45,23 @@ def questions(samples: list[Sample], each: int, seed: int = 0) -> list[Question]
     return [q for kind in KINDS for q in rng.sample(found[kind], min(each, len(found[kind])))]
 
 
+def greedy(model: Any, tokenizer: Any, texts: list[str], most: int, autocast: bool = True, **shown: Any) -> list[str]:
+    """Answers to one batch of prompts, stopped at </s> or `most` tokens; `shown` are the pixels, as the model takes them."""
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    tokenizer.padding_side = side
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=most,
+            do_sample=False,
+            **shown,
+        )
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
 @torch.inference_mode()
 def answers(
     model: LlavaForConditionalGeneration,
@@ -55,9 +72,6 @@ def answers(
     autocast: bool = True,
 ) -> list[str]:
     """Greedy answers, stopped at </s> or 24 tokens; pictures uint8 [N, 112, 112, 3]."""
-    tokenizer = processor.tokenizer
-    side = tokenizer.padding_side
-    tokenizer.padding_side = "left"
     said: list[str] = []
     for start in range(0, len(asked), batch):
         texts = [
@@ -67,18 +81,8 @@ def answers(
             ).replace("<image>", "<image>" * 64)
             for question in asked[start : start + batch]
         ]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                pixel_values=pixels(pictures[start : start + batch]),
-                max_new_tokens=24,
-                do_sample=False,
-            )
-        new = out[:, inputs["input_ids"].shape[1] :]
-        said += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    tokenizer.padding_side = side
+        shown = pixels(pictures[start : start + batch])
+        said += greedy(model, processor.tokenizer, texts, 24, autocast, pixel_values=shown)
     return said
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from stand_in_bank import POOLED
 from stand_in_model import pixels
-from stand_in_score import score
+from stand_in_score import greedy, score
 from stand_in_video_model import VIDEO
 from transformers import LlavaOnevisionForConditionalGeneration
 from video_clips import SAMPLED, decode, sampled
@@ -47,26 +47,13 @@ def answers(
     batch: int = 34,
 ) -> list[str]:
     """Greedy answers, stopped at </s> or 20 tokens; clips uint8 [N, 8, 112, 112, 3]."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
     said: list[str] = []
     for start in range(0, len(asked), batch):
         shown = clips[start : start + batch]
         places = VIDEO * (SAMPLED * POOLED + 1)
         texts = [f"<s>USER: {places}\n{question} ASSISTANT:" for question in asked[start : start + batch]]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                pixel_values_videos=pixels(shown.reshape(-1, *shown.shape[2:])).view(
-                    len(shown), SAMPLED, 3, *shown.shape[2:4]
-                ),
-                max_new_tokens=20,
-                do_sample=False,
-            )
-        new = out[:, inputs["input_ids"].shape[1] :]
-        said += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    tokenizer.padding_side = side
+        frames = pixels(shown.reshape(-1, *shown.shape[2:])).view(len(shown), SAMPLED, 3, *shown.shape[2:4])
+        said += greedy(model, tokenizer, texts, 20, pixel_values_videos=frames)
     return said
 
 

@@ -47,8 +47,8 @@ def predict(
     model = TrainedModel(directory)
     if question is not None:
         answer = model.answer([picture for _, picture in pictures], question, task=task, videos=videos)
-        names = [str(path) for path, _ in pictures] + [str(path) for path in videos]
-        told = {"images": names, "question": question, "answer": answer}
+        shown = {"images": [str(path) for path, _ in pictures], "videos": [str(path) for path in videos]}
+        told = {**{what: files for what, files in shown.items() if files}, "question": question, "answer": answer}
         typer.echo(json.dumps(told, ensure_ascii=False) if as_json else answer)
         return
     console = Console()

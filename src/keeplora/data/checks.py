@@ -24,7 +24,7 @@ def file_of(entry: Entry) -> str | None:
     return os.path.abspath(entry.source.path) if isinstance(entry.source, FileBytes) else None
 
 
-def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tuple[list[Entry], list[Entry], list[str]]:
+def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tuple[list[Entry], list[str]]:
     """Read every picture and video and look at it, a few at a time; nothing decoded is kept.
 
     A good file that has not changed since it was last read is not read again (`keeplora.data.digests`). With
@@ -32,7 +32,7 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
     evaluation, in every run and process, and none fails later.
 
     Returns:
-        The usable entries with their digests, those left out, and warnings.
+        The usable entries with their digests, and warnings.
 
     Raises:
         PictureError: a file cannot be used, and none may be skipped.
@@ -80,7 +80,7 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
     good = [item for item in checked if isinstance(item, Entry)]
     bad = [item for item in checked if isinstance(item, DataError)]
     if not bad:
-        return good, [], []
+        return good, []
     what = "video" if videos else "picture"
     if spec.on_error == "raise":
         more = f" ({len(bad) - 1} more {what}(s) of {split} cannot be used)" if len(bad) > 1 else ""
@@ -90,8 +90,7 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
             f"{len(bad)} of the {len(entries)} {what}s of {split} cannot be used, more than the share of {spec.max_skipped:g} "
             f"that `max_skipped` lets pass: {listing((str(e) for e in bad), 3)}; mend them, or raise `max_skipped`"
         )
-    left_out = [entry for entry, item in zip(entries, checked, strict=True) if isinstance(item, DataError)]
-    return good, left_out, [f"{len(bad)} unusable {what}(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
+    return good, [f"{len(bad)} unusable {what}(s) of {split} skipped: {listing((str(e) for e in bad), 3)}"]
 
 
 def _named(error: DataError, entry: Entry) -> DataError:

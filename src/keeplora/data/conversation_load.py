@@ -101,7 +101,7 @@ def read_files(
     conversations: Sequence[Conversation], spec: ConversationSpec, split: str
 ) -> tuple[list[Conversation], list[Conversation], list[str]]:
     """Read every file once (`check_entries`): the usable conversations, those left out (where that is asked for), warnings."""
-    good, _, warnings = check_entries(list(entries_of(conversations).values()), spec, split)
+    good, warnings = check_entries(list(entries_of(conversations).values()), spec, split)
     digests = {entry.source: entry.digest for entry in good}
     kept: list[Conversation] = []
     lost: list[Conversation] = []

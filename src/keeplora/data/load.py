@@ -35,12 +35,13 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
         if probe:
             del splits["train"]
     limits = {"train": spec.max_train_per_class, "test": spec.max_test_per_class}
-    lost: dict[str, list[Entry]] = {}
+    lost: dict[str, int] = {}
     for split, entries in splits.items():
         chosen = cap_per_class([e.key for e in entries], [e.label for e in entries], limits.get(split), spec.split_seed)
         splits[split] = [entries[i] for i in chosen]
         if not all(entry.digest for entry in splits[split]):  # those that were cut have been read already
-            splits[split], lost[split], found = check_entries(splits[split], spec, split)
+            splits[split], found = check_entries(splits[split], spec, split)
+            lost[split] = len(chosen) - len(splits[split])
             warnings += found
     splits, found = handle_duplicates(splits, spec.duplicates, f"{medium}(s)")
     warnings += found
@@ -57,7 +58,7 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
                 raise DataError(f"no usable {medium} is left in {split}; see that the files can be opened")
     # What cannot be read cannot be learned; in a test it still counts, as named wrongly.
     sets = {
-        split: _numbered(entries, classes, spec, 0 if split == "train" else len(lost.get(split, ())))
+        split: _numbered(entries, classes, spec, 0 if split == "train" else lost.get(split, 0))
         for split, entries in splits.items()
     }
     warnings += _unexpected(classes, splits, spec)
@@ -141,7 +142,7 @@ def _probe_splits(raw: RawTask, spec: TaskSpec) -> dict[str, list[Entry]]:
 
 def _cut_test(splits: dict[str, list[Entry]], spec: TaskSpec) -> tuple[dict[str, list[Entry]], list[str]]:
     fraction = spec.test if isinstance(spec.test, float) else DEFAULT_TEST_FRACTION
-    entries, _, warnings = check_entries(splits["train"], spec, "train")
+    entries, warnings = check_entries(splits["train"], spec, "train")
     medium = entries[0].medium if entries else "picture"
     if not isinstance(spec.test, float):
         warnings.append(

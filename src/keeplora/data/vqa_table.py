@@ -16,10 +16,8 @@ from keeplora.data.conversation_entries import (
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
 from keeplora.data.spec import locate
-from keeplora.data.table import IMAGE_COLUMNS, Row, pick_column, split_tables
+from keeplora.data.table import IMAGE_COLUMNS, VIDEO_COLUMNS, Row, pick_column, split_tables
 from keeplora.errors import ConfigError
-
-VIDEO_COLUMNS = ("video", "video_path", "clip")
 
 
 def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversations:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,6 +35,11 @@ class VideoConfig(Section):
         if (self.fps is not None) != (self.sampling == "fps"):
             raise PydanticCustomError("fps", "fps and `sampling: fps` go together; give both or neither")
         return self
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What must be equal for the numbers of two runs on videos to stand in one table."""
+        return self.model_dump(exclude={"cache_mib"})
 
     def sampling_of(self, *, statistics: bool = False) -> Sampling:
         """The frames to take, those of the statistics passes or those of training and evaluation."""

@@ -21,6 +21,8 @@ PACKAGES = (
     "numpy",
     "pillow",
     "pyarrow",
+    "av",
+    "torchvision",  # its video and picture processors are used where it is installed
 )
 
 
@@ -49,7 +51,8 @@ def _cores() -> int | None:
     return os.cpu_count()
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not tell."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
@@ -104,7 +107,7 @@ def collect_environment(folder: str | os.PathLike[str] | None = None) -> dict[st
         "versions": _versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
-        "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": _memory_bytes()},
+        "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": memory_bytes()},
         "torch": _torch(),
         "git": _git(folder),
     }

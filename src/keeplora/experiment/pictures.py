@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from keeplora.data import PictureSet, TaskData
 from keeplora.data.video import FrameCache, Sampling
+from keeplora.experiment.config import ExperimentConfig
 from keeplora.models.dual_encoder import DualEncoder, frames_present
 
 
@@ -35,6 +36,12 @@ class TensorCache:
         return True
 
 
+def worker_caches(config: ExperimentConfig) -> tuple[TensorCache, FrameCache]:
+    """For tensors and for decoded frames; every loader worker has caches of its own, which share the bytes."""
+    share = max(1, config.training.workers)
+    return TensorCache((2 << 30) // share), FrameCache((config.video.cache_mib << 20) // share)
+
+
 class PictureTensors(Dataset[dict[str, Any]]):
     """Items ``{"pixel_values": [3, H, W] float32, "labels": int, "index": int}`` of a `PictureSet`.
 
@@ -42,19 +49,20 @@ class PictureTensors(Dataset[dict[str, Any]]):
     many of the F places hold a frame.
 
     Args:
+        cache: where preprocessed items are kept; None: nowhere.
         sampling: which frames of a video are read.
         frames: where decoded frames are kept that are no longer, or not yet, kept as tensors.
     """
 
     def __init__(
-        self, pictures: PictureSet, family: DualEncoder, cache: TensorCache, *, sampling: Sampling | None = None,
-        frames: FrameCache | None = None,
+        self, pictures: PictureSet, family: DualEncoder, cache: TensorCache | None, *,
+        sampling: Sampling | None = None, frames: FrameCache | None = None,
     ) -> None:  # fmt: skip
         self.pictures = pictures
         self.labels = pictures.labels
         self.sampling = sampling or Sampling()
         self._family = family
-        self._cache: TensorCache | None = cache
+        self._cache = cache
         self._frames = frames
         self._kept: dict[int, Tensor] = {}
 
@@ -71,9 +79,7 @@ class PictureTensors(Dataset[dict[str, Any]]):
         """The same items with other frames of their videos, kept in ``frames`` alone; itself where nothing would differ."""
         if sampling == self.sampling or not self.videos:
             return self
-        other = PictureTensors(self.pictures, self._family, TensorCache(0), sampling=sampling, frames=self._frames)
-        other._cache = None
-        return other
+        return PictureTensors(self.pictures, self._family, None, sampling=sampling, frames=self._frames)
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from keeplora.data.conversations import asked
 from keeplora.data.sets import FileBytes
-from keeplora.data.video import decode_clip
+from keeplora.data.video import Clip, decode_clip
 from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
 from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
@@ -127,9 +127,10 @@ class TrainedModel:
     def _pixels(self, picture: Image | str | os.PathLike[str]) -> torch.Tensor:
         if not isinstance(picture, str | os.PathLike):
             return self.family.preprocess(picture)
-        sampling = self.config.video.sampling_of()
-        frames = decode_clip(FileBytes(Path(picture)), str(picture), sampling).frames
-        return self.family.preprocess_clip(frames, sampling.frames)
+        return self.family.preprocess_clip(self._clip(picture).frames, self.config.video.frames)
+
+    def _clip(self, video: str | os.PathLike[str]) -> Clip:
+        return decode_clip(FileBytes(Path(video)), str(video), self.config.video.sampling_of())
 
     def answer(
         self, pictures: Sequence[Image], question: str, *, task: str | None = None, max_new_tokens: int | None = None,
@@ -157,8 +158,7 @@ class TrainedModel:
             )
         info = next((record.info for record in self._learned if record.name == task), {})
         turns = asked(question, len(pictures), info.get("prompt"), videos=len(videos))
-        sampling = self.config.video.sampling_of()
-        clips = [decode_clip(FileBytes(Path(video)), str(video), sampling) for video in videos]
+        clips = [self._clip(video) for video in videos]
         with self.learner.serving(task), self.family.evaluating():
             item = self.family.encode(turns, list(pictures), clips, where="the question", answers=False)
             batch = to_device(self.family.join([item], side="left"), self.family.device)

@@ -63,7 +63,7 @@ def open_model(config: ExperimentConfig, device: torch.device) -> Any:
     return load_model(
         beside if beside.is_dir() else model.name, device=str(device), image_size=model.image_size,
         revision=model.revision, trust_remote_code=model.trust_remote_code, dtype=model.dtype, quantize=model.quantize,
-        max_length=model.max_length, **({"video_size": config.video.size} if config.video.size is not None else {}),
+        max_length=model.max_length, video_size=config.video.size,
     )  # fmt: skip
 
 

@@ -234,19 +234,34 @@ class Searcher:
         begun = sum(t.state != self._states.WAITING for t in self._all())
         if begun >= self.spread and running:
             return None
+        if begun >= self.spread and all(t.state != self._states.WAITING for t in self._all()):
+            self.study.enqueue_trial(self._propose(begun))
         trial = self.study.ask()
         self._settle(trial)
         return self.trials()[trial.number]
+
+    def _propose(self, number: int) -> dict[str, Any]:
+        """TPE's settings for a trial: a function of what was told of the earlier ones alone, whatever was killed between."""
+        sampler = self._optuna.samplers.TPESampler(seed=self._number_seed(number), n_startup_trials=ENOUGH)
+        study = self._optuna.create_study(direction="maximize", sampler=sampler)  # in memory
+        for told in self.trials():
+            if told.criterion is not None:
+                study.enqueue_trial(told.settings)
+                past = study.ask()
+                for axis in self.axes:
+                    axis.suggest(past)
+                study.tell(past, told.criterion)
+        trial = study.ask()
+        for axis in self.axes:
+            axis.suggest(trial)
+        return {axis.key: rounded(trial.params[axis.key]) for axis in self.axes}
 
     def _trial(self, number: int) -> Any:
         return self._optuna.trial.Trial(self.study, self._all()[number]._trial_id)
 
     def _settle(self, trial: Any) -> None:
-        """Values for every axis of a trial that are still open: a kill may have come between two."""
+        """The planned or proposed values into a trial's parameters: a kill may have come between two."""
         for axis in self.axes:
-            # A sampler for each value: the random state of one for all would not survive a kill.
-            seed = self._number_seed(f"{trial.number}/{axis.key}")
-            self.study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=ENOUGH)
             axis.suggest(trial)
 
     def tell(self, number: int, criterion: float | None, seconds: float | None, error: str = "") -> None:

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from keeplora.data import PictureSet, TaskData
-from keeplora.data.video import FrameCache, Sampling
+from keeplora.data.video import Sampling
 from keeplora.errors import ConfigError
 from keeplora.experiment.candidates import Candidates, candidates_for
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
 from keeplora.experiment.device import Precision
 from keeplora.experiment.kinds.base import Sets
 from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
-from keeplora.experiment.pictures import Collate, PictureTensors, TaskBatches, TensorCache, loader
+from keeplora.experiment.pictures import Collate, PictureTensors, TaskBatches, TensorCache, loader, worker_caches
 from keeplora.methods import Method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
@@ -37,9 +37,7 @@ class Classification:
         self.config, self.family, self.precision, self.method = config, family, precision, method
         self.tasks, self.probes = tasks, probes
         self._cache = TensorCache()
-        # Of videos, every worker has caches of its own.
-        share = max(1, config.training.workers)
-        self._clips, self._frames = TensorCache((2 << 30) // share), FrameCache((config.video.cache_mib << 20) // share)
+        self._clips, self._frames = worker_caches(config)
 
     @property
     def _videos(self) -> bool:
@@ -169,7 +167,7 @@ class Classification:
 
     def comparison(self) -> list[Any]:
         told: list[Any] = [] if self.config.candidates == "own" else [self.config.candidates]
-        return told + ([{"video": self.config.video.model_dump(exclude={"cache_mib"})}] if self._videos else [])
+        return told + ([{"video": self.config.video.told}] if self._videos else [])
 
     def running(self, learner: ContinualLearner) -> AbstractContextManager[object]:
         return nullcontext()

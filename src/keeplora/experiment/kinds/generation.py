@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from keeplora.data.conversations import ConversationSet, ConversationTask
-from keeplora.data.video import FrameCache
 from keeplora.evaluation.judges import Judge, make_judge
 from keeplora.evaluation.scorers import JUDGED, score
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
@@ -26,8 +24,9 @@ from keeplora.experiment.conversations import (
     training_loader,
 )
 from keeplora.experiment.device import Precision
+from keeplora.experiment.environment import memory_bytes
 from keeplora.experiment.kinds.base import Sets
-from keeplora.experiment.pictures import TaskBatches, TensorCache
+from keeplora.experiment.pictures import TaskBatches, worker_caches
 from keeplora.experiment.samples import write_samples
 from keeplora.files import atomic_write_text
 from keeplora.methods import Method
@@ -43,11 +42,8 @@ def _cache_bytes(device: str) -> int:
     """What the outputs of a frozen vision tower may take: 2 GiB of a GPU, else 4 GiB, or a quarter of the memory if less."""
     if device != "cpu":
         return 2 << 30
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 2 << 30
-    return min(4 << 30, memory // 4)
+    memory = memory_bytes()
+    return 2 << 30 if memory is None else min(4 << 30, memory // 4)
 
 
 class GenerationObjective:
@@ -105,11 +101,9 @@ class Generation:
     ) -> None:  # fmt: skip
         self.config, self.family, self.precision, self.method = config, family, precision, method
         self.tasks, self.probes = tasks, probes
-        # Every worker has caches of its own.
-        share = max(1, config.training.workers)
-        self._cache, self._frames = TensorCache((2 << 30) // share), FrameCache((config.video.cache_mib << 20) // share)
+        self._cache, self._frames = worker_caches(config)
         self._components: dict[str, dict[str, float]] = {}
-        self._missing: dict[str, str] = {}
+        self._notes: dict[tuple[str, str], str] = {}
         self._folder: Path | None = None
         judged = any(task.scorer in JUDGED for task in [*tasks, *probes])
         self._judge: Judge | None = make_judge(config.judge.settings) if judged else None
@@ -213,9 +207,9 @@ class Generation:
             task.scorer, answers, [c.references for c in asked], [c.question for c in asked], judge=self._judge
         )
         if scored.missing:
-            self._missing[task.name] = f"{task.name}: {scored.missing}"
+            self._notes[task.name, "missing"] = f"{task.name}: {scored.missing}"
         if unparsable := int(scored.components.get("unparsable", 0)):
-            self._missing[f"{task.name} (judge)"] = (
+            self._notes[task.name, "judge"] = (
                 f"{task.name}: the judge's words held no rating for {unparsable} of {len(asked)} answers, which count 0"
             )
         share = len(asked) / (len(asked) + len(skipped))  # a question whose file cannot be read scores 0
@@ -250,7 +244,7 @@ class Generation:
     def comparison(self) -> list[Any]:
         settings = [[t.name, t.scorer, t.max_new_tokens] for t in self._all()]
         told: list[Any] = ["generation", settings, self.config.generation.model_dump()]
-        told += [{"video": self.config.video.model_dump(exclude={"cache_mib"})}] if self._videos else []
+        told += [{"video": self.config.video.told}] if self._videos else []
         return told + ([{"judge": dict(self._judge.identity)}] if self._judge is not None else [])
 
     @property
@@ -290,4 +284,4 @@ class Generation:
             shutil.copytree(before, before.with_name(f"after-{after}"), dirs_exist_ok=True)
 
     def warnings(self) -> list[str]:
-        return list(self._missing.values())
+        return list(self._notes.values())
