@@ -106,10 +106,15 @@ class ContinualLearner:
                 self._U[t.name] = weight_basis(self.store.W0[t.name], self.config.for_tower("energy_weights", t.tower))
         return self._U
 
+    @property
+    def history(self) -> list[TaskRecord]:
+        """The tasks whose directions are in U, in the order in which they came."""
+        return self.records
+
     def start_bases(self) -> dict[str, Tensor]:
         """U₀ per target (M1)."""
         U = self.U
-        grown = {t.name: sum(r.basis[t.name].shape[1] for r in self.records if t.name in r.basis) for t in self.targets}
+        grown = {t.name: sum(r.basis[t.name].shape[1] for r in self.history if t.name in r.basis) for t in self.targets}
         return {name: U[name][:, : U[name].shape[1] - grown[name]] for name in U}
 
     # ---- tasks -------------------------------------------------------------------------------------------------
