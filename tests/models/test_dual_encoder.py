@@ -140,6 +140,9 @@ def test_an_adapter_acts_in_place_and_leaves_in_place(encoder, tmp_path):
         encoder.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     peft.unload()
+    # Stock PEFT leaves the base frozen, and for frozen weights SigLIP's `nn.MultiheadAttention` takes another kernel, which
+    # rounds alike on some processors only.
+    encoder.model.requires_grad_(True)
     for old, new in zip(before, features(), strict=True):
         assert torch.equal(old, new)
 
