@@ -27,7 +27,7 @@ from keeplora.experiment.results import (
     settled_count,
     settled_records,
 )
-from keeplora.experiment.rows import add_kept_rows, add_missing_events, kept_row, row_events
+from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.training import Selection, train_task
@@ -112,6 +112,7 @@ class _Run:
         self.directory = directory
         self.learner = learner
         self.progress = Progress(quiet)
+        self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
         earlier = directory.read_results()
@@ -134,12 +135,16 @@ class _Run:
         try:
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
-            if self.scores.tasks:
-                add_kept_rows(self.scores, self.learner, settled, self.setup.tasks, self.setup.probes)
+            if self.scores.tasks and self.learner._ledger is not None:
+                entries = [record.entry for record in settled]
+                # The last row can still be measured, unless its task was taken out before anybody did.
+                upto = done - 1 if settled and any(settled[-1] is r for r in self.learner.records) else done
+                add_kept_rows(self.scores, self.learner._ledger, entries, self.columns, upto=upto)
             rows = len(self.scores.tasks)
             self.directory.set_status(state="running", tasks_done=done, error=None)
             with self.progress, self.setup.kind.running(self.learner):
-                add_missing_events(self.directory, self.scores, settled, self.setup.tasks, self.setup.probes)
+                told = [(record.name, record.info) for record in settled]
+                add_missing_events(self.directory, self.scores, told, self.columns)
                 self.directory.cut_events(max(0, rows - 1))
                 self.loggers = Loggers.open(
                     self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
@@ -198,9 +203,7 @@ class _Run:
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
         if self.learner._ledger is not None:
-            row = kept_row(
-                record.name, self.scores.tasks[i], self.scores.probes[i], self.setup.tasks, self.setup.probes
-            )
+            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i])
             self.learner._ledger.write_metrics(record.entry, row)
         self.directory.set_status(tasks_done=i)
         render_report(self.directory.path)
@@ -234,7 +237,7 @@ class _Run:
         return value
 
     def _tell_row(self, after: int, tasks: Sequence[float | None], probes: Sequence[float | None]) -> None:
-        for event in row_events(after, tasks, probes, self.setup.tasks, self.setup.probes):
+        for event in self.columns.events(after, tasks, probes):
             self._event(event)
 
     def _evaluate(self, after: int) -> None:
