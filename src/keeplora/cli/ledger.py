@@ -59,7 +59,7 @@ def remove(
     """Take one task's update out of the model, exactly; it is kept aside until it is purged."""
     if purge:
         _confirm(task, yes)
-    entry = _change(directory, "remove", task)
+    entry = _change(directory, "remove", task, for_good=purge)
     if purge:
         _change(directory, "purge", entry)
 
@@ -142,12 +142,20 @@ def diff(
 
 
 def _confirm(task: str, yes: bool) -> None:
+    import sys
+
+    from keeplora.errors import KeepLoraError
+
+    if not yes and not sys.stdin.isatty():
+        raise KeepLoraError(
+            f"the tensors of task {task!r} would be gone for good, and nobody is there to ask: add --yes"
+        )
     if not yes:
         typer.confirm(f"Delete the tensors of task {task!r} for good? It cannot be restored then", abort=True)
 
 
-def _change(directory: Path, operation: str, task: str | int) -> int:
-    """Do it and say what came of it; the entry of the task it was done to."""
+def _change(directory: Path, operation: str, task: str | int, *, for_good: bool = False) -> int:
+    """Do it and say what came of it; the entry of the task it was done to. ``for_good``: a purge is to follow."""
     from keeplora.experiment.ledgers import LedgerPlace
 
     place = LedgerPlace.open(directory)
@@ -156,19 +164,19 @@ def _change(directory: Path, operation: str, task: str | int) -> int:
     chain = place.ledger.chain()
     active = chain.names(chain.state.active)
     step = chain.steps[-1]
+    kept = "" if for_good else "; it is kept aside"
     done = {
         "rollback": f"Back to entry {step.subject}" + (f" ({step.name!r})" if step.name else ""),
-        "remove": f"Removed {step.name!r}; it is kept aside",
-        "restore": f"Restored {step.name!r}", "purge": f"Deleted the tensors of {step.name!r}",
+        "remove": f"Removed {step.name!r}{kept}", "restore": f"Restored {step.name!r}",
+        "purge": f"Deleted the tensors of {step.name!r}",
     }[operation]  # fmt: skip
     typer.echo(f"{done}. Active: {', '.join(active) or 'no task'}.")
-    if operation != "purge":
+    if operation == "remove" and step.subject in chain.state.history:
+        typer.echo("Not undone: what later tasks learned in its presence. Its directions stay protected.")
+    if operation == "purge":
+        typer.echo("Its record.json stays, and so does what was exported before.")
+    elif not for_good:
         typer.echo(f"To undo it: keeplora ledger rollback {directory} {before}")
-    if operation in ("remove", "purge") and step.subject in (*chain.state.history, *chain.state.purged):
-        if operation == "remove":
-            typer.echo("Not undone: what later tasks learned in its presence. Its directions stay protected.")
-        else:
-            typer.echo("Its record.json stays, and so does what was exported before.")
     if place.run and operation == "rollback":
         typer.echo(f"Go on from there: keeplora resume {directory}")
     return step.subject

@@ -128,12 +128,13 @@ def check_table(found: Sequence[Check], where: str) -> list[Any]:
 def diff_tables(told: Mapping[str, Any], a: str, b: str) -> list[Any]:
     """`compare_ledgers` for a person."""
     same = "the same base model" if told["same_base"] else "DIFFERENT base models"
-    head = _table(f"{a} and {b}: {same}, {told['common']} entries in common", "only in", "entry", "what", "task")
+    head = Text(f"{a} and {b}: {same}, {told['common']} entries in common")
+    only = _table("", "only in", "entry", "what", "task")
     for where, rows in ((a, told["only_a"]), (b, told["only_b"])):
         for row in rows:
-            _row(head, where, row["entry"], row["kind"], row["name"])
+            _row(only, where, row["entry"], row["kind"], row["name"])
     layers = _table("", "layer", "‖ΔW‖ first", "‖ΔW‖ second", "‖difference‖", "relative",
                     right=("‖ΔW‖ first", "‖ΔW‖ second", "‖difference‖", "relative"))  # fmt: skip
     for row in told["layers"]:
         _row(layers, row["layer"], *(f"{row[key]:.4g}" for key in ("a", "b", "difference")), f"{row['relative']:.1%}")
-    return [head, layers]
+    return [head, *([only] if only.rows else []), layers]

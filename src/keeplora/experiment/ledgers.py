@@ -180,9 +180,10 @@ def _keep_rows(ledger: Ledger, results: Mapping[str, Any]) -> None:
     """Before the ledger goes back: rows that only results.json has are put beside their tasks."""
     columns, entries, at = Columns.from_results(results), ledger.entries(), _in_force(ledger)
     rows = list(zip(results["accuracy"], results["probe_accuracy"], strict=False))[1:]
+    seconds = {info["name"]: info["seconds"] for info in results["tasks_info"]}
     for name, (tasks, probes) in zip(columns.tasks, rows, strict=False):
         if name in at and entries[at[name] - 1].metrics() is None:
-            ledger.write_metrics(at[name], columns.kept(name, tasks, probes))
+            ledger.write_metrics(at[name], columns.kept(name, tasks, probes, seconds.get(name, {})))
 
 
 def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | None) -> None:
@@ -200,12 +201,10 @@ def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | N
         return
     columns, entries, chain = Columns.from_results(results), ledger.entries(), ledger.chain()
     tasks = [at[name] for name in order[:done]]
-    told = {info["name"]: info for info in results["tasks_info"]}
     infos = []
     for name, entry in zip(order, tasks, strict=False):
-        info = dict(entries[entry - 1].value["info"])
-        if name in told and told[name]["epochs"] == info.get("epochs", []):  # the same learning: what it took is there
-            info["seconds"] = told[name]["seconds"]
+        info, metrics = dict(entries[entry - 1].value["info"]), entries[entry - 1].metrics() or {}
+        info["seconds"] = {**info.get("seconds", {}), **metrics.get("seconds", {})}
         infos.append((name, info))
     # Of every row but the first, the ledger's: a task that was learned again has a row of its own.
     scores = Scores(results["accuracy"][:1], results["probe_accuracy"][:1])

@@ -32,10 +32,11 @@ class Columns:
         """Those of a results.json."""
         return cls(results["tasks"], results["probes"], results["test_counts"])
 
-    def kept(self, name: str, tasks: Row, probes: Row) -> dict[str, Any]:
-        """What `Ledger.write_metrics` keeps beside task ``name``: its own score, and every set's, in percent."""
+    def kept(self, name: str, tasks: Row, probes: Row, seconds: Mapping[str, float]) -> dict[str, Any]:
+        """What `Ledger.write_metrics` keeps beside task ``name``: its own score, every set's, in percent, and what it took."""
         row = dict(zip(self.tasks, tasks, strict=True))
-        return {"score": row.get(name), "tasks": row, "probes": dict(zip(self.probes, probes, strict=True))}
+        of_probes = dict(zip(self.probes, probes, strict=True))
+        return {"score": row.get(name), "tasks": row, "probes": of_probes, "seconds": dict(seconds)}
 
     def read(self, metrics: Mapping[str, Any] | None) -> tuple[list[float | None], list[float | None]] | None:
         """The values of a kept row; None where nothing (or something else) was kept."""

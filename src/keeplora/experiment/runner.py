@@ -203,7 +203,8 @@ class _Run:
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
         if self.learner._ledger is not None:
-            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i])
+            seconds = record.info["seconds"]
+            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], seconds)
             self.learner._ledger.write_metrics(record.entry, row)
         self.directory.set_status(tasks_done=i)
         render_report(self.directory.path)
