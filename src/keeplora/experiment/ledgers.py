@@ -204,7 +204,8 @@ def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | N
     infos = []
     for name, entry in zip(order, tasks, strict=False):
         info, metrics = dict(entries[entry - 1].value["info"]), entries[entry - 1].metrics() or {}
-        info["seconds"] = {**info.get("seconds", {}), **metrics.get("seconds", {})}
+        parts = (info.get("seconds"), metrics.get("seconds"))
+        info["seconds"] = {k: v for part in parts if isinstance(part, dict) for k, v in part.items()}
         infos.append((name, info))
     # Of every row but the first, the ledger's: a task that was learned again has a row of its own.
     scores = Scores(results["accuracy"][:1], results["probe_accuracy"][:1])
