@@ -197,6 +197,6 @@ class TaskHistory:
         """What a ledger says of the method, for those who read it without one."""
         told: Any = type(self)
         return {
-            "class": told.__name__, "protects": told.protects, "trains_A": told.trains_A,
+            "class": told.__name__, "protects": told.protects, "trains_a": told.trains_A,
             "accumulates": told.accumulates, "irremovable": told.irremovable, "unmergeable": told.unmergeable,
         }  # fmt: skip
