@@ -86,6 +86,7 @@ class LedgerPlace:
             )
         with self._locked() as directory:
             results = directory.read_results() if directory is not None else None
+            before = self.ledger.state().active
             if results:
                 _keep_rows(self.ledger, results)
             if operation == "purge":
@@ -98,6 +99,8 @@ class LedgerPlace:
             else:
                 state = getattr(self.ledger, operation)(task)
             if directory is not None:
+                if results and state.active != before:
+                    results["audit"] = None  # of other weights; `keeplora audit` and a resumed run measure it anew
                 _follow(directory, self.ledger, results)
         return state
 
@@ -217,7 +220,6 @@ def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | N
         "removed": [n for n in chain.names(chain.state.removed) if at[n] in chain.state.removed],
         "layers": [_layer(layer, [entries[i - 1].value["layers"] for i in tasks], [
             i in chain.state.history for i in tasks]) for layer in results["layers"]],
-        "audit": None,  # of other weights; `keeplora audit` and a resumed run measure it anew
     }  # fmt: skip
     directory.write_results(results)
     if scores.tasks:
