@@ -297,7 +297,7 @@ def test_a_ledger_that_somebody_else_changed_is_not_written_to(tmp_path):
     learner = learned(2, tmp_path / "ledger")
     before = weights(learner.model)
     Ledger.open(tmp_path / "ledger").remove("a")
-    with pytest.raises(LedgerError, match="has 3 entries, but had 2 .*; open the learner anew"):
+    with pytest.raises(LedgerError, match=r"has 3 entries, but had 2 .*; open the learner anew"):
         learner.remove("b")
     with pytest.raises(LedgerError, match="open the learner anew"):
         learn(learner, "c", 3)
