@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from keeplora.cli import assets, audit, compare, export, methods, predict, report, resume, run, suites, tune
-from keeplora.errors import KeepLoraError
+from keeplora.errors import KeepLoraError, file_error
 
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -86,5 +86,5 @@ def main(arguments: list[str] | None = None) -> Any:
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        print(f"Error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"Error: {file_error(error)}", file=sys.stderr)
     sys.exit(1)

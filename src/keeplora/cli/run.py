@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 
 
 def run(
@@ -72,7 +72,6 @@ def finish(path: Path, against: list[Path]) -> None:
     from keeplora.report import find_comparable, load_results, render_report
     from keeplora.report.terminal import matrix_table, results_table
 
-    report = render_report(path, against)
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
@@ -81,4 +80,13 @@ def finish(path: Path, against: list[Path]) -> None:
     paths = {other.resolve(): other for other in [*against, *find_comparable(path)]}
     others = [load_results(other) for other in paths.values()]
     console.print(results_table([results, *others]))
+    try:
+        report = render_report(path, against)
+    except (KeepLoraError, OSError):  # OSError: the command line has a sentence for it
+        raise
+    except Exception as error:
+        raise KeepLoraError(
+            f"the run is finished and its results are kept, but report.html could not be made ({type(error).__name__}: "
+            f"{error}); `keeplora report {path}` tries it again"
+        ) from error
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)

@@ -102,6 +102,8 @@ class _Run:
         self.directory = directory
         self.learner = learner
         self.progress = Progress(quiet)
+        if directory.warning:
+            self.progress.line(f"warning: {directory.warning}")
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
         earlier = directory.read_results()
@@ -145,17 +147,28 @@ class _Run:
                         raise KeyboardInterrupt
         except KeyboardInterrupt:
             self.loggers.close("interrupted")
-            self.directory.set_status(state="interrupted", error="interrupted; go on with `keeplora resume`")
+            self._leave("interrupted", "interrupted; go on with `keeplora resume`")
             raise
         except BaseException as error:
             self.loggers.close("failed")
-            self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+            self._leave("failed", f"{type(error).__name__}: {error}")
             raise
         self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(self.learner.records))
         results = self._write()
-        render_report(self.directory.path)
+        self._report()
         return results
+
+    def _leave(self, state: str, error: str) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, what stopped the run matters more than that this fails too
+            self.directory.set_status(state=state, error=error)
+
+    def _report(self) -> None:
+        """report.html, which anyone can make again from what the folder holds: its failure costs the run nothing."""
+        try:
+            render_report(self.directory.path)
+        except Exception as error:
+            self.progress.line(f"warning: report.html could not be made ({type(error).__name__}: {error}); the results are kept")
 
     def _event(self, event: Mapping[str, Any]) -> None:
         self.directory.append_event(event)
@@ -178,7 +191,7 @@ class _Run:
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
         self.directory.set_status(tasks_done=i)
-        render_report(self.directory.path)
+        self._report()
 
     def _write(self) -> dict[str, Any]:
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
