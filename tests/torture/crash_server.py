@@ -30,6 +30,7 @@ _CALLS = (
     ("keeplora.experiment.runner", "_Run", "_evaluate", "evaluation"),
     ("keeplora.experiment.runner", "_Run", "_write", "results"),
     ("keeplora.experiment.runner", "_Run", "_score_last", "results"),
+    ("keeplora.experiment.runner", "_Run", "_report", "report"),
     ("keeplora.experiment.runner", "_Run", "_leave", "end"),
     ("keeplora.experiment.runner", None, "render_report", "report"),
     ("keeplora.cli.run", None, "finish", "report"),
@@ -96,7 +97,10 @@ class Phases:
         @functools.wraps(function)
         def call(*args: Any, **more: Any) -> Any:
             with self.within(phase):
-                return function(*args, **more)
+                result = function(*args, **more)
+            if phase in ("merge", "results"):  # what follows a task belongs to its results
+                self.begin("results")
+            return result
 
         return call
 
@@ -162,6 +166,9 @@ def main() -> None:
             importlib.import_module(module)
     import torch
 
+    from keeplora.report import html
+
+    html._template()
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not stand among the answers
@@ -189,7 +196,7 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
                 killed = True
             else:
-                time.sleep(0.002)
+                time.sleep(0.005)
         answer = {"code": status, "phase": PHASES[shared[0]], "seconds": time.monotonic() - began}
         print(json.dumps({**answer, "late": killed and not request["kill_after"]}), file=answers)
 

@@ -260,7 +260,7 @@ def assert_one_sentence(answer: Answer) -> None:
     assert answer.code == 1, (answer.code, answer.err)
     assert "Traceback" not in answer.err, answer.err
     assert answer.err.rstrip().splitlines()[-1].startswith("Error: "), answer.err
-    assert answer.err.count("Error: ") == 1, answer.err
+    assert f"\n{answer.err}".count("\nError: ") == 1, answer.err
 
 
 def sentence(answer: Answer) -> str:

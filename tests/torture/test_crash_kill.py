@@ -21,23 +21,19 @@ from tests.torture.crash_world import CHECKOUT, Answer, Runs, Tally, assert_whol
 ALL = tuple(phase for phase in PHASES if phase != "end")
 
 
-def kill_at_random_calls(runs: Runs, phases: list[str], seed: int, counts: Tally) -> None:
-    """One kill for each entry of ``phases``, at a random call within it; three kills in each run."""
+def kill_at_random_calls(runs: Runs, chains: list[list[str]], seed: int, counts: Tally) -> None:
+    """For each chain a run: one kill at a random call of each phase that it names."""
     rng = random.Random(seed)
     lengths = {phase: sum(b - a for a, b in spans) for phase, spans in runs.trace.calls().items()}
-    waiting = rng.sample(phases, len(phases))
+    waiting = list(chains)
     while waiting:
-        run, kept = runs.new(), dict[str, str]()
-        for i in range(3):
-            if not waiting:
-                break
+        run, kept, chain = runs.new(), dict[str, str](), waiting.pop(0)
+        for i, phase in enumerate(chain):
             # What goes on has fewer calls before it than the whole run.
-            fault = Fault(at=rng.randint(1, lengths[waiting[0]] // (1 if i == 0 else 3)), call=True, phase=waiting[0])
-            answer = runs.go(run, fault)
+            answer = runs.go(run, Fault(at=rng.randint(1, lengths[phase] // (1 if i == 0 else 3)), call=True, phase=phase))
             kept = runs.after(run, answer, kept, counts)
-            phase = waiting.pop(0)
             if not answer.killed:  # it had less of this phase left, and is finished
-                waiting.append(phase)
+                waiting.append(chain[i:])
                 break
             assert answer.phase == phase
         runs.end(run, kept, counts)
@@ -47,14 +43,16 @@ def kill_at_random_calls(runs: Runs, phases: list[str], seed: int, counts: Tally
 def test_killed_at_a_random_call_of_every_phase(two):
     assert set(two.trace.calls()) >= set(ALL)
     counts = tally("killed at random calls")
-    kill_at_random_calls(two, [*ALL, "training"], 1, counts)
-    assert counts["kills"] == 10
+    kill_at_random_calls(two, [[*ALL], ["training"]], 1, counts)
+    assert counts["kills"] == len(ALL) + 1 == 10
 
 
 @pytest.mark.torture
 def test_killed_at_more_than_fifty_random_calls(two):
     counts = tally("killed at random calls, in full")
-    kill_at_random_calls(two, [*ALL] * 6, 2, counts)
+    rng = random.Random(2)
+    drawn = [phase for _ in range(6) for phase in rng.sample(ALL, len(ALL))]
+    kill_at_random_calls(two, [drawn[i : i + 3] for i in range(0, len(drawn), 3)], 2, counts)
     assert counts["kills"] == 54
 
 

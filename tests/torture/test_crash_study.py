@@ -105,7 +105,8 @@ TABLES = ("table.csv", "summary.csv", "table.md", "table.tex")
 def assert_study(folder: Path, straight: Path) -> None:
     assert strays(folder) == []
     for name in TABLES:
-        assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
+        told = [(path / name).read_text().replace(str(path), "STUDY") for path in (folder, straight)]
+        assert told[0] == told[1], name
     assert {p.name for p in (folder / "plots").iterdir()} == {p.name for p in (straight / "plots").iterdir()}
     assert (folder / "report.html").is_file()
     cells = [json.loads((path / "study.json").read_text())["cells"] for path in (folder, straight)]
@@ -175,8 +176,7 @@ def test_a_study_killed_while_a_cell_runs(world, server, study, tmp_path):
         assert answer.code == 0, answer.err
         cell = next(path.parent for path in folder.glob("cells/**/results.json"))
         assert not is_being_written(cell)
-        assert (folder / "table.csv").read_bytes() == (study / "table.csv").read_bytes()
-        assert strays(folder) == []
+        assert_study(folder, study)
         counts["studies ended equal"] += 1
 
 
