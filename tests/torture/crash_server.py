@@ -36,12 +36,7 @@ _CALLS = (
     ("keeplora.cli.run", None, "finish", "report"),
     ("keeplora.report.study", None, "plot_study", "report"),
 )
-_WARM = (
-    "keeplora.cli", "keeplora.experiment.runner", "keeplora.experiment.serving", "keeplora.study.run", "keeplora.report.terminal",
-    "keeplora.cli.plan_text", "keeplora.models.dual_encoder", "keeplora.models.clip", "keeplora.data.load",
-    "transformers.models.clip.modeling_clip", "transformers.models.clip.image_processing_clip", "jinja2", "rich.console",
-    "transformers.models.auto.modeling_auto", "peft.tuners.lora.model", "matplotlib.backends.backend_agg",
-)  # fmt: skip
+_WARM = ("keeplora.cli", "keeplora.experiment.runner", "keeplora.experiment.serving", "keeplora.report.terminal")
 
 
 class Phases:
@@ -156,14 +151,24 @@ def _child(request: dict[str, Any], shared: mmap.mmap) -> int:
         return 70
     finally:
         sys.setprofile(None)
+        note("modules", *sys.modules)
     return 0
+
+
+def learn(ops: str) -> None:
+    """Import what a child came to import, so that no later one has to."""
+    with open(ops, encoding="utf-8") as lines:
+        told = [json.loads(line) for line in lines if line.startswith('["modules"')]
+    for name in (name for names in told for name in names[1:]):
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def main() -> None:
     """Answer requests until the other side closes its end."""
     for module in _WARM:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+        importlib.import_module(module)
     import torch
 
     from keeplora.report import html
@@ -197,6 +202,8 @@ def main() -> None:
                 killed = True
             else:
                 time.sleep(0.005)
+        if request["ops"]:
+            learn(request["ops"])
         answer = {"code": status, "phase": PHASES[shared[0]], "seconds": time.monotonic() - began}
         print(json.dumps({**answer, "late": killed and not request["kill_after"]}), file=answers)
 

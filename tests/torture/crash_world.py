@@ -44,7 +44,7 @@ class Answer:
 
     def operations(self) -> list[tuple[int, str, str, str]]:
         """(number, operation, path, phase) of everything that changed a file."""
-        return [tuple(op) for op in self.ops if op[0] != "phase"]  # type: ignore[misc]
+        return [tuple(op) for op in self.ops if isinstance(op[0], int)]  # type: ignore[misc]
 
     def calls(self) -> dict[str, list[tuple[int, int]]]:
         """Per phase, the stretches of calls that it lasted."""
