@@ -67,7 +67,9 @@ def die() -> None:
 class Faults:
     """Counts and spoils what happens below ``root``; ``tell`` gets (number, operation, path relative to root) of each."""
 
-    def __init__(self, root: str, fault: Fault, tell: Callable[[int, str, str], None], phase: Callable[[], str]) -> None:
+    def __init__(
+        self, root: str, fault: Fault, tell: Callable[[int, str, str], None], phase: Callable[[], str]
+    ) -> None:
         self.root = os.path.realpath(root)
         self.fault, self.tell, self.phase = fault, tell, phase
         self.count = self.calls = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -50,7 +51,7 @@ class Answer:
         """Per phase, the stretches of calls that it lasted."""
         marks = [(op[1], op[2]) for op in self.ops if op[0] == "phase"]
         out: dict[str, list[tuple[int, int]]] = {}
-        for (name, start), (_, end) in zip(marks, marks[1:], strict=False):
+        for (name, start), (_, end) in itertools.pairwise(marks):
             if end > start + 1:
                 out.setdefault(name, []).append((start + 1, end))
         return out

@@ -30,7 +30,9 @@ def kill_at_random_calls(runs: Runs, chains: list[list[str]], seed: int, counts:
         run, kept, chain = runs.new(), dict[str, str](), waiting.pop(0)
         for i, phase in enumerate(chain):
             # What goes on has fewer calls before it than the whole run.
-            answer = runs.go(run, Fault(at=rng.randint(1, lengths[phase] // (1 if i == 0 else 3)), call=True, phase=phase))
+            answer = runs.go(
+                run, Fault(at=rng.randint(1, lengths[phase] // (1 if i == 0 else 3)), call=True, phase=phase)
+            )
             kept = runs.after(run, answer, kept, counts)
             if not answer.killed:  # it had less of this phase left, and is finished
                 waiting.append(chain[i:])

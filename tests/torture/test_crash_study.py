@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from keeplora.files import atomic_dir
-from keeplora.study.store import is_being_written
-from tests.cli.tiny_world import World
+from keeplora.study.plan import make_plan
+from keeplora.study.store import StudyStore, is_being_written
+from tests.cli.tiny_world import World, results_of
 from tests.torture.conftest import ONE, QUICK
 from tests.torture.crash_faults import GROWS, Fault
 from tests.torture.crash_world import Runs, Server, assert_whole, sentence, strays, tally
@@ -87,16 +88,26 @@ def test_every_write_of_an_export(one, tmp_path, format):
 
 @pytest.fixture(scope="module")
 def study(world: World, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study of one cell."""
+    """A finished study of one cell, which was run in a fork like everything here."""
     folder = tmp_path_factory.mktemp("study")
     file = world.yaml(folder / "e.yaml", **ONE, **QUICK)
-    words = [
-        "compare", "--experiment", file, "--methods", "zero-shot", "--seeds", "0", "--jobs", "1", "--threads", "1",
-        "--output", folder / "study",
-    ]  # fmt: skip
-    answer = server(*words, root=folder / "study")
+    values = {"experiment": str(file), "methods": ["zero-shot"], "seeds": [0], "threads": 1}
+    plan = make_plan({**values, "output": str(folder / "study")})
+    (cell,) = plan.cells()
+    store = StudyStore(plan.output)
+    store.lock()
+    store.join(plan)
+    store.save()
+    store.close()
+    answer = server(*plan.command(cell, 1), root=folder / "study")
+    assert answer.code == 0, answer.err
+    answer = server(*words(file), "--output", folder / "study", root=folder / "study")
     assert answer.code == 0, answer.err
     return folder / "study"
+
+
+def words(file: Path) -> list[object]:
+    return ["compare", "--experiment", file, "--methods", "zero-shot", "--seeds", "0", "--jobs", "1", "--threads", "1"]
 
 
 TABLES = ("table.csv", "summary.csv", "table.md", "table.tex")
@@ -167,16 +178,17 @@ def test_a_study_killed_while_a_cell_runs(world, server, study, tmp_path):
     """The cell outlives the study that started it; the next one waits for it and takes it over."""
     counts = tally("studies killed while a cell ran")
     file = world.yaml(tmp_path / "e.yaml", **ONE, **QUICK)
-    words = ["compare", "--experiment", file, "--methods", "zero-shot", "--seeds", "0", "--jobs", "1", "--threads", "1"]
     for n in range(4):
         folder = tmp_path / f"study-{n}"
-        answer = server(*words, "--output", folder, root=folder, kill_after=(0.3, 1.5, 3.0, 6.0)[n])
+        answer = server(*words(file), "--output", folder, root=folder, kill_after=(0.3, 1.5, 3.0, 6.0)[n])
         counts["kills" if answer.killed else "ended before the kill"] += 1
-        answer = server(*words, "--output", folder, root=folder)
+        answer = server(*words(file), "--output", folder, root=folder)
         assert answer.code == 0, answer.err
         cell = next(path.parent for path in folder.glob("cells/**/results.json"))
         assert not is_being_written(cell)
-        assert_study(folder, study)
+        mine, whole = (results_of(next(path.glob("cells/**/results.json")).parent) for path in (folder, study))
+        assert mine["accuracy"] == whole["accuracy"]
+        assert strays(folder) == []
         counts["studies ended equal"] += 1
 
 
@@ -204,16 +216,18 @@ def test_a_cache_folder_whose_writer_was_killed_is_made_again(tmp_path):
 
 def test_two_writers_of_one_cache_folder_leave_each_other_alone(tmp_path):
     folder = tmp_path / "embedded-1"
-    with atomic_dir(folder) as first:
-        (first / "a").write_text("1")
-        with pytest.raises(OSError, match="not empty"), atomic_dir(folder) as second:
-            (second / "a").write_text("2")
-            assert first.is_dir()
-            os.rename(first, folder)  # the first is done meanwhile
-        (first).mkdir()
-        (first / "a").write_text("1")
-        shutil.rmtree(folder)
-    assert (folder / "a").read_text() == "1"
+
+    def both() -> None:
+        with atomic_dir(folder) as first:
+            (first / "a").write_text("1")
+            with atomic_dir(folder) as second:
+                (second / "a").write_text("2")
+            assert first.is_dir()  # a living writer's, not taken for the remains of a dead one
+
+    with pytest.raises(OSError, match="not empty"):
+        both()
+    assert (folder / "a").read_text() == "2"
+    assert strays(tmp_path) == []
 
 
 @pytest.mark.torture

@@ -99,9 +99,7 @@ class RunDirectory:
         except FileExistsError:
             raise KeepLoraError(f"{run.path} is a file; choose another `output:`") from None
         except OSError as error:
-            raise KeepLoraError(
-                f"{run.path} cannot be made: {reason(error)}; choose another `output:`"
-            ) from None
+            raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; choose another `output:`") from None
         # Look before locking, so that no lock file appears in a folder of someone else's; look again under the lock.
         run._refuse_contents()
         run._acquire()

@@ -168,7 +168,9 @@ class _Run:
         try:
             render_report(self.directory.path)
         except Exception as error:
-            self.progress.line(f"warning: report.html could not be made ({type(error).__name__}: {error}); the results are kept")
+            self.progress.line(
+                f"warning: report.html could not be made ({type(error).__name__}: {error}); the results are kept"
+            )
 
     def _event(self, event: Mapping[str, Any]) -> None:
         self.directory.append_event(event)
