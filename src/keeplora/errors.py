@@ -33,6 +33,10 @@ class CapacityError(KeepLoraError):
     """No direction is left for a new task in any target."""
 
 
+class TrainingError(KeepLoraError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite; no weight has taken it in."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return a hint such as ``"; did you mean 'lora'? (one of: keeplora, lora)"``.
 

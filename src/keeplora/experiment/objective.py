@@ -82,10 +82,19 @@ class TaskObjective:
     def count(self, part: Mapping[str, Tensor]) -> int:
         return len(part["labels"])
 
+    def split(self, part: Mapping[str, Tensor], size: int) -> list[Mapping[str, Tensor]]:
+        """The batch as batches of at most ``size`` pictures, each against all the prompts."""
+        n = len(part["labels"])
+        own = {k for k, v in part.items() if isinstance(v, Tensor) and k not in self.text_batch and len(v) == n}
+        return [{k: v[i : i + size] if k in own else v for k, v in part.items()} for i in range(0, n, size)]
+
     def part_loss(self, part: Mapping[str, Tensor], total: int) -> tuple[Tensor, Tensor]:
-        """(mean cross-entropy, logits [N, C]); a batch is one part, so ``total`` is its own count."""
+        """(Σ cross-entropy / ``total``, logits [N, C]); of a batch that is whole, its mean."""
         logits = self.logits(part)
-        return nn.functional.cross_entropy(logits, part["labels"].to(logits.device)), logits
+        labels = part["labels"].to(logits.device)
+        if total == len(labels):
+            return nn.functional.cross_entropy(logits, labels), logits
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / total, logits
 
     def right(self, logits: Tensor, part: Mapping[str, Tensor]) -> int:
         return int((logits.argmax(dim=1) == part["labels"].to(logits.device)).sum())

@@ -27,6 +27,7 @@ from keeplora.tuner.branch import Branch, BranchLearner
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.options import option
 from keeplora.tuner.statistics import report_capacity
+from keeplora.tuner.task import TaskState
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class NusaCl(BranchLearner):
         return sum(min(self.options.max_rank, t.n_in, t.n_out) ** 2 for t in self.targets) + self.free.numel()
 
     def _branches(self, task: OpenTask) -> Mapping[str, NullSpaceBranch]:
+        if task.saved is not None:
+            U, V = task.saved.group("U"), task.saved.group("V")
+            return {name: NullSpaceBranch(U[name], V[name]) for name in U}
         started = time.perf_counter()
         options: NusaOptions = self.options
         found = {
@@ -105,6 +109,12 @@ class NusaCl(BranchLearner):
         )
         task.info.pop("rank_shrunk")  # M's size follows from the weights and not from the configured rank
         return {name: NullSpaceBranch(U, V) for name, (U, V) in found.items() if V.shape[1] > 0}
+
+    def task_state(self) -> TaskState:
+        state = super().task_state()
+        branches = self.open_branches()
+        sides = {f"U/{n}": b.U for n, b in branches.items()} | {f"V/{n}": b.V for n, b in branches.items()}
+        return TaskState(state.tensors | sides, state.values)
 
 
 register(

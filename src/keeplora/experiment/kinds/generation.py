@@ -21,7 +21,9 @@ from keeplora.experiment.conversations import (
     Parts,
     chosen_loader,
     ordered_loader,
+    split_conversations,
     training_loader,
+    training_order,
 )
 from keeplora.experiment.device import Precision
 from keeplora.experiment.environment import memory_bytes
@@ -163,12 +165,10 @@ class Generation:
     def batches(
         self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, seed: int
     ) -> TaskBatches:
+        order = training_order(data, training.batch_size, seed=seed, grouped=training.group_by_length)
         collate = Parts(self.family.join, training.micro_batch)
-        loader = training_loader(
-            data, training.batch_size, collate, workers=training.workers, seed=seed,
-            grouped=training.group_by_length,
-        )  # fmt: skip
-        return TaskBatches(data, loader)
+        loader = training_loader(data, order, collate, workers=training.workers)
+        return TaskBatches(data, order, loader, partial(split_conversations, data, self.family.join))
 
     def first_batch(
         self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig
