@@ -59,7 +59,7 @@ def null_directions(W: Tensor, energy: float, max_rank: int) -> tuple[Tensor, Te
     rank = int((sigma > max(W.shape) * torch.finfo(torch.float32).eps * sigma[0]).sum()) if sigma.numel() else 0
     p = smallest_rank(squares[:rank], energy, total=float(squares.sum()))
     first = max(p, len(sigma) - max_rank)
-    return L[:, first:].to(torch.float32), Rt[first:].T.contiguous().to(torch.float32)
+    return L[:, first:].to(torch.float32).contiguous(), Rt[first:].T.contiguous().to(torch.float32)
 
 
 class NullSpaceBranch(Branch):
