@@ -96,7 +96,7 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(world, cli, process, tmp_path):
     out, err = child.communicate(timeout=600)
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "Interrupted. What was learned is kept; go on with `keeplora resume RUN`."
+    assert err.splitlines()[-1] == f"Interrupted. What was learned is kept; go on with `keeplora resume {path}`."
     assert out == ""
     status = status_of(path)
     assert (status["state"], status["tasks_done"]) == ("interrupted", 1)

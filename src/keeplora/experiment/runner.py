@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,7 +170,8 @@ class _Run:
                     self._score_last(i)
                     if os.environ.get(STOP_AFTER) == str(i):
                         raise KeyboardInterrupt
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"go on with `keeplora resume {shlex.quote(str(self.directory.path))}`")
             self.loggers.close("interrupted")
             self.directory.set_status(state="interrupted", error="interrupted; go on with `keeplora resume`")
             raise

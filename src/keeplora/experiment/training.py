@@ -218,7 +218,7 @@ class _Loop:
 
     def _end_epoch(self) -> None:
         state, selection = self.state, self.selection
-        sums, log = state.sums, state.log
+        sums = state.sums
         sums.seconds = time.perf_counter() - self.epoch_started
         entry: dict[str, Any] = {"epoch": state.epoch, "loss": sums.loss / sums.seen}
         if sums.right is not None:
@@ -226,16 +226,23 @@ class _Loop:
         entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3)}
         if sums.penalty:
             entry["penalty"] = sums.penalty / sums.seen
+        score = None if selection is None else self._validate(selection)
+        with STOP.held():
+            self._close(entry, score)
+
+    def _close(self, entry: dict[str, Any], score: float | None) -> None:
+        """Enter the epoch into the log, and go to the next."""
+        state, selection = self.state, self.selection
         if selection is not None:
-            entry["validation_accuracy"] = score = self._validate(selection)
+            entry["validation_accuracy"] = score
             self.progress.advance(0, validation_accuracy=score)
             if score is not None and (state.best_score is None or score > state.best_score):
                 state.best_score, state.since_best = score, 0
                 state.best = [p.detach().clone() for p in self.parameters]
-                log.best_epoch = state.epoch
+                state.log.best_epoch = state.epoch
             else:
                 state.since_best += 1
-        log.epochs.append(entry)
+        state.log.epochs.append(entry)
         self.on_epoch(entry)
         state.epoch, state.step, state.sums = state.epoch + 1, 0, Sums()
         state.done = state.epoch > self.epochs

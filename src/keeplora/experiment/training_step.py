@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keeplora.errors import KeepLoraError, TrainingError
 from keeplora.experiment.kinds.base import TrainingObjective
 from keeplora.experiment.pictures import Batches
+from keeplora.tuner.memory import first_line, release_cached
 
 
 class Hooks(Protocol):
@@ -70,11 +71,10 @@ class Gradients:
             try:
                 return self._add(batch, parts, where)
             except torch.OutOfMemoryError as error:
-                told = str(error).splitlines()[0] if str(error) else "out of memory"
+                told = first_line(error)
             # Out here nothing holds the graph any more, so that its memory can be used again.
             forget()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_cached()
             largest = max(len(part["index"]) for part in parts)
             if largest <= 1:
                 raise KeepLoraError(
