@@ -274,10 +274,10 @@ def test_a_checkpoint_that_does_not_fit_is_told_and_the_task_starts_again(
 def test_another_configuration_or_ledger_starts_the_task_again(world, dead, tmp_path, capsys):
     path = world.copied(dead, tmp_path / "run")
     file = path / "config.yaml"
-    file.write_text(file.read_text().replace("r: 4", "r: 2"))
+    file.write_text(file.read_text().replace("batch_size: 8", "batch_size: 5"))
     Experiment.resume(path, quiet=True)
     assert "is not used: the configuration has changed; the task starts again" in capsys.readouterr().err
-    assert {f["rank"] for f in record_of(path, 2)["layers"].values()} == {2}
+    assert record_of(path, 2)["info"]["training"]["batch_size"] == 5
 
 
 def test_a_checkpoint_of_a_finished_task_is_dropped_in_silence(world, dead, tmp_path, capsys):
@@ -322,14 +322,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_checkpoint_to_go_on_from(world
     def part_loss(self, part, total):
         loss, logits = inner(self, part, total)
         steps.append(self.task.name)
-        return (loss * torch.tensor(1e38) * 1e-38 * 1e38 if steps.count("stripes") == 5 else loss), logits
+        if steps.count("stripes") == 5:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss, logits
 
     with monkeypatch.context() as patch:
         patch.setattr(TaskObjective, "part_loss", part_loss)
         with pytest.raises(TrainingError) as caught:
             Experiment(world.config(**changes, output=str(path)), quiet=True).run()
     told = str(caught.value)
-    assert re.search(r"task 'stripes', epoch 2, step 2: the (loss is inf|gradient of \S+ holds NaN or infinity)", told)
+    assert re.search(r"task 'stripes', epoch 2, step 2: the gradient of \S+ holds NaN or infinity \(samples", told)
     assert "keeplora resume RUN -o training.learning_rate=0.001" in told
     assert status_of(path)["state"] == "failed"
     assert state_of(path)["steps"] == 4

@@ -34,8 +34,9 @@ class BatchOrder(Sampler[list[int]]):
         return -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Drawn at the first batch and not before: a loader with workers begins a pass twice, and uses the second.
         skip, self._skip = self._skip, 0
-        return iter(self._draw()[skip:])
+        yield from self._draw()[skip:]
 
     def _draw(self) -> Sequence[list[int]]:
         raise NotImplementedError
