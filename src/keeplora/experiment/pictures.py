@@ -216,7 +216,11 @@ class MixedBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         skip, self._skip = self._skip, 0
         streams = [iter(task) for task in self._tasks]
-        for task in self._draw()[skip:]:
+        turns = self._draw()[skip:]
+        for i, stream in enumerate(streams):
+            if i not in turns:  # nothing of this pass is left of it: its order is passed over all the same
+                next(stream, None)
+        for task in turns:
             yield {**next(streams[task]), "task": task}
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
