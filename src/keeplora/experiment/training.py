@@ -121,6 +121,9 @@ class _Loop:
         state = self.state = restore(saved, self.names, self.parameters, self.optimizer)
         resume_schedule(self.scheduler, self._steps())
         self.batches.fast_forward(state.epoch - 1, state.step)
+        self.progress.line(
+            f"goes on from its checkpoint, after step {self._steps()} of {self.epochs * len(self.batches)}"
+        )
         for entry in state.log.epochs:
             self.on_epoch(entry)
         if state.learning_rate != self.rate and not state.done:
