@@ -35,6 +35,10 @@ class CapacityError(KeepLoraError):
     """No direction is left for a new task in any target."""
 
 
+class TrainingError(KeepLoraError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite; no weight has taken it in."""
+
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "your quota of disk space is used up; free some space",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -22,9 +23,11 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`.", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stopped:
+            how = next(iter(getattr(stopped, "__notes__", [])), "go on with `keeplora resume RUN`")
+            typer.echo(f"Interrupted. What was learned is kept; {how}.", err=True)
+            # As a shell tells it: 128 and the signal's number, 130 for Ctrl-C and 143 for SIGTERM.
+            raise typer.Exit(128 + getattr(stopped, "signal", signal.SIGINT)) from None
 
 
 app = typer.Typer(
@@ -75,7 +78,8 @@ def _hush() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130: interrupted."""
+    """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130, 143:
+    interrupted by Ctrl-C or SIGTERM."""
     _hush()
     try:
         return app(arguments, standalone_mode=True)

@@ -39,6 +39,7 @@ def run(
     from keeplora.cli.plan_text import print_plan
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
+    from keeplora.experiment.interrupt import listening
 
     overrides: dict[str, Any] = parse_overrides(set_ or [])
     given = {
@@ -61,7 +62,8 @@ def run(
         return
     if assume:
         raise ConfigError("--assume is for --dry-run: a run measures what a plan must assume")
-    experiment.run()
+    with listening():
+        experiment.run()
     finish(experiment.config.output_path, against or [])
 
 

@@ -1,9 +1,10 @@
-"""Tasks × one method → a run directory, one finished task at a time; a crash loses the task under way and no other."""
+"""Tasks × one method → a run directory, one finished task at a time; a crash loses what came after the last checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +14,21 @@ import torch
 from torch import nn
 
 from keeplora.errors import CapacityError, KeepLoraError
+from keeplora.experiment.checkpoint import CheckpointError, Checkpoints, Identity, Keeper, Snapshot
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
 from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import Scores, build_results, comparison_key, data_entries, peak_memory
+from keeplora.experiment.resuming import check_changes, identity_of
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.training import Selection, train_task
 from keeplora.methods import method_names
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner
+from keeplora.tuner.task import TaskState
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
 """Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
@@ -64,10 +68,18 @@ class Experiment:
             return _begin(setup, directory, self.quiet).go()
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], *, quiet: bool | None = None) -> dict[str, Any]:
-        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way starts again."""
+    def resume(
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None
+    ) -> dict[str, Any]:
+        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way from its checkpoint.
+
+        Args:
+            overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`.
+        """
+        check_changes(overrides or {})
         with RunDirectory.open_existing(path) as directory:
-            config = load_config(directory.read_config(), {"output": str(path)}, known_methods=method_names())
+            changes = {**(overrides or {}), "output": str(path)}
+            config = load_config(directory.read_config(), changes, known_methods=method_names())
             experiment = cls(config, quiet=quiet)
             setup = experiment.setup
             key = [(e["name"], e["fingerprint"]) for e in directory.read_data()]
@@ -77,10 +89,23 @@ class Experiment:
                     f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
                     "numbers would not belong together; restore them, or start a new run"
                 )
+            if overrides:
+                directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             return _Run(setup, directory, learner, quiet).go()
+
+
+def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]:
+    """What the learner and the runner put into a checkpoint."""
+    if saved is None:
+        return None, {}
+    tensors, values = saved
+    own = {key.removeprefix("learner/"): t for key, t in tensors.items() if key.startswith("learner/")}
+    if not isinstance(values.get("learner"), dict) or "warnings" not in values.get("run", {}):
+        raise CheckpointError("it is not complete")
+    return TaskState(own, values["learner"]), values["run"]
 
 
 def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> _Run:
@@ -101,6 +126,7 @@ class _Run:
         self.config = setup.config
         self.directory = directory
         self.learner = learner
+        self.checkpoints = Checkpoints(directory.path)
         self.progress = Progress(quiet)
         if directory.warning:
             self.progress.line(f"warning: {directory.warning}")
@@ -120,6 +146,7 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         done = len(self.learner.records)
+        self.checkpoints.drop_finished(done)
         try:
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
@@ -145,7 +172,8 @@ class _Run:
                     self._score_last(i)
                     if os.environ.get(STOP_AFTER) == str(i):
                         raise KeyboardInterrupt
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"go on with `keeplora resume {shlex.quote(str(self.directory.path))}`")
             self.loggers.close("interrupted")
             self._leave("interrupted", "interrupted; go on with `keeplora resume`")
             raise
@@ -279,6 +307,25 @@ class _Run:
         return {name: value for name, value in out.items() if value is not None}
 
     def _learn(self, task: Any, index: int) -> None:
+        """Teach the task, from its checkpoint where there is one that fits, and delete that when the ledger holds the task."""
+        setup = self.setup
+        identity = identity_of(
+            self.config, self.directory.ledger_path, setup.tasks, setup.probes, index, setup.family.device.type
+        )
+        warned = list(self.warnings)
+        try:
+            saved = self.checkpoints.read(identity)
+            if saved is not None:
+                self._learn_from(task, index, identity, saved)
+        except CheckpointError as error:
+            self.progress.line(f"the checkpoint of task {task.name!r} is not used: {error}; the task starts again")
+            self.checkpoints.clear()
+            self.warnings, saved = warned, None
+        if saved is None:
+            self._learn_from(task, index, identity, None)
+        self.checkpoints.clear()
+
+    def _learn_from(self, task: Any, index: int, identity: Identity, saved: Snapshot | None) -> None:
         setup, training = self.setup, self.config.training.for_task(task.name)
         seed = self.config.seed * 100_003 + index
         torch.manual_seed(seed)
@@ -293,11 +340,15 @@ class _Run:
             self.learner.sit_out(task.name, info)
             return
         objective = setup.kind.objective(task)
-        started = time.perf_counter()
+        before, earlier = _parts_of(saved)
+        started = time.perf_counter() - earlier.get("elapsed", 0.0)
         with self._noting_warnings():
-            setup.kind.prepare_head(objective, data, training)
+            if saved is None:
+                setup.kind.prepare_head(objective, data, training)
+            elif "parameter/head" in saved[0]:
+                objective.head = nn.Parameter(saved[0]["parameter/head"].to(setup.family.device))
             self.learner.config = setup.tuner_config(task)
-            self.progress.phase("statistics")
+            self.progress.phase("statistics" if saved is None else "opening the checkpoint")
             accept = self.config.accept
             reference = None
             if setup.reference is not None:
@@ -307,12 +358,29 @@ class _Run:
                     task.name, **setup.kind.statistics(objective, data, training, self.learner.config, seed),
                     accept=accept.model_dump() if accept else None,
                     evaluate=(lambda: self._guard_scores(index - 1)) if accept else None, reference=reference,
+                    saved=before,
                 )  # fmt: skip
             except CapacityError as error:
                 self._sit_out(task, info, str(error))
                 return
+            except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+                if saved is None:
+                    raise
+                raise CheckpointError(f"it is not complete ({error})") from None
+        if saved is not None:
+            self.warnings = list(earlier["warnings"])  # what opening the task warned of is among them
+
+        def more() -> Snapshot:
+            state = self.learner.task_state()
+            run = {"elapsed": time.perf_counter() - started, "warnings": self.warnings}
+            return {f"learner/{k}": v for k, v in state.tensors.items()}, {"learner": state.values, "run": run}
+
+        keeper = Keeper(
+            self.checkpoints, identity, minutes=training.checkpoint_minutes, steps=training.checkpoint_steps,
+            more=more, tell=self.progress.line, saved=saved,
+        )  # fmt: skip
         try:
-            log = self._train(model, objective, training, seed, task)
+            log = self._train(model, objective, training, seed, task, keeper)
             info["seconds"] = {"training": round(log.seconds, 3)}
             info |= {"epochs": log.epochs, "best_epoch": log.best_epoch}
             tensors = {}
@@ -331,7 +399,9 @@ class _Run:
             return
         record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
 
-    def _train(self, model: nn.Module, objective: Any, training: TrainingConfig, seed: int, task: Any) -> Any:
+    def _train(
+        self, model: nn.Module, objective: Any, training: TrainingConfig, seed: int, task: Any, keeper: Keeper
+    ) -> Any:
         kind, sets = self.setup.kind, self.setup.sets
         batches: Batches = kind.batches(objective, sets[task.name].train, training, seed)
         if self._joint:
@@ -340,7 +410,7 @@ class _Run:
         return train_task(
             model, objective, batches, training, hooks=self.learner, progress=self.progress,
             on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
-            selection=None if self._joint else self._selection(task, objective),
+            selection=None if self._joint else self._selection(task, objective), keeper=keeper, warn=self._warning,
         )  # fmt: skip
 
     def _sit_out(self, task: Any, info: dict[str, Any], why: str) -> None:
