@@ -14,7 +14,7 @@ from tests.torture.crash_world import SUMMARY, Runs, Server
 
 ONE = {"tasks": [{"name": "stripes", "source": "folder", "path": "stripes"}], "probes": []}
 TWO = {"tasks": [{"name": name, "source": "folder", "path": name} for name in ("stripes", "dots")]}
-QUICK = {"training": {"epochs": 1, "batch_size": 10}, "tuner": {"r": 2}}
+QUICK = {"training": {"epochs": 1, "batch_size": 10, "checkpoint_steps": 1}, "tuner": {"r": 2}}
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 PHASES = (
-    "start-up", "statistics", "training", "merge", "features", "ledger", "evaluation", "results", "report", "end",
+    "start-up", "statistics", "training", "checkpoint", "merge", "features", "ledger", "evaluation", "results", "report", "end",
 )  # fmt: skip
 #: Which calls are phases: module, class or None, function, phase.
 _CALLS = (
     ("keeplora.tuner.learner", "ContinualLearner", "finish_task", "merge"),
     ("keeplora.tuner.learner", "ContinualLearner", "_protect", "features"),
     ("keeplora.tuner.ledger", "Ledger", "append", "ledger"),
+    ("keeplora.experiment.checkpoint", "Checkpoints", "write", "checkpoint"),
     ("keeplora.experiment.runner", "_Run", "_evaluate", "evaluation"),
     ("keeplora.experiment.runner", "_Run", "_write", "results"),
     ("keeplora.experiment.runner", "_Run", "_score_last", "results"),

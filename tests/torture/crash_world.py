@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.tuner.ledger import Ledger
+from keeplora.tuner.ledger_check import verify
 from tests.cli.tiny_world import ledger_tensors, results_of, same_tensors, status_of
 from tests.torture.crash_faults import Fault
 
@@ -133,7 +134,7 @@ def assert_whole(run: Path) -> None:
             assert file.read_text(encoding="utf-8").rstrip().endswith("</html>")
     RunDirectory(run).read_events()
     if (run / "ledger").is_dir():
-        Ledger.open(run / "ledger").records()  # seals, hashes and the chain of parents
+        verify(Ledger.open(run / "ledger"))  # what `keeplora ledger verify` does
 
 
 def strays(folder: Path) -> list[str]:
@@ -141,16 +142,16 @@ def strays(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if _STRAY.search(path.name)]
 
 
+def files(run: Path) -> set[str]:
+    """Names of everything in a run's folder."""
+    return {str(path.relative_to(run)) for path in run.rglob("*")}
+
+
 def finished_tasks(run: Path) -> dict[str, str]:
-    """Of each task in the ledger, the SHA-256 of all its record's bytes."""
-    out = {}
-    for folder in sorted((run / "ledger").glob("0*")):
-        digest = hashlib.sha256()
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                digest.update(file.name.encode() + file.read_bytes())
-        out[folder.name] = digest.hexdigest()
-    return out
+    """Of each task in the ledger, the SHA-256 of its record and its tensors."""
+    folders = sorted((run / "ledger").glob("0*"))
+    names = ("record.json", "tensors.safetensors")
+    return {f.name: hashlib.sha256(b"".join((f / name).read_bytes() for name in names)).hexdigest() for f in folders}
 
 
 def _told(run: Path) -> dict[str, Any]:
@@ -179,9 +180,8 @@ def assert_as_undisturbed(run: Path, straight: Path, *, report: bool = True) -> 
     assert (status["state"], status["error"]) == ("finished", None)
     assert status["tasks_done"] == len(finished_tasks(straight))
     assert status["seconds"] >= 0
-    assert (run / "report.html").is_file() or not report
-    left = {path.name for path in run.iterdir()} - {path.name for path in straight.iterdir()}
-    assert left == set(), left
+    expected = files(straight) - (set() if report else {"report.html"})
+    assert files(run) == expected, f"missing: {expected - files(run)}, too many: {files(run) - expected}"
 
 
 @dataclass

@@ -186,6 +186,10 @@ class _Run:
                 elif done == rows:  # killed between the ledger's record and its scores
                     self._log_epochs(done)
                     self._score_last(done)
+                elif settled and any(
+                    settled[-1] is r for r in self.learner.records
+                ):  # killed, perhaps, before the ledger had the row
+                    self._keep_row(done, again=False)
                 for i in range(done + 1, len(self.setup.tasks) + 1):
                     task = self.setup.tasks[i - 1]
                     self.progress.task(task.name, i, len(self.setup.tasks))
@@ -245,12 +249,16 @@ class _Run:
         record.info["seconds"]["evaluation"] = round(self.evaluation_seconds, 3)
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
-        if self.learner._ledger is not None:
-            seconds = record.info["seconds"]
-            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], seconds)
-            self.learner._ledger.write_metrics(record.entry, row)
+        self._keep_row(i)
         self.directory.set_status(tasks_done=i)
         self._report()
+
+    def _keep_row(self, i: int, *, again: bool = True) -> None:
+        """Row ``i`` beside the record of its task; not ``again``: only where none is kept yet."""
+        record, ledger = self._record(i), self.learner._ledger
+        if ledger is not None and (again or ledger.entries()[record.entry - 1].metrics() is None):
+            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], record.info["seconds"])
+            ledger.write_metrics(record.entry, row)
 
     def _write(self) -> dict[str, Any]:
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
