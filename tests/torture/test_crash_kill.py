@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from keeplora.files import sweep
+from keeplora.yaml_text import dump_yaml
+from tests.experiment.generation_world import make_world
 from tests.torture.crash_faults import Fault
 from tests.torture.crash_server import PHASES
 from tests.torture.crash_world import CHECKOUT, Answer, Runs, Tally, assert_whole, tally
@@ -76,18 +78,17 @@ def content(run: Path) -> str:
     return repr([(str(path.relative_to(run)), path.read_bytes()) for path in names])
 
 
-def test_the_state_before_every_write_can_be_gone_on_with(one, tmp_path):
+def go_on_from_every_state(runs: Runs, photos: Path, counts: Tally) -> None:
     """A copy of the folder taken before each operation is what a kill there leaves; those that differ are gone on with."""
-    photos, counts = tmp_path / "photos", tally("states between two writes")
     photos.mkdir()
-    run = one.new()
-    trace = one.go(run, Fault(photos=str(photos)), trace=True)
+    run = runs.new()
+    trace = runs.go(run, Fault(photos=str(photos)), trace=True)
     assert trace.code == 0, trace.err
     seen: set[str] = set()
     for photo in sorted(photos.iterdir()):
         counts["looked at"] += 1
         assert_whole(photo)
-        copy = one.new()
+        copy = runs.new()
         shutil.copytree(photo, copy)
         sweep(copy)
         if (state := content(copy)) not in seen:
@@ -96,12 +97,29 @@ def test_the_state_before_every_write_can_be_gone_on_with(one, tmp_path):
             shutil.move(photo, copy)  # with what the kill left unfinished
             counts["gone on with"] += 1
             try:
-                one.end(copy, {}, counts)
+                runs.end(copy, {}, counts)
             except AssertionError as error:
                 raise AssertionError(f"the state before {trace.operations()[int(photo.name) - 1]}: {error}") from error
         shutil.rmtree(copy)
-    assert counts["looked at"] >= 100
     assert len(seen) >= 20
+
+
+def test_the_state_before_every_write_can_be_gone_on_with(one, tmp_path):
+    counts = tally("states between two writes")
+    go_on_from_every_state(one, tmp_path / "photos", counts)
+    assert counts["looked at"] >= 100
+
+
+@pytest.mark.torture
+def test_the_states_of_a_generative_run(server, tmp_path):
+    """Answers and samples are files too."""
+    values = make_world(tmp_path)
+    values |= {"tasks": values["tasks"][:1], "training": {**values["training"], "epochs": 1, "checkpoint_steps": 2}}
+    file = tmp_path / "e.yaml"
+    file.write_text(dump_yaml(values), encoding="utf-8")
+    runs = Runs.of(server, file, tmp_path)
+    assert list((runs.straight / "predictions").rglob("*.jsonl"))
+    go_on_from_every_state(runs, tmp_path / "photos", tally("states between two writes of a generative run"))
 
 
 @pytest.mark.torture
