@@ -44,8 +44,6 @@ _ADVICE = {
     errno.EDQUOT: "your quota of disk space is used up; free some space",
     errno.EFBIG: "it is larger than the system lets one file be",
     errno.EROFS: "it lies on a read-only file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
     errno.EIO: "the disk or network drive failed (input/output error)",
 }
 

@@ -171,7 +171,7 @@ def test_a_sample_on_a_failing_disk(one, file):
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.EROFS, "it lies on a read-only file system"), (errno.EACCES, "permission denied")]
+    ("code", "words"), [(errno.EROFS, "it lies on a read-only file system"), (errno.EACCES, "Permission denied")]
 )
 def test_a_new_run_where_nothing_can_be_written(one, code, words):
     run = one.new()
@@ -182,7 +182,7 @@ def test_a_new_run_where_nothing_can_be_written(one, code, words):
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_resume_and_report_where_nothing_can_be_written(one, stopped, two, code):
-    words = {errno.EROFS: "it lies on a read-only file system", errno.EACCES: "permission denied"}[code]
+    words = {errno.EROFS: "it lies on a read-only file system", errno.EACCES: "Permission denied"}[code]
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     fault = Fault(at=1, how="fail", error=code)
     assert sentence(two.go(stopped, fault)) == f"Error: {stopped} cannot be written to: {words}"
