@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -31,6 +33,42 @@ class LedgerError(KeepLoraError):
 
 class CapacityError(KeepLoraError):
     """No direction is left for a new task in any target."""
+
+
+class TrainingError(KeepLoraError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite; no weight has taken it in."""
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "your quota of disk space is used up; free some space",
+    errno.EFBIG: "it is larger than the system lets one file be",
+    errno.EROFS: "it lies on a read-only file system",
+    errno.EIO: "the disk or network drive failed (input/output error)",
+}
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in words that say what to do.
+
+    >>> reason(OSError(errno.ENOSPC, "No space left on device"))
+    'the disk is full; free some space'
+    """
+    return _ADVICE.get(error.errno or 0, error.strerror or str(error))
+
+
+def file_error(error: OSError) -> str:
+    """What the system said of a file, in one sentence that names it.
+
+    >>> file_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/status.json"))
+    'runs/a/status.json: the disk is full; free some space, then do the same again (a run goes on with `keeplora resume`)'
+    >>> file_error(OSError(errno.EROFS, "Read-only file system", "runs/a/report.html"))
+    'runs/a/report.html: it lies on a read-only file system'
+    """
+    told = reason(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        told += ", then do the same again (a run goes on with `keeplora resume`)"
+    return f"{os.fsdecode(error.filename)}: {told}"
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

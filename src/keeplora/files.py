@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|part)")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def _sync_dir(path: Path) -> None:
@@ -23,22 +35,94 @@ def _sync_dir(path: Path) -> None:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name ``path``: a failed write names no file, a hidden one means nothing to a reader, and safetensors
+    has errors of its own."""
+    try:
+        yield
+    except OSError as error:
+        foreign = error.filename is not None and f".{path.name}." not in os.fsdecode(error.filename)
+        if error.errno is None or foreign:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        if not (found := _OS_ERROR.search(str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextlib.contextmanager
+def _held(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Lock what is being written, so that `sweep` can tell it from the remains of a process that died."""
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _abandoned(path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Delete what writers that were killed left unfinished anywhere below ``folder``; a living writer's is left alone.
+
+    Call it where no new writer can begin meanwhile: under the folder's lock. What cannot be deleted stays.
+    """
+    for base, folders, files in os.walk(folder):
+        for name in filter(_UNFINISHED.fullmatch, [*folders, *files]):
+            if _abandoned(path := Path(base, name)):
+                _remove(path)
+        folders[:] = [name for name in folders if not _UNFINISHED.fullmatch(name)]
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write ``data`` to ``path`` so that a reader (or a crash) sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    with _named(path):
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with _held(name):
+                with os.fdopen(fd, "wb") as handle:
+                    handle.write(data)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.chmod(name, 0o644)
+                os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
     _sync_dir(path.parent)
     return path
 
@@ -63,18 +147,23 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists():
         raise FileExistsError(f"{path} exists")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
-        yield part
-        for file in part.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        os.chmod(part, 0o755)
-        os.rename(part, path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        if _abandoned(left):
+            _remove(left)
+    with _named(path):
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        try:
+            with _held(part):
+                yield part
+                for file in part.rglob("*"):
+                    if file.is_file():
+                        with open(file, "rb") as handle:
+                            os.fsync(handle.fileno())
+                os.chmod(part, 0o755)
+                os.rename(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
     _sync_dir(path.parent)
 
 

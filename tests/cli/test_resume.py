@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -87,20 +88,26 @@ def test_killed_between_the_record_and_its_scores(world, cli, process, tmp_path)
     assert_as_undisturbed(path, straight)
 
 
-def test_ctrl_c_ends_with_130_and_can_be_resumed(world, cli, process, tmp_path):
+@pytest.mark.parametrize(("number", "status_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_end_and_keeps_it(world, cli, process, tmp_path, number, status_code):
     path, file = tmp_path / "run", world.yaml(tmp_path / "e.yaml", training=SLOW)
     child = process("-m", "keeplora", "run", file, "--output", path)
     metrics = path / "metrics.jsonl"
     wait_for(child, lambda: metrics.exists() and '"epoch","task":"stripes","epoch":2' in metrics.read_text())
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     out, err = child.communicate(timeout=600)
-    assert child.returncode == 130
+    assert child.returncode == status_code
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`."
+    assert err.splitlines()[-1] == f"Interrupted. What was learned is kept; go on with `keeplora resume {path}`."
     assert out == ""
     status = status_of(path)
     assert (status["state"], status["tasks_done"]) == ("interrupted", 1)
-    assert cli("resume", path).code == 0
+    (kept,) = (path / "checkpoint").glob("*/state.json")
+    steps = json.loads(kept.read_text())["steps"]
+    assert steps > 6  # two epochs of three steps were told of
+    answer = cli("resume", path)
+    assert answer.code == 0
+    assert f"  goes on from its checkpoint, after step {steps} of 180\n" in answer.err
     assert_as_undisturbed(path, world.run(training=SLOW)[0])
 
 

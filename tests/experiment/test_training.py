@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from keeplora.errors import KeepLoraError, TrainingError
 from keeplora.experiment.config import load_config
 from keeplora.experiment.device import Precision
 from keeplora.experiment.objective import TaskObjective
-from keeplora.experiment.pictures import Collate, MixedBatches, TaskBatches, loader
+from keeplora.experiment.order import ShuffledBatches
+from keeplora.experiment.pictures import Collate, MixedBatches, TaskBatches, shuffled_loader
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.training import Selection, train_task
 
@@ -31,6 +34,8 @@ class Points(Dataset):
 
     def where(self, i: int) -> str:
         return f"point-{i}.png"
+
+    videos = False
 
     def __len__(self) -> int:
         return N
@@ -72,16 +77,26 @@ def training(**changes):
 
 class Hooks:
     model: nn.Module
+    penalty_of_batch: ClassVar[bool] = False
+    largest: tuple[str, float] | None = None
 
     def penalty(self, batch, logits):
         return None
+
+    def largest_update(self):
+        return self.largest
 
     def after_step(self):
         pass
 
 
+def cut(part, size):
+    return [{k: v[i : i + size] for k, v in part.items()} for i in range(0, len(part["labels"]), size)]
+
+
 def batches_of(data, size, collate, seed):
-    return TaskBatches(data, loader(data, size, collate, shuffle_seed=seed))
+    order = ShuffledBatches(len(data), size, seed)
+    return TaskBatches(data, order, shuffled_loader(data, order, collate), cut)
 
 
 def run(*, hooks=None, head=False, selection=None, seed=3, frozen=(), broken_at=None, **changes):
@@ -211,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures():
     told = str(caught.value)
     assert "task 'plane', epoch 2, step 2: the loss is" in told
     assert f"point-{order[0]}.png, point-{order[1]}.png, point-{order[2]}.png, …" in told
-    assert "nothing of this task is kept" in told
+    assert "no weight has taken it in" in told
 
 
 def test_gradients_are_clipped():
@@ -316,3 +331,163 @@ def test_parts_of_a_batch_add_up_to_the_batch(size):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["penalty"] == pytest.approx(other["penalty"], rel=1e-5)
         assert "train_accuracy" not in other
+
+
+# ---- what must not reach a weight, and what must be told ----------------------------------------------------------------
+
+
+class Spoilt(Hooks):
+    """The gradient of one parameter is no number, though the loss is finite: of step ``at`` alone."""
+
+    at, calls = 5, 0
+
+    def penalty(self, batch, logits):
+        self.calls += 1
+        if self.calls != self.at:
+            return None
+        zero = self.model.bias.sum() * 0
+        zero.register_hook(lambda gradient: gradient * torch.nan)
+        return zero
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_is_refused_before_a_weight_moves(clip):
+    hooks = Spoilt()
+    with pytest.raises(TrainingError) as caught:
+        run(hooks=hooks, grad_clip=clip)
+    order = run().objective.order[N + 8 : N + 11]
+    told = str(caught.value)
+    assert "task 'plane', epoch 2, step 2: the gradient of bias holds NaN or infinity" in told
+    assert f"(samples point-{order[0]}.png, point-{order[1]}.png, point-{order[2]}.png, …)" in told
+    assert "keeplora resume RUN -o training.learning_rate=0.005" in told
+    before = Stopped()
+    with pytest.raises(KeyError):
+        run(hooks=before, grad_clip=clip)
+    assert torch.equal(hooks.model.weight, before.model.weight)  # as the step before left them
+    assert torch.equal(hooks.model.bias, before.model.bias)
+
+
+class Stopped(Hooks):
+    """Leaves the loop as the fifth step begins."""
+
+    calls = 0
+
+    def penalty(self, batch, logits):
+        self.calls += 1
+        if self.calls == 5:
+            raise KeyError
+
+
+def test_a_gradient_s_norm_beyond_float32_is_refused_too():
+    class Huge(Hooks):
+        def penalty(self, batch, logits):
+            return self.model.weight.sum() * 1e30
+
+    with pytest.raises(TrainingError, match="step 1: the gradients' norm is beyond float32"):
+        run(hooks=Huge())
+
+
+def test_an_update_that_outgrows_its_weights_is_told_once():
+    class Grown(Hooks):
+        asked = 0
+
+        def largest_update(self):
+            self.asked += 1
+            return "block.3.q", 0.9 if self.asked < 2 else 1.5
+
+    hooks = Grown()
+    done = run(hooks=hooks, epochs=4)
+    line = (
+        "task 'plane', epoch 2, step 3: the update of block.3.q has grown to 1.5 times the norm of its weights; a lower "
+        "training.learning_rate is advised"
+    )
+    assert done.text.count(line) == 1
+    assert done.text.count("has grown") == 1
+    assert hooks.asked == 2  # at the end of each epoch, until it was told
+
+
+# ---- a GPU whose memory is full ------------------------------------------------------------------------------------------
+
+
+class Small(Plane):
+    """A model whose memory holds ``most`` samples."""
+
+    most = 3
+    sizes: list[int]
+
+    def part_loss(self, part, total):
+        self.sizes.append(len(part["labels"]))
+        if len(part["labels"]) > self.most:
+            (self.model.weight * torch.zeros(())).sum().backward()  # part of a gradient is there already
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore words")
+        return super().part_loss(part, total)
+
+
+def trained_in(most: int, hooks: Hooks | None = None, **changes):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    objective = Small(model)
+    objective.most, objective.sizes = most, []
+    objective.text_batch = {}
+    hooks = hooks or Hooks()
+    hooks.model = model
+    stream, gradients = io.StringIO(), []
+    config = training(epochs=2, **changes)
+    inner = hooks.after_step
+
+    def after_step():
+        inner()
+        gradients.append([p.grad.clone() for p in model.parameters()])  # type: ignore[union-attr]
+
+    hooks.after_step = after_step  # type: ignore[method-assign]
+    log = train_task(
+        model, objective, batches_of(Points(), 8, objective.collate, 1), config, hooks=hooks,
+        progress=Progress(True, stream), on_epoch=lambda entry: None,
+    )  # fmt: skip
+    return SimpleNamespace(model=model, log=log, sizes=objective.sizes, text=stream.getvalue(), gradients=gradients)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [8, 4, 2]), (4, [8, 4]), (1, [8, 4, 2, 1])])
+def test_a_full_memory_halves_the_batch_and_keeps_its_gradient(most, sizes):
+    whole, parts = trained_in(8), trained_in(most)
+    for one, other in zip(whole.gradients, parts.gradients, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert parts.sizes[: len(sizes)] == sizes  # tried, and halved
+    assert max(parts.sizes[len(sizes) :]) == sizes[-1]  # remembered for the rest of the task
+    assert parts.text.count("the memory did not hold") == len(sizes) - 1
+    assert (
+        f"task 'plane', epoch 1, step 1: the memory did not hold 8 samples at once; from here on the task's batches go "
+        f"through the model in parts of at most {sizes[1]}"
+    ) in parts.text
+    for one, other in zip(whole.log.epochs, parts.log.epochs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["train_accuracy"] == other["train_accuracy"]
+
+
+def test_a_memory_that_holds_no_sample_is_a_sentence():
+    with pytest.raises(KeepLoraError) as caught:
+        trained_in(0)
+    told = str(caught.value)
+    assert told.startswith("task 'plane', epoch 1, step 1: not even one sample fits the memory (CUDA out of memory.")
+    assert "more words" not in told
+    assert "learning_rate" not in told
+
+
+def test_a_penalty_made_of_the_batch_is_taken_of_every_part():
+    class OfBatch(Hooks):
+        penalty_of_batch = True
+
+        def penalty(self, batch, logits):
+            return logits.square().mean()
+
+    class OfStep(Hooks):
+        def penalty(self, batch, logits):
+            return self.model.weight.square().sum()
+
+    for hooks in (OfBatch, OfStep):
+        whole, parts = trained_in(8, hooks()), trained_in(2, hooks())
+        for one, other in zip(whole.gradients, parts.gradients, strict=True):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert whole.log.epochs[0]["penalty"] == pytest.approx(parts.log.epochs[0]["penalty"], rel=1e-5)

@@ -249,3 +249,41 @@ def test_towers_get_their_own_rank_and_scale():
             assert learner.U[name].shape[1] > 0
     learner.abort_task()
     assert hooks(learner.model) == []
+
+
+def test_the_largest_update_is_that_of_the_whole_product():
+    learner = ContinualLearner(make_net(blocks=3), config(gamma=0.2, lora_alpha=6))
+    learner.start_task("a", loader(), loss_fn)
+    assert learner._open is not None
+    adapter = learner._open.adapter
+    assert adapter is not None
+    told = learner.largest_update()
+    assert told is not None
+    assert told[1] == 0.0  # B = 0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in adapter.targets:
+            adapter.weights(name)[1].normal_()
+    ratios = {
+        name: float((adapter.targets[name].s * B @ A).norm() / learner.store.W0[name].norm())
+        for name in adapter.targets for A, B in [[w.detach() for w in adapter.weights(name)]]
+    }  # fmt: skip
+    layer, ratio = learner.largest_update() or ("", 0.0)
+    assert layer == max(ratios, key=ratios.__getitem__)
+    assert ratio == pytest.approx(ratios[layer], rel=1e-5)
+
+
+def test_a_task_opened_again_takes_no_statistics(opened):
+    learner, _ = opened
+    state = learner.task_state()
+    again = ContinualLearner(make_net(blocks=3), config(gamma=0.2, lora_alpha=6))
+
+    def never(*args):
+        raise AssertionError("the statistics were taken again")
+
+    model = again.start_task("a", [], never, saved=state)
+    one, other = A_of(opened[1]), A_of(model)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert again.task_state().values == state.values
+    assert all(not p.requires_grad for p in A_of(model).values())

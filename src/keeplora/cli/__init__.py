@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from keeplora.cli import assets, audit, compare, export, ledger, methods, predict, report, resume, run, suites, tune
-from keeplora.errors import KeepLoraError
+from keeplora.errors import KeepLoraError, file_error
 
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -22,9 +23,11 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("Interrupted. Finished tasks are kept; go on with `keeplora resume RUN`.", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stopped:
+            how = next(iter(getattr(stopped, "__notes__", [])), "go on with `keeplora resume RUN`")
+            typer.echo(f"Interrupted. What was learned is kept; {how}.", err=True)
+            # As a shell tells it: 128 and the signal's number, 130 for Ctrl-C and 143 for SIGTERM.
+            raise typer.Exit(128 + getattr(stopped, "signal", signal.SIGINT)) from None
 
 
 app = typer.Typer(
@@ -76,7 +79,8 @@ def _hush() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130: interrupted."""
+    """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130, 143:
+    interrupted by Ctrl-C or SIGTERM."""
     _hush()
     try:
         return app(arguments, standalone_mode=True)
@@ -87,5 +91,5 @@ def main(arguments: list[str] | None = None) -> Any:
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        print(f"Error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"Error: {file_error(error)}", file=sys.stderr)
     sys.exit(1)

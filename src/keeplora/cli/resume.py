@@ -11,13 +11,20 @@ import typer
 def resume(
     directory: Annotated[Path, typer.Argument(help="The run directory.")],
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--set", help="Change a training rate: -o training.learning_rate=1e-4. Repeatable."),
+    ] = None,
     against: Annotated[
         list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
     ] = None,
 ) -> None:
-    """Go on after a crash: finished tasks are kept, the one under way starts again, the numbers end the same."""
+    """Go on after a crash, from the last checkpoint of the task under way; the numbers end the same."""
     from keeplora.cli.run import finish
     from keeplora.experiment import Experiment
+    from keeplora.experiment.config import parse_overrides
+    from keeplora.experiment.interrupt import listening
 
-    Experiment.resume(directory, quiet=quiet or None)
+    with listening():
+        Experiment.resume(directory, parse_overrides(set_ or []), quiet=quiet or None)
     finish(directory, against or [])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 
 
 def run(
@@ -39,6 +39,7 @@ def run(
     from keeplora.cli.plan_text import print_plan
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
+    from keeplora.experiment.interrupt import listening
 
     overrides: dict[str, Any] = parse_overrides(set_ or [])
     given = {
@@ -61,7 +62,8 @@ def run(
         return
     if assume:
         raise ConfigError("--assume is for --dry-run: a run measures what a plan must assume")
-    experiment.run()
+    with listening():
+        experiment.run()
     finish(experiment.config.output_path, against or [])
 
 
@@ -72,7 +74,6 @@ def finish(path: Path, against: list[Path]) -> None:
     from keeplora.report import find_comparable, load_results, render_report
     from keeplora.report.terminal import matrix_table, results_table
 
-    report = render_report(path, against)
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
@@ -81,4 +82,13 @@ def finish(path: Path, against: list[Path]) -> None:
     paths = {other.resolve(): other for other in [*against, *find_comparable(path)]}
     others = [load_results(other) for other in paths.values()]
     console.print(results_table([results, *others]))
+    try:
+        report = render_report(path, against)
+    except (KeepLoraError, OSError):  # OSError: the command line has a sentence for it
+        raise
+    except Exception as error:
+        raise KeepLoraError(
+            f"the run is finished and its results are kept, but report.html could not be made ({type(error).__name__}: "
+            f"{error}); `keeplora report {path}` tries it again"
+        ) from error
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)

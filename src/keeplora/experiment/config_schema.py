@@ -123,6 +123,12 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory in a generative model")
     workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
+    checkpoint_minutes: float | None = Field(
+        default=5.0, gt=0, description="minutes between two checkpoints of the task under way; None: none at intervals"
+    )
+    checkpoint_steps: Count | None = Field(
+        default=None, description="optimiser steps between two checkpoints, beside the minutes; None: none"
+    )
 
     def for_task(self, task: str) -> TrainingConfig:
         """The same settings with this task's own epochs (int) and learning_rate (float)."""

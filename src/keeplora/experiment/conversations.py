@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from keeplora.data.conversations import ConversationSet
 from keeplora.data.video import FrameCache, Sampling
+from keeplora.experiment.order import BatchOrder, LengthBatches, ShuffledBatches
 from keeplora.experiment.pictures import TensorCache
-from keeplora.models.generative import Generative, length_grouped
+from keeplora.models.generative import Generative
 
 Item = Mapping[str, Any]
 
@@ -71,20 +72,6 @@ class ConversationTensors(Dataset[dict[str, Any]]):
         return {**item, "index": torch.tensor([index])}
 
 
-class LengthBatches(Sampler[list[int]]):
-    """Batches of items of like length, in another order every time; what is drawn depends on ``seed`` alone."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size = list(lengths), batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self._lengths) // self._batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from length_grouped(range(len(self._lengths)), self._lengths, self._batch_size, self._generator)
-
-
 class Parts:
     """A collate function: the items of a step as joined parts of at most ``size``."""
 
@@ -111,16 +98,29 @@ def chosen_loader(
     return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
-def training_loader(
-    data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], *, workers: int, seed: int, grouped: bool
-) -> DataLoader[Any]:
-    """A loader in a new random order every epoch; ``grouped`` brings items of like length together."""
-    # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
-    generator = torch.Generator().manual_seed(seed)
-    # Workers live as long as the task: what they have decoded is there in the next epoch.
-    shared: dict[str, Any] = {
-        "collate_fn": collate, "num_workers": workers, "generator": generator, "persistent_workers": workers > 0,
-    }  # fmt: skip
+def training_order(data: ConversationTensors, batch_size: int, *, seed: int, grouped: bool) -> BatchOrder:
+    """A new random order every epoch; ``grouped`` brings items of like length together."""
     if grouped:
-        return DataLoader(data, batch_sampler=LengthBatches(data.lengths, batch_size, seed), **shared)
-    return DataLoader(data, batch_size=batch_size, shuffle=True, **shared)
+        return LengthBatches(data.lengths, batch_size, seed)
+    return ShuffledBatches(len(data), batch_size, seed)
+
+
+def training_loader(
+    data: ConversationTensors, order: BatchOrder, collate: Callable[[Any], Any], *, workers: int
+) -> DataLoader[Any]:
+    """A loader of the batches of ``order``."""
+    return DataLoader(
+        data, batch_sampler=order, collate_fn=collate, num_workers=workers,
+        # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
+        generator=torch.Generator(),
+        # Workers live as long as the task: what they have decoded is there in the next epoch.
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+
+
+def split_conversations(
+    data: ConversationTensors, join: Callable[[Sequence[Item]], dict[str, Tensor]], part: Item, size: int
+) -> list[dict[str, Tensor]]:
+    """The samples of a joined part, joined again as parts of at most ``size``."""
+    indices = part["index"].tolist()
+    return [join([data[i] for i in indices[start : start + size]]) for start in range(0, len(indices), size)]

@@ -14,6 +14,7 @@ from keeplora.experiment.candidates import Candidates
 from keeplora.experiment.device import Precision
 from keeplora.experiment.pictures import Collate, PictureTensors, loader
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.tuner.memory import Pieces, halved
 
 HEAD_SCALE = 30.0
 """Scale of the class-weight cosines that the "cls" variant adds to the logits (METHOD.md)."""
@@ -82,10 +83,19 @@ class TaskObjective:
     def count(self, part: Mapping[str, Tensor]) -> int:
         return len(part["labels"])
 
+    def split(self, part: Mapping[str, Tensor], size: int) -> list[Mapping[str, Tensor]]:
+        """The batch as batches of at most ``size`` pictures, each against all the prompts."""
+        n = len(part["labels"])
+        own = {k for k, v in part.items() if isinstance(v, Tensor) and k not in self.text_batch and len(v) == n}
+        return [{k: v[i : i + size] if k in own else v for k, v in part.items()} for i in range(0, n, size)]
+
     def part_loss(self, part: Mapping[str, Tensor], total: int) -> tuple[Tensor, Tensor]:
-        """(mean cross-entropy, logits [N, C]); a batch is one part, so ``total`` is its own count."""
+        """(Σ cross-entropy / ``total``, logits [N, C]); of a batch that is whole, its mean."""
         logits = self.logits(part)
-        return nn.functional.cross_entropy(logits, part["labels"].to(logits.device)), logits
+        labels = part["labels"].to(logits.device)
+        if total == len(labels):
+            return nn.functional.cross_entropy(logits, labels), logits
+        return nn.functional.cross_entropy(logits, labels, reduction="sum") / total, logits
 
     def right(self, logits: Tensor, part: Mapping[str, Tensor]) -> int:
         return int((logits.argmax(dim=1) == part["labels"].to(logits.device)).sum())
@@ -113,16 +123,26 @@ class TaskObjective:
 
 
 class _FeatureBatches:
-    def __init__(self, objective: TaskObjective, pictures: Iterable[Mapping[str, Tensor]]) -> None:
-        self._objective, self._pictures = objective, pictures
+    def __init__(
+        self, objective: TaskObjective, pictures: Iterable[Mapping[str, Tensor]], prompts_at_once: int = 256
+    ) -> None:
+        self._objective, self._pictures, self._prompts = objective, pictures, prompts_at_once
+
+    def halved(self) -> _FeatureBatches | None:
+        """Half as many pictures, and prompts, at once; None where there is but one of each."""
+        pictures = halved(self._pictures)
+        if pictures is None and self._prompts == 1:
+            return None
+        fewer = self._pictures if pictures is None else pictures
+        return _FeatureBatches(self._objective, fewer, max(1, self._prompts // 2))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._pictures:
             yield {"pixel_values": batch["pixel_values"]}
         family, task = self._objective.family, self._objective.task
         prompts = family.class_prompts(task.classes, task.templates)
-        for i in range(0, len(prompts), 256):
-            yield dict(family.tokenize(prompts[i : i + 256]))
+        for i in range(0, len(prompts), self._prompts):
+            yield dict(family.tokenize(prompts[i : i + self._prompts]))
 
 
 @torch.no_grad()
@@ -177,13 +197,18 @@ def accuracy(
     """
     right = 0
     workers = 0 if data.kept else workers
-    own = torch.tensor(candidates.own)
+    own, pieces = torch.tensor(candidates.own), Pieces("evaluation")
     with family.evaluating(), precision.autocast():
         for batch in loader(data, batch_size, Collate(), workers=workers):
             if workers:
                 data.keep(batch)
-            logits = predict(family, candidates, batch["pixel_values"], head, readout)
-            right += int((logits.argmax(dim=1).cpu() == own[batch["labels"]]).sum())
+            pixels, wanted = batch["pixel_values"], own[batch["labels"]]
+
+            def named(start: int, end: int, pixels: Tensor = pixels, wanted: Tensor = wanted) -> int:
+                logits = predict(family, candidates, pixels[start:end], head, readout)
+                return int((logits.argmax(dim=1).cpu() == wanted[start:end]).sum())
+
+            right += sum(pieces(len(wanted), named))
             if on_batch is not None:
                 on_batch()
     return 100.0 * right / (len(data) + data.pictures.skipped)

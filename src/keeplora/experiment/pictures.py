@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from keeplora.data import PictureSet, TaskData
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.config import ExperimentConfig
+from keeplora.experiment.order import BatchOrder, ShuffledBatches
 from keeplora.models.dual_encoder import DualEncoder, frames_present
 
 
@@ -128,16 +129,21 @@ class Collate:
         }
 
 
-def loader(
-    data: PictureTensors, batch_size: int, collate: Collate, *, workers: int = 0, shuffle_seed: int | None = None
+def loader(data: PictureTensors, batch_size: int, collate: Collate, *, workers: int = 0) -> DataLoader[Any]:
+    """A loader in the set's order."""
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+
+
+def shuffled_loader(
+    data: PictureTensors, order: ShuffledBatches, collate: Collate, *, workers: int = 0
 ) -> DataLoader[Any]:
-    """A loader in the set's order, or shuffled by a generator of its own when ``shuffle_seed`` is given."""
-    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+    """A loader of the batches of ``order``."""
     return DataLoader(
-        data, batch_size=batch_size, shuffle=generator is not None, generator=generator, collate_fn=collate,
-        num_workers=workers,
+        data, batch_sampler=order, collate_fn=collate, num_workers=workers,
+        # The loader draws a seed for its workers whenever it is gone through, and not from torch's global state.
+        generator=torch.Generator(),
         # They live as long as the training does: what they have decoded is there in the next epoch.
-        persistent_workers=workers > 0 and data.videos and generator is not None,
+        persistent_workers=workers > 0 and data.videos,
     )  # fmt: skip
 
 
@@ -152,12 +158,28 @@ class Batches(Protocol):
         """Names of the pictures or videos of a batch, for a message to a person."""
         ...
 
+    def split(self, batch: Mapping[str, Any], part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
+        """A part of a batch as parts of at most ``size`` samples."""
+        ...
+
+    def fast_forward(self, passes: int, batches: int) -> None:
+        """Before the first pass: go on as if so many passes had been made, and so many batches of the next; reads nothing."""
+        ...
+
 
 class TaskBatches:
-    """One task's samples, shuffled anew in every epoch by the loader's own generator."""
+    """One task's samples, shuffled anew in every epoch.
 
-    def __init__(self, data: Any, loader: DataLoader[Any]) -> None:
-        self._data, self._loader = data, loader
+    Args:
+        data: the samples. order: which of them each batch holds. loader: brings them.
+        splitter: ``splitter(part, size)``: a part as parts of at most ``size`` samples.
+    """
+
+    def __init__(
+        self, data: Any, order: BatchOrder, loader: DataLoader[Any],
+        splitter: Callable[[Mapping[str, Any], int], Sequence[Mapping[str, Any]]],
+    ) -> None:  # fmt: skip
+        self._data, self._order, self._loader, self._splitter = data, order, loader, splitter
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -168,6 +190,12 @@ class TaskBatches:
     def where(self, batch: Mapping[str, Any]) -> list[str]:
         return [self._data.where(int(i)) for i in batch["index"]]
 
+    def split(self, batch: Mapping[str, Any], part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
+        return [part] if len(part["index"]) <= size else self._splitter(part, size)
+
+    def fast_forward(self, passes: int, batches: int) -> None:
+        self._order.fast_forward(passes, batches)
+
 
 class MixedBatches:
     """The batches of several tasks in one shuffled order: joint training. Each batch is of one task, with its prompts."""
@@ -175,18 +203,41 @@ class MixedBatches:
     def __init__(self, tasks: Sequence[Batches], *, seed: int) -> None:
         self._tasks = tasks
         self._generator = torch.Generator().manual_seed(seed)
+        self._skip = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._tasks))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def _draw(self) -> list[int]:
+        """Whose turn it is, batch by batch."""
         owner = [i for i, task in enumerate(self._tasks) for _ in range(len(task))]
+        return [owner[place] for place in torch.randperm(len(owner), generator=self._generator).tolist()]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        skip, self._skip = self._skip, 0
         streams = [iter(task) for task in self._tasks]
-        for place in torch.randperm(len(owner), generator=self._generator).tolist():
-            yield {**next(streams[owner[place]]), "task": owner[place]}
+        turns = self._draw()[skip:]
+        for i, stream in enumerate(streams):
+            if i not in turns:  # nothing of this pass is left of it: its order is passed over all the same
+                next(stream, None)
+        for task in turns:
+            yield {**next(streams[task]), "task": task}
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
         return self._tasks[batch["task"]].where(batch)
+
+    def split(self, batch: Mapping[str, Any], part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
+        return self._tasks[batch["task"]].split(batch, part, size)
+
+    def fast_forward(self, passes: int, batches: int) -> None:
+        for _ in range(passes):
+            self._draw()
+        state = self._generator.get_state()
+        gone = self._draw()[:batches]
+        self._generator.set_state(state)
+        for i, task in enumerate(self._tasks):
+            task.fast_forward(passes, gone.count(i))
+        self._skip = batches
 
 
 class ReferenceBatches:
@@ -194,10 +245,15 @@ class ReferenceBatches:
 
     def __init__(self, family: DualEncoder, task: TaskData, data: PictureTensors, batch_size: int, seed: int) -> None:
         self._family, self._task, self._data = family, task, data
-        self._loader = loader(data, batch_size, Collate(), shuffle_seed=seed)
+        self._order = ShuffledBatches(len(data), batch_size, seed)
+        self._loader = shuffled_loader(data, self._order, Collate())
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def fast_forward(self, passes: int, batches: int) -> None:
+        """As of `Batches`."""
+        self._order.fast_forward(passes, batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._loader:

@@ -6,10 +6,10 @@ Layout: config.yaml, environment.json, data.json, status.json, metrics.jsonl, re
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,67 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from keeplora.errors import ConfigError, KeepLoraError, reason
+from keeplora.experiment.folder_lock import FolderLock
+from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, sweep
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
 VERSION = 0
 STATES = ("running", "finished", "failed", "interrupted")
-
-_held: set[Path] = set()  # locks of this process: a POSIX record lock does not see them
-
-
-class FolderLock:
-    """One writer per folder. The system drops the lock when its process ends, so a killed run leaves nothing to clean up.
-
-    A record lock (lockf) and not flock: data-loading processes inherit flock's lock and would hold it past their parent.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder.resolve() / ".lock"
-        self._fd: int | None = None
-        self._owner = 0
-
-    def acquire(self) -> None:
-        if self.path in _held:
-            raise KeepLoraError(
-                f"{self.path.parent} is already open in this process; close the first run before a second"
-            )
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte beyond the text, which others may read
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-                os.lseek(fd, 0, os.SEEK_SET)
-            else:
-                import fcntl
-
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(fd, 64).decode("ascii", errors="replace").strip()
-            os.close(fd)
-            if not isinstance(error, BlockingIOError | PermissionError):
-                raise KeepLoraError(f"{self.path} cannot be locked: {error.strerror or error}") from None
-            who = f"process {holder}" if holder.isdigit() else "another process"
-            raise KeepLoraError(
-                f"{who} is writing to {self.path.parent}; wait until it ends or stop it, or choose another `output:`"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.getpid()}\n".encode("ascii"))
-        self._fd, self._owner = fd, os.getpid()
-        _held.add(self.path)
-
-    def release(self) -> None:
-        if self._fd is None or self._owner != os.getpid():  # a forked child does not own the lock
-            return
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, 0)  # the name of the process that held it last would mislead
-        os.close(self._fd)
-        self._fd = None
-        _held.discard(self.path)
 
 
 def _now() -> str:
@@ -124,6 +71,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
         self._lock: FolderLock | None = None
+        self.warning: str | None = None  # what the one who writes must know of the folder
         self._opened = time.monotonic()
         self._earlier_seconds = 0.0
 
@@ -151,14 +99,13 @@ class RunDirectory:
         except FileExistsError:
             raise KeepLoraError(f"{run.path} is a file; choose another `output:`") from None
         except OSError as error:
-            raise KeepLoraError(
-                f"{run.path} cannot be made: {error.strerror or error}; choose another `output:`"
-            ) from None
+            raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; choose another `output:`") from None
         # Look before locking, so that no lock file appears in a folder of someone else's; look again under the lock.
         run._refuse_contents()
         run._acquire()
         try:
             run._refuse_contents()
+            sweep(run.path)
             atomic_write_json(
                 run.status_path,
                 {
@@ -197,6 +144,11 @@ class RunDirectory:
                 hint = "is it the folder that `keeplora run` printed?"
             raise KeepLoraError(f"{run.path} holds no config.yaml: {hint}")
         run._acquire()
+        try:
+            sweep(run.path)
+        except BaseException:
+            run.close()
+            raise
         run._earlier_seconds = float(status.get("seconds") or 0.0)
         return run
 
@@ -205,8 +157,9 @@ class RunDirectory:
         try:
             lock.acquire()
         except OSError as error:
-            raise KeepLoraError(f"{self.path} cannot be written to: {error.strerror or error}") from None
+            raise KeepLoraError(f"{self.path} cannot be written to: {reason(error)}") from None
         self._lock = lock
+        self.warning = lock.warning
 
     def _refuse_contents(self) -> None:
         names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
@@ -321,8 +274,13 @@ class RunDirectory:
         self._writable()
         line = json.dumps(_finite(event), allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
         self._drop_torn_line()
-        with open(self.metrics_path, "ab", buffering=0) as handle:
-            handle.write(line)
+        try:
+            with open(self.metrics_path, "ab", buffering=0) as handle:
+                if handle.write(line) != len(line):  # the disk was full half-way, which is no error to the system
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle.fileno())  # results.json must never tell of more than this file
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics_path)) from error
 
     def _drop_torn_line(self) -> None:
         with contextlib.suppress(FileNotFoundError), open(self.metrics_path, "r+b") as handle:

@@ -1,9 +1,10 @@
-"""Tasks × one method → a run directory, one finished task at a time; a crash loses the task under way and no other."""
+"""Tasks × one method → a run directory, one finished task at a time; a crash loses what came after the last checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from keeplora.errors import CapacityError, KeepLoraError
+from keeplora.experiment.checkpoint import CheckpointError, Checkpoints, Identity, Keeper, Snapshot
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
 from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.loggers import Loggers
@@ -27,6 +29,7 @@ from keeplora.experiment.results import (
     settled_count,
     settled_records,
 )
+from keeplora.experiment.resuming import check_changes, identity_of
 from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
@@ -34,6 +37,7 @@ from keeplora.experiment.training import Selection, train_task
 from keeplora.methods import method_names
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner, TaskRecord
+from keeplora.tuner.task import TaskState
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
 """Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
@@ -73,10 +77,18 @@ class Experiment:
             return _begin(setup, directory, self.quiet).go()
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], *, quiet: bool | None = None) -> dict[str, Any]:
-        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way starts again."""
+    def resume(
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None
+    ) -> dict[str, Any]:
+        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way from its checkpoint.
+
+        Args:
+            overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`.
+        """
+        check_changes(overrides or {})
         with RunDirectory.open_existing(path) as directory:
-            config = load_config(directory.read_config(), {"output": str(path)}, known_methods=method_names())
+            changes = {**(overrides or {}), "output": str(path)}
+            config = load_config(directory.read_config(), changes, known_methods=method_names())
             experiment = cls(config, quiet=quiet)
             setup = experiment.setup
             key = [(e["name"], e["fingerprint"]) for e in directory.read_data()]
@@ -86,10 +98,23 @@ class Experiment:
                     f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
                     "numbers would not belong together; restore them, or start a new run"
                 )
+            if overrides:
+                directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             return _Run(setup, directory, learner, quiet).go()
+
+
+def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]:
+    """What the learner and the runner put into a checkpoint."""
+    if saved is None:
+        return None, {}
+    tensors, values = saved
+    own = {key.removeprefix("learner/"): t for key, t in tensors.items() if key.startswith("learner/")}
+    if not isinstance(values.get("learner"), dict) or "warnings" not in values.get("run", {}):
+        raise CheckpointError("it is not complete")
+    return TaskState(own, values["learner"]), values["run"]
 
 
 def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> _Run:
@@ -111,7 +136,10 @@ class _Run:
         self.config = setup.config
         self.directory = directory
         self.learner = learner
+        self.checkpoints = Checkpoints(directory.path)
         self.progress = Progress(quiet)
+        if directory.warning:
+            self.progress.line(f"warning: {directory.warning}")
         self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
@@ -132,6 +160,7 @@ class _Run:
         order = [task.name for task in self.setup.tasks]
         settled = settled_records(self.learner, order)
         done = settled_count((record.name for record in settled), order, self.directory.path)
+        self.checkpoints.drop_finished(done)
         try:
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
@@ -157,6 +186,10 @@ class _Run:
                 elif done == rows:  # killed between the ledger's record and its scores
                     self._log_epochs(done)
                     self._score_last(done)
+                elif settled and any(
+                    settled[-1] is r for r in self.learner.records
+                ):  # killed, perhaps, before the ledger had the row
+                    self._keep_row(done, again=False)
                 for i in range(done + 1, len(self.setup.tasks) + 1):
                     task = self.setup.tasks[i - 1]
                     self.progress.task(task.name, i, len(self.setup.tasks))
@@ -164,19 +197,33 @@ class _Run:
                     self._score_last(i)
                     if os.environ.get(STOP_AFTER) == str(i):
                         raise KeyboardInterrupt
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"go on with `keeplora resume {shlex.quote(str(self.directory.path))}`")
             self.loggers.close("interrupted")
-            self.directory.set_status(state="interrupted", error="interrupted; go on with `keeplora resume`")
+            self._leave("interrupted", "interrupted; go on with `keeplora resume`")
             raise
         except BaseException as error:
             self.loggers.close("failed")
-            self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
+            self._leave("failed", f"{type(error).__name__}: {error}")
             raise
         self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(order))
         results = self._write()
-        render_report(self.directory.path)
+        self._report()
         return results
+
+    def _leave(self, state: str, error: str) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, what stopped the run matters more than that this fails too
+            self.directory.set_status(state=state, error=error)
+
+    def _report(self) -> None:
+        """report.html, which anyone can make again from what the folder holds: its failure costs the run nothing."""
+        try:
+            render_report(self.directory.path)
+        except Exception as error:
+            self.progress.line(
+                f"warning: report.html could not be made ({type(error).__name__}: {error}); the results are kept"
+            )
 
     def _event(self, event: Mapping[str, Any]) -> None:
         self.directory.append_event(event)
@@ -202,12 +249,16 @@ class _Run:
         record.info["seconds"]["evaluation"] = round(self.evaluation_seconds, 3)
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
-        if self.learner._ledger is not None:
-            seconds = record.info["seconds"]
-            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], seconds)
-            self.learner._ledger.write_metrics(record.entry, row)
+        self._keep_row(i)
         self.directory.set_status(tasks_done=i)
-        render_report(self.directory.path)
+        self._report()
+
+    def _keep_row(self, i: int, *, again: bool = True) -> None:
+        """Row ``i`` beside the record of its task; not ``again``: only where none is kept yet."""
+        record, ledger = self._record(i), self.learner._ledger
+        if ledger is not None and (again or ledger.entries()[record.entry - 1].metrics() is None):
+            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], record.info["seconds"])
+            ledger.write_metrics(record.entry, row)
 
     def _write(self) -> dict[str, Any]:
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
@@ -292,6 +343,25 @@ class _Run:
         return {name: value for name, value in out.items() if value is not None}
 
     def _learn(self, task: Any, index: int) -> None:
+        """Teach the task, from its checkpoint where there is one that fits, and delete that when the ledger holds the task."""
+        setup = self.setup
+        identity = identity_of(
+            self.config, self.directory.ledger_path, setup.tasks, setup.probes, index, setup.family.device.type
+        )
+        warned = list(self.warnings)
+        try:
+            saved = self.checkpoints.read(identity)
+            if saved is not None:
+                self._learn_from(task, index, identity, saved)
+        except CheckpointError as error:
+            self.progress.line(f"the checkpoint of task {task.name!r} is not used: {error}; the task starts again")
+            self.checkpoints.clear()
+            self.warnings, saved = warned, None
+        if saved is None:
+            self._learn_from(task, index, identity, None)
+        self.checkpoints.clear()
+
+    def _learn_from(self, task: Any, index: int, identity: Identity, saved: Snapshot | None) -> None:
         setup, training = self.setup, self.config.training.for_task(task.name)
         seed = self.config.seed * 100_003 + index
         torch.manual_seed(seed)
@@ -306,11 +376,15 @@ class _Run:
             self.learner.sit_out(task.name, info)
             return
         objective = setup.kind.objective(task)
-        started = time.perf_counter()
+        before, earlier = _parts_of(saved)
+        started = time.perf_counter() - earlier.get("elapsed", 0.0)
         with self._noting_warnings():
-            setup.kind.prepare_head(objective, data, training)
+            if saved is None:
+                setup.kind.prepare_head(objective, data, training)
+            elif "parameter/head" in saved[0]:
+                objective.head = nn.Parameter(saved[0]["parameter/head"].to(setup.family.device))
             self.learner.config = setup.tuner_config(task)
-            self.progress.phase("statistics")
+            self.progress.phase("statistics" if saved is None else "opening the checkpoint")
             accept = self.config.accept
             reference = None
             if setup.reference is not None:
@@ -320,12 +394,29 @@ class _Run:
                     task.name, **setup.kind.statistics(objective, data, training, self.learner.config, seed),
                     accept=accept.model_dump() if accept else None,
                     evaluate=(lambda: self._guard_scores(index - 1)) if accept else None, reference=reference,
+                    saved=before,
                 )  # fmt: skip
             except CapacityError as error:
                 self._sit_out(task, info, str(error))
                 return
+            except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+                if saved is None:
+                    raise
+                raise CheckpointError(f"it is not complete ({error})") from None
+        if saved is not None:
+            self.warnings = list(earlier["warnings"])  # what opening the task warned of is among them
+
+        def more() -> Snapshot:
+            state = self.learner.task_state()
+            run = {"elapsed": time.perf_counter() - started, "warnings": self.warnings}
+            return {f"learner/{k}": v for k, v in state.tensors.items()}, {"learner": state.values, "run": run}
+
+        keeper = Keeper(
+            self.checkpoints, identity, minutes=training.checkpoint_minutes, steps=training.checkpoint_steps,
+            more=more, tell=self.progress.line, saved=saved,
+        )  # fmt: skip
         try:
-            log = self._train(model, objective, training, seed, task)
+            log = self._train(model, objective, training, seed, task, keeper)
             info["seconds"] = {"training": round(log.seconds, 3)}
             info |= {"epochs": log.epochs, "best_epoch": log.best_epoch}
             tensors = {}
@@ -344,7 +435,9 @@ class _Run:
             return
         record.info["seconds"]["statistics"] = round(time.perf_counter() - started - log.seconds, 3)
 
-    def _train(self, model: nn.Module, objective: Any, training: TrainingConfig, seed: int, task: Any) -> Any:
+    def _train(
+        self, model: nn.Module, objective: Any, training: TrainingConfig, seed: int, task: Any, keeper: Keeper
+    ) -> Any:
         kind, sets = self.setup.kind, self.setup.sets
         batches: Batches = kind.batches(objective, sets[task.name].train, training, seed)
         if self._joint:
@@ -353,7 +446,7 @@ class _Run:
         return train_task(
             model, objective, batches, training, hooks=self.learner, progress=self.progress,
             on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
-            selection=None if self._joint else self._selection(task, objective),
+            selection=None if self._joint else self._selection(task, objective), keeper=keeper, warn=self._warning,
         )  # fmt: skip
 
     def _sit_out(self, task: Any, info: dict[str, Any], why: str) -> None:

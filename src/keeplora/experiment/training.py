@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from keeplora.errors import TrainingError
+from keeplora.experiment.checkpoint import Keeper, Snapshot
 from keeplora.experiment.config import TrainingConfig
+from keeplora.experiment.interrupt import STOP
 from keeplora.experiment.kinds.base import TrainingObjective
 from keeplora.experiment.optim import make_optimizer, make_scheduler
 from keeplora.experiment.pictures import Batches
 from keeplora.experiment.progress import Progress
+from keeplora.experiment.training_state import (
+    LoopState,
+    Rng,
+    Sums,
+    TrainingLog,
+    restore,
+    resume_schedule,
+    rng_state,
+    take_snapshot,
+)
+from keeplora.experiment.training_step import Gradients, Hooks, check_gradients
 
-
-@dataclass
-class TrainingLog:
-    """What happened: one entry per epoch, and the epoch that was kept (from 1)."""
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int | None = None
-    seconds: float = 0.0
+LARGE_UPDATE = 1.0
+"""‖s B A‖_F / ‖W₀‖_F beyond which a warning is due: the update outweighs the weights that it is added to."""
+LOOK_EVERY = 50
+"""Steps between two looks at the size of the update; the end of an epoch is looked at as well."""
 
 
 @dataclass(frozen=True)
@@ -35,98 +45,236 @@ class Selection:
     patience: int | None
 
 
-class Hooks(Protocol):
-    """What a method adds to the loop (`ContinualLearner`)."""
-
-    def penalty(self, batch: Any, logits: Any) -> Tensor | None: ...
-
-    def after_step(self) -> None: ...
-
-
 def train_task(
     model: nn.Module, objective: TrainingObjective, batches: Batches, config: TrainingConfig, *, hooks: Hooks,
     progress: Progress, on_epoch: Callable[[dict[str, Any]], None], selection: Selection | None = None,
+    keeper: Keeper | None = None, warn: Callable[[str], None] | None = None,
 ) -> TrainingLog:  # fmt: skip
     """Train whatever in ``model`` (and the objective's head) requires a gradient.
 
     The towers stay in evaluation mode: their dropout is off, as in the reference, whose CLIP has none.
 
+    Args:
+        keeper: saves the loop's state, and may hold a saved one: then the loop goes on from there, and ends with the same
+            bits as if it had never stopped.
+        warn: gets what a person should know of the training; None: a line of the progress.
+
     Raises:
-        FloatingPointError: a loss that is not finite; names epoch, step and the first pictures of the batch.
+        TrainingError: a loss or gradient that is not finite, before it reaches a weight; names epoch, step and the first
+            samples of the batch.
+        CheckpointError: the saved state is not of this training.
     """
-    log = TrainingLog()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if objective.head is not None:
-        parameters.append(objective.head)
-    if not parameters:
-        return log
-    epochs = int(config.epochs)  # type: ignore[arg-type]  # for_task() has chosen this task's own
-    optimizer = make_optimizer(parameters, config)
-    scheduler = make_scheduler(optimizer, config, epochs * len(batches))
-    best: tuple[float, list[Tensor]] | None = None
-    since_best = 0
-    started = time.perf_counter()
-    model.eval()
-    for epoch in range(1, epochs + 1):
-        progress.phase(f"epoch {epoch}/{epochs}", len(batches))
-        epoch_started = time.perf_counter()
-        total, added, seen, lr = 0.0, 0.0, 0, 0.0
-        right: int | None = None
-        for step, batch in enumerate(batches, 1):
-            optimizer.zero_grad(set_to_none=True)
-            parts = objective.parts(batch)
-            n = sum(map(objective.count, parts))
-            for i, part in enumerate(parts):
-                loss, logits = objective.part_loss(part, n)
-                # A penalty belongs to the step and not to each part of its batch.
-                extra = hooks.penalty(part, logits) if i == 0 else None
-                total_loss = loss if extra is None else loss + extra
-                if not torch.isfinite(total_loss):
-                    names = ", ".join(batches.where(batch)[:3])
-                    raise FloatingPointError(
-                        f"task {objective.task.name!r}, epoch {epoch}, step {step}: the loss is {total_loss.item()} (samples "
-                        f"{names}, …); nothing of this task is kept; lower training.learning_rate or set training.grad_clip"
-                    )
-                total_loss.backward()
-                total += loss.item() * n
-                added += extra.item() * n if extra is not None else 0.0
-                if logits is not None:
-                    right = (right or 0) + objective.right(logits, part)
-            if config.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
-            hooks.after_step()
-            lr = float(
-                optimizer.param_groups[0]["lr"]
-            )  # the rate of this step, not of the one that the schedule sets next
-            scheduler.step()
-            seen += n
-            accuracy = None if right is None else 100.0 * right / seen
-            progress.advance(loss=total / seen, accuracy=accuracy)
-        entry: dict[str, Any] = {"epoch": epoch, "loss": total / seen}
-        if right is not None:
-            entry["train_accuracy"] = 100.0 * right / seen
-        entry |= {"lr": lr, "seconds": round(time.perf_counter() - epoch_started, 3)}
-        if added:
-            entry["penalty"] = added / seen
+    loop = _Loop(model, objective, batches, config, hooks, progress, on_epoch, selection, keeper, warn or progress.line)
+    return loop.run() if loop.parameters else TrainingLog()
+
+
+class _Loop:
+    def __init__(
+        self, model: nn.Module, objective: TrainingObjective, batches: Batches, config: TrainingConfig, hooks: Hooks,
+        progress: Progress, on_epoch: Callable[[dict[str, Any]], None], selection: Selection | None,
+        keeper: Keeper | None, warn: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.model, self.objective, self.batches, self.config, self.hooks = model, objective, batches, config, hooks
+        self.progress, self.on_epoch, self.selection, self.keeper, self.warn = (
+            progress,
+            on_epoch,
+            selection,
+            keeper,
+            warn,
+        )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if objective.head is not None:
+            named.append(("head", objective.head))
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.epochs = int(config.epochs)  # type: ignore[arg-type]  # for_task() has chosen this task's own
+        self.rate = float(config.learning_rate)  # type: ignore[arg-type]
+        self.state = LoopState(learning_rate=self.rate)
+
+    # ---- the whole ----------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainingLog:
+        self.optimizer = make_optimizer(self.parameters, self.config)
+        self.scheduler = make_scheduler(self.optimizer, self.config, self.epochs * len(self.batches))
+        if self.keeper is not None and self.keeper.saved is not None:
+            self._go_on(self.keeper.saved)
+            self.keeper.saved = None  # its tensors need not be held any longer
+        self.gradients = Gradients(
+            self.objective, self.batches, self.hooks, limit=self.state.limit, tell=self._tell_limit
+        )
+        self.started = time.perf_counter() - self.state.log.seconds
+        self.model.eval()
+        while not self.state.done:
+            self._epoch()
+        if self.keeper is not None:
+            self.keeper.at_end(self._steps(), self._snapshot)
+        state, selection = self.state, self.selection
+        if selection is not None and selection.best_epoch and state.best is not None:
+            with torch.no_grad():
+                for p, value in zip(self.parameters, state.best, strict=True):
+                    p.copy_(value)
+        elif selection is None or not selection.best_epoch:
+            state.log.best_epoch = None
+        state.log.seconds = time.perf_counter() - self.started
+        return state.log
+
+    def _go_on(self, saved: Snapshot) -> None:
+        state = self.state = restore(saved, self.names, self.parameters, self.optimizer)
+        resume_schedule(self.scheduler, self._steps())
+        self.batches.fast_forward(state.epoch - 1, state.step)
+        self.progress.line(
+            f"goes on from its checkpoint, after step {self._steps()} of {self.epochs * len(self.batches)}"
+        )
+        for entry in state.log.epochs:
+            self.on_epoch(entry)
+        if state.learning_rate != self.rate and not state.done:
+            self.warn(
+                f"task {self.objective.task.name!r} goes on from step {self._steps()} with the learning rate {self.rate:g} in "
+                f"place of {state.learning_rate:g}"
+            )
+            state.learning_rate = self.rate
+
+    def _epoch(self) -> None:
+        state, n = self.state, len(self.batches)
+        self.progress.phase(f"epoch {state.epoch}/{self.epochs}", n)
+        if state.step:
+            self.progress.advance(state.step)
+        self.epoch_started = time.perf_counter() - state.sums.seconds
+        with STOP.held():
+            for batch in self._fetched():
+                self._step(batch)
+        self._end_epoch()
+
+    def _fetched(self) -> Iterator[Any]:
+        """The epoch's batches; a loader process that was stopped with this one is no fault."""
+        stream = iter(self.batches)
+        while True:
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            except RuntimeError:
+                if STOP.requested and self.keeper is not None:
+                    self.keeper.save(self._steps(), self._snapshot)
+                STOP.check()
+                raise
+            yield batch
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Any) -> None:
+        state, sums, config = self.state, self.state.sums, self.config
+        where = f"task {self.objective.task.name!r}, epoch {state.epoch}, step {state.step + 1}"
+        try:
+            tally = self.gradients.add(batch, where, lambda: self.optimizer.zero_grad(set_to_none=True))
+            samples = self.batches.where(batch)[:3]
+            check_gradients(self.names, self.parameters, config.grad_clip, where, samples)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._remedy()}") from None
+        self.optimizer.step()
+        self.hooks.after_step()
+        sums.lr = float(self.optimizer.param_groups[0]["lr"])  # the rate of this step, not of the one that is set next
+        self.scheduler.step()
+        for loss in tally.losses:
+            sums.loss += loss
+        for penalty in tally.penalties:
+            sums.penalty += penalty
+        if tally.right is not None:
+            sums.right = (sums.right or 0) + tally.right
+        sums.seen += tally.samples
+        state.step += 1
+        self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy())
+        if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):
+            self._look_at_size()
+        if self.keeper is not None:
+            self.keeper.after_step(self._steps(), self._snapshot)
+        STOP.check()
+
+    def _accuracy(self) -> float | None:
+        sums = self.state.sums
+        return None if sums.right is None else 100.0 * sums.right / sums.seen
+
+    def _remedy(self) -> str:
+        """What to do about a loss or gradient that is not finite."""
+        rate = f"{self.rate / 10:g}"
+        return (
+            "no weight has taken it in, and nothing after the task's last checkpoint is kept; lower the rate and go on, for "
+            f"example `keeplora resume RUN -o training.learning_rate={rate}`, or set training.grad_clip"
+        )
+
+    def _tell_limit(self, line: str) -> None:
+        self.state.limit = self.gradients.limit
+        self.warn(line)
+
+    def _look_at_size(self) -> None:
+        """Warn, once per task, of an adapter that outgrows its weights."""
+        if self.state.told_large or (found := self.hooks.largest_update()) is None:
+            return
+        layer, ratio = found
+        if ratio > LARGE_UPDATE:
+            self.state.told_large = True
+            self.warn(
+                f"task {self.objective.task.name!r}, epoch {self.state.epoch}, step {self.state.step}: the update of {layer} has "
+                f"grown to {ratio:.2g} times the norm of its weights; a lower training.learning_rate is advised"
+            )
+
+    # ---- the end of an epoch ------------------------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        state, selection = self.state, self.selection
+        sums = state.sums
+        sums.seconds = time.perf_counter() - self.epoch_started
+        entry: dict[str, Any] = {"epoch": state.epoch, "loss": sums.loss / sums.seen}
+        if sums.right is not None:
+            entry["train_accuracy"] = self._accuracy()
+        entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3)}
+        if sums.penalty:
+            entry["penalty"] = sums.penalty / sums.seen
+        score = None if selection is None else self._validate(selection)
+        with STOP.held():
+            self._close(entry, score)
+
+    def _close(self, entry: dict[str, Any], score: float | None) -> None:
+        """Enter the epoch into the log, and go to the next."""
+        state, selection = self.state, self.selection
         if selection is not None:
-            entry["validation_accuracy"] = score = selection.validate()
-            progress.advance(0, validation_accuracy=score)
-            if score is not None and (best is None or score > best[0]):
-                best, since_best = (score, [p.detach().clone() for p in parameters]), 0
-                log.best_epoch = epoch
+            entry["validation_accuracy"] = score
+            self.progress.advance(0, validation_accuracy=score)
+            if score is not None and (state.best_score is None or score > state.best_score):
+                state.best_score, state.since_best = score, 0
+                state.best = [p.detach().clone() for p in self.parameters]
+                state.log.best_epoch = state.epoch
             else:
-                since_best += 1
-        log.epochs.append(entry)
-        on_epoch(entry)
-        if selection is not None and selection.patience is not None and since_best >= selection.patience:
-            progress.line(f"stopped early: no better validation accuracy for {since_best} epochs")
-            break
-    if selection is not None and selection.best_epoch and best is not None:
-        with torch.no_grad():
-            for p, value in zip(parameters, best[1], strict=True):
-                p.copy_(value)
-    elif selection is None or not selection.best_epoch:
-        log.best_epoch = None
-    log.seconds = time.perf_counter() - started
-    return log
+                state.since_best += 1
+        state.log.epochs.append(entry)
+        self.on_epoch(entry)
+        state.epoch, state.step, state.sums = state.epoch + 1, 0, Sums()
+        state.done = state.epoch > self.epochs
+        if selection is not None and selection.patience is not None and state.since_best >= selection.patience:
+            self.progress.line(f"stopped early: no better validation accuracy for {state.since_best} epochs")
+            state.done = True
+
+    def _validate(self, selection: Selection) -> float | None:
+        """The score; whoever interrupts it finds the epoch's training kept."""
+        before = rng_state()
+        try:
+            return selection.validate()
+        except KeyboardInterrupt:
+            if self.keeper is not None:
+                self.keeper.save(self._steps(), lambda: self._snapshot(before))
+            raise
+
+    # ---- what is kept -------------------------------------------------------------------------------------------
+
+    def _steps(self) -> int:
+        """Steps of the task that are done."""
+        return (self.state.epoch - 1) * len(self.batches) + self.state.step
+
+    def _snapshot(self, rng: Rng | None = None) -> Snapshot:
+        state = self.state
+        state.log.seconds = time.perf_counter() - self.started
+        if state.step:
+            state.sums.seconds = time.perf_counter() - self.epoch_started
+        return take_snapshot(state, self.names, self.parameters, self.optimizer, rng)
+
+
+__all__ = ["LARGE_UPDATE", "Selection", "TrainingLog", "train_task"]

@@ -17,6 +17,7 @@ from keeplora.methods.registry import CLASSIFICATION, FULL_LEARNING_RATE, ONE_SC
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
+from keeplora.tuner.task import TaskState
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -60,6 +61,7 @@ class LwF(FullFineTuning):
     """
 
     Options = LwFOptions
+    penalty_of_batch = True
     _teacher: nn.Module | None = None
 
     def _make_teacher(self) -> nn.Module:
@@ -134,6 +136,7 @@ class ZSCL(LwF):
 
     Options = ZSCLOptions
     needs_reference = True
+    penalty_of_batch = False
 
     def _make_teacher(self) -> nn.Module:
         """The original model: W₀ in every target of a copy, which is all that ever changes."""
@@ -151,7 +154,7 @@ class ZSCL(LwF):
             )
         model = super()._attach(task)
         self._reference = endless(task.reference)
-        self._steps = 0
+        self._steps = self._taken = 0
         self._start = {n: self.store.parameter(n).detach().to(torch.float32, copy=True) for n in self.store.names}
         self._sum = {n: torch.zeros_like(W) for n, W in self._start.items()}
         self._members = 1  # the start itself
@@ -161,8 +164,26 @@ class ZSCL(LwF):
         super()._dismiss()
         self._reference, self._start, self._sum = iter(()), {}, {}
 
+    def task_state(self) -> TaskState:
+        state = super().task_state()
+        tensors = state.tensors | {f"average/{n}": total for n, total in self._sum.items()}
+        return TaskState(tensors, state.values | {"zscl": [self._steps, self._members, self._taken]})
+
+    def load_task_state(self, task: OpenTask, saved: TaskState) -> None:
+        super().load_task_state(task, saved)
+        self._steps, self._members, self._taken = saved.values["zscl"]
+        sums = saved.group("average")
+        self._sum = {n: sums[n].to(W.device) for n, W in self._start.items()}
+        reference: Any = task.reference
+        if hasattr(reference, "fast_forward"):
+            reference.fast_forward(*divmod(self._taken, len(reference)))
+        else:
+            for _ in range(self._taken):
+                next(self._reference)
+
     def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         loss = self._distilled(next(self._reference))
+        self._taken += 1
         if self.options.l2:
             moved = [(self.store.parameter(n).to(torch.float32) - W).square().sum() for n, W in self._start.items()]
             loss = loss + self.options.l2 * torch.stack(moved).sum()

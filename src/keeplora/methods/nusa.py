@@ -27,6 +27,7 @@ from keeplora.tuner.branch import Branch, BranchLearner
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.options import option
 from keeplora.tuner.statistics import report_capacity
+from keeplora.tuner.task import TaskState
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def null_directions(W: Tensor, energy: float, max_rank: int) -> tuple[Tensor, Te
     rank = int((sigma > max(W.shape) * torch.finfo(torch.float32).eps * sigma[0]).sum()) if sigma.numel() else 0
     p = smallest_rank(squares[:rank], energy, total=float(squares.sum()))
     first = max(p, len(sigma) - max_rank)
-    return L[:, first:].to(torch.float32), Rt[first:].T.contiguous().to(torch.float32)
+    return L[:, first:].to(torch.float32).contiguous(), Rt[first:].T.contiguous().to(torch.float32)
 
 
 class NullSpaceBranch(Branch):
@@ -91,6 +92,9 @@ class NusaCl(BranchLearner):
         return sum(min(self.options.max_rank, t.n_in, t.n_out) ** 2 for t in self.targets) + self.free.numel()
 
     def _branches(self, task: OpenTask) -> Mapping[str, NullSpaceBranch]:
+        if task.saved is not None:
+            U, V = task.saved.group("U"), task.saved.group("V")
+            return {name: NullSpaceBranch(U[name], V[name]) for name in U}
         started = time.perf_counter()
         options: NusaOptions = self.options
         found = {
@@ -105,6 +109,12 @@ class NusaCl(BranchLearner):
         )
         task.info.pop("rank_shrunk")  # M's size follows from the weights and not from the configured rank
         return {name: NullSpaceBranch(U, V) for name, (U, V) in found.items() if V.shape[1] > 0}
+
+    def task_state(self) -> TaskState:
+        state = super().task_state()
+        branches = self.open_branches()
+        sides = {f"U/{n}": b.U for n, b in branches.items()} | {f"V/{n}": b.V for n, b in branches.items()}
+        return TaskState(state.tensors | sides, state.values)
 
 
 register(

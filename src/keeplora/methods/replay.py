@@ -28,6 +28,7 @@ from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
 from keeplora.tuner.sampling import batch_size, statistics_batches, stratified_indices
+from keeplora.tuner.task import TaskState
 
 PREFIX, TEXT, SAMPLES = "replay/", "replay/text/", "replay/samples/"
 """Prefixes of what a record keeps: "replay/pixels" uint8 [K, ...], "replay/low" and "replay/high" per picture and channel,
@@ -201,6 +202,14 @@ class Replay(SequentialLora):
         model = super()._attach(task)
         self._generator = torch.Generator().manual_seed(self._seed())
         return model
+
+    def task_state(self) -> TaskState:
+        state = super().task_state()
+        return TaskState(state.tensors | {"replay/generator": self._generator.get_state()}, state.values)
+
+    def load_task_state(self, task: OpenTask, saved: TaskState) -> None:
+        super().load_task_state(task, saved)
+        self._generator.set_state(saved.tensors["replay/generator"])
 
     def _seed(self) -> int:
         return self.config.seed * 1009 + len(self.history)

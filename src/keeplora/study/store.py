@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from keeplora.errors import KeepLoraError
-from keeplora.experiment.run_directory import FolderLock, RunDirectory
-from keeplora.files import atomic_write_json
+from keeplora.errors import KeepLoraError, reason
+from keeplora.experiment.folder_lock import FolderLock
+from keeplora.experiment.run_directory import RunDirectory
+from keeplora.files import atomic_write_json, sweep
 from keeplora.study.plan import CellKey, StudyPlan
 
 FORMAT = "keeplora-study"
@@ -86,8 +87,9 @@ class StudyStore:
         except KeepLoraError as error:
             raise KeepLoraError(f"{str(error).split(';')[0]}; a study is run by one process at a time") from None
         except OSError as error:
-            raise KeepLoraError(f"{self.path} cannot be written to: {error.strerror or error}") from None
+            raise KeepLoraError(f"{self.path} cannot be written to: {reason(error)}") from None
         self._lock = lock
+        sweep(self.path)
 
     def close(self) -> None:
         if self._lock is not None:

@@ -222,7 +222,7 @@ class _Search:
             self._start_when_free(job.trial)
             return
         reason = last_lines(folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace"), 1)
-        if code is not None and (code == 130 or -code in _STOPPED):
+        if code is not None and (code in (130, 143) or -code in _STOPPED):
             raise KeepLoraError(f"{folder} was stopped from outside; repeat the same command to go on")
         if code is not None and code < 0:
             reason = f"ended by {signal.Signals(-code).name} (often: out of memory; give fewer --jobs)"

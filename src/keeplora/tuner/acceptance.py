@@ -23,9 +23,10 @@ class Acceptance:
 
     @classmethod
     def begin(
-        cls, accept: Mapping[str, Any] | None, evaluate: Callable[[], Mapping[str, float]] | None
-    ) -> Acceptance | None:
-        """Check ``accept`` and measure the state before the task; None where nothing was asked."""
+        cls, accept: Mapping[str, Any] | None, evaluate: Callable[[], Mapping[str, float]] | None,
+        before: Mapping[str, float] | None = None,
+    ) -> Acceptance | None:  # fmt: skip
+        """Check ``accept`` and measure the state ``before`` the task, if it is not given; None where nothing was asked."""
         if accept is None:
             return None
         for key in accept:
@@ -40,7 +41,7 @@ class Acceptance:
             raise ConfigError(
                 "accept needs `evaluate`: a function that returns the accuracy of each old task and probe by name"
             )
-        return cls(float(max_drop), action, evaluate, dict(evaluate()))
+        return cls(float(max_drop), action, evaluate, dict(evaluate() if before is None else before))
 
     def passes(self, task: str) -> bool:
         """Measure again; False when the task is to be undone."""

@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +17,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from keeplora.errors import KeepLoraError
 from keeplora.math import lora_delta
 from keeplora.tuner.targets import Target
+
+if TYPE_CHECKING:
+    from keeplora.tuner.weights import WeightStore
 
 ADAPTER = "default"
 
@@ -161,6 +164,23 @@ class TaskAdapter:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in held for p in self.model.parameters()):  # another model's optimiser is no place to complain
             self.check_A()
+
+    @torch.no_grad()
+    def largest_update(self, store: WeightStore, norms: dict[str, float]) -> tuple[str, float]:
+        """(layer, ‖s B A‖_F / ‖W₀‖_F) where that is largest; ‖W₀‖_F is kept in ``norms``.
+
+        ‖B A‖_F² = Σ (BᵀB ∘ A Aᵀ), two r × r products: the update itself is never formed.
+        """
+        found = []
+        for name in self._layers:
+            if name not in norms:
+                norms[name] = float(store.W0[name].to(torch.float32).norm()) or 1e-30
+            A, B = (w.to(torch.float32) for w in self.weights(name))
+            squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0.0)
+            found.append(squared.sqrt() * (self.targets[name].s / norms[name]))
+        ratios = torch.stack(found).tolist()
+        i = max(range(len(ratios)), key=ratios.__getitem__)
+        return list(self._layers)[i], ratios[i]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.peft_model.parameters() if p.requires_grad]

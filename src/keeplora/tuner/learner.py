@@ -30,7 +30,7 @@ from keeplora.tuner.persistence import apply_records, create_ledger, ledger_conf
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
-from keeplora.tuner.task import OpenTask
+from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 
 
@@ -70,6 +70,8 @@ class ContinualLearner(TaskHistory):
     """Whether `start_task` must be given a reference set."""
     unmergeable: ClassVar[str] = ""
     """Why no single model holds what was learned, as words that follow the method's name; empty where one does."""
+    penalty_of_batch: ClassVar[bool] = False
+    """Whether `penalty` is made of the batch that it is given, so that a batch in parts needs it for each of them."""
     irremovable: ClassVar[str] = ""
     """Why no single task can be taken out, as words that follow the method's name; empty where what a method holds is a
     function of `records`, in any selection. `rollback` works for every method."""
@@ -120,6 +122,7 @@ class ContinualLearner(TaskHistory):
         objective: Objective | None = None,
         reference: Iterable[Any] | None = None,
         single_batches: Iterable[Any] | None = None,
+        saved: TaskState | None = None,
     ) -> PeftModel | nn.Module:
         """Take the statistics of a new task and return the model to train.
 
@@ -140,6 +143,8 @@ class ContinualLearner(TaskHistory):
             reference: batches of other pictures and texts, for the methods that ask for them (zscl).
             single_batches: the data as batches of one sample, re-iterable, for the methods that need samples one by one
                 where a batch cannot be cut by itself (ewc, replay on generative models).
+            saved: what `task_state` gave while this task was open in another process: it is opened again without taking
+                its statistics anew. Trained parameters are the caller's to put back.
 
         Returns:
             A stock `peft.PeftModel` around the same model: A set and frozen, B = 0, an alpha per layer.
@@ -148,14 +153,16 @@ class ContinualLearner(TaskHistory):
             raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
         if any(record.name == name for record in self.records):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
-        acceptance = Acceptance.begin(accept, evaluate)
+        acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            objective, reference, single_batches, info=dict(info or {}),
+            objective, reference, single_batches, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
             model = self._attach(task)
             self.free.open(task, self.store)
+            if saved is not None:
+                self.load_task_state(task, saved)
         except BaseException:
             self._release(task)
             raise
@@ -254,6 +261,29 @@ class ContinualLearner(TaskHistory):
     def after_step(self) -> None:
         """What the method does to the weights after each optimiser step; a training loop calls it there."""
 
+    def largest_update(self) -> tuple[str, float] | None:
+        """(layer, ‖s B A‖_F / ‖W₀‖_F) of the open task where that is largest; None where no LoRA trains."""
+        adapter = self._require_open().adapter
+        return None if adapter is None else adapter.largest_update(self.store, self._require_open().base_norms)
+
+    def task_state(self) -> TaskState:
+        """What the open task has that neither the ledger nor the trained parameters hold (`start_task(saved=...)`).
+
+        A method whose `penalty` or `after_step` remembers something between steps adds it here and takes it back in
+        `load_task_state`.
+        """
+        task = self._require_open()
+        A = {} if task.adapter is None else task.adapter.A0
+        values = {"info": dict(task.info), "statistics_seconds": task.statistics_seconds}
+        if task.acceptance is not None:
+            values["before"] = task.acceptance.before
+        return TaskState({f"A/{name}": a for name, a in A.items()}, values)
+
+    def load_task_state(self, task: OpenTask, saved: TaskState) -> None:
+        """Take back what `task_state` gave, into a task that `_attach` has just opened."""
+        task.info |= saved.values["info"]
+        task.statistics_seconds = saved.values["statistics_seconds"]
+
     def readout(self, image_features: Tensor, logits: Tensor, classes: Sequence[str]) -> Tensor:
         """The final logits [N, C] of pictures against the candidate ``classes``: the model's own unless a method changes them.
 
@@ -305,7 +335,8 @@ class ContinualLearner(TaskHistory):
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
-        task.adapter = TaskAdapter(self.model, self.targets, self._initial_A(task), trainable_A=self.trains_A)
+        A = self._initial_A(task) if task.saved is None else task.saved.group("A")
+        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import TargetError
+from keeplora.tuner.memory import in_smaller_batches
 from keeplora.tuner.sampling import batch_size, to_device
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
@@ -217,10 +218,21 @@ def collect_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
+    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+
     Raises:
         TargetError: a target that no gradient reached in the first batch.
         FloatingPointError: a loss that is not finite.
     """
+    return in_smaller_batches(
+        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn)
+    )
+
+
+def _collect_gradients(
+    model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
+    mask_fn: MaskFn,
+) -> dict[str, Tensor]:  # fmt: skip
     device = store.module(targets[0].name).weight.device
     total = 0
     with quiet_model(model), GradientObserver(targets, store) as observer:
@@ -241,12 +253,24 @@ def collect_gradients(
     }  # in place: G of all targets is the largest thing held
 
 
-@torch.no_grad()
 def collect_features(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
     forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn = attention_masks,
 ) -> FeatureObserver:  # fmt: skip
-    """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired."""
+    """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired.
+
+    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    """
+    return in_smaller_batches(
+        "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn)
+    )
+
+
+@torch.no_grad()
+def _collect_features(
+    model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn,
+) -> FeatureObserver:  # fmt: skip
     device = store.module(targets[0].name).weight.device
     with quiet_model(model), FeatureObserver(targets, store) as observer:
         for batch in batches:

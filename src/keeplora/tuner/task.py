@@ -14,6 +14,22 @@ from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 
 
+@dataclass(frozen=True)
+class TaskState:
+    """What a learner holds of an open task beside its trained parameters, enough to go on with it in another process.
+
+    Attributes:
+        tensors: by name. values: JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix/``, without it."""
+        return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(f"{prefix}/")}
+
+
 @dataclass
 class OpenTask:
     """A task between `start_task` and `finish_task`."""
@@ -36,6 +52,10 @@ class OpenTask:
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0
+    saved: TaskState | None = None
+    """What `ContinualLearner.task_state` gave in the process that began the task; the statistics are not taken again."""
+    base_norms: dict[str, float] = field(default_factory=dict)
+    """‖W₀‖_F of the adapted layers, once somebody has asked."""
 
     def when_released(self, action: Callable[[], None]) -> None:
         """Have ``action`` called as well when the model is given back: for what a method holds while a task is open."""

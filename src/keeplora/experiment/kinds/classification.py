@@ -18,7 +18,16 @@ from keeplora.experiment.config import ExperimentConfig, TrainingConfig
 from keeplora.experiment.device import Precision
 from keeplora.experiment.kinds.base import Sets
 from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
-from keeplora.experiment.pictures import Collate, PictureTensors, TaskBatches, TensorCache, loader, worker_caches
+from keeplora.experiment.order import ShuffledBatches
+from keeplora.experiment.pictures import (
+    Collate,
+    PictureTensors,
+    TaskBatches,
+    TensorCache,
+    loader,
+    shuffled_loader,
+    worker_caches,
+)
 from keeplora.methods import Method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
@@ -118,10 +127,9 @@ class Classification:
     def batches(
         self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, seed: int
     ) -> TaskBatches:
-        return TaskBatches(
-            data,
-            loader(data, training.batch_size, objective.collate, workers=training.workers, shuffle_seed=seed),
-        )
+        order = ShuffledBatches(len(data), training.batch_size, seed)
+        brought = shuffled_loader(data, order, objective.collate, workers=training.workers)
+        return TaskBatches(data, order, brought, objective.split)
 
     def first_batch(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> tuple[Any, int]:
         n = min(len(data), training.batch_size)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ from keeplora.experiment.conversations import (
     Parts,
     chosen_loader,
     ordered_loader,
+    split_conversations,
     training_loader,
+    training_order,
 )
 from keeplora.experiment.device import Precision
 from keeplora.experiment.environment import memory_bytes
@@ -33,6 +36,7 @@ from keeplora.methods import Method
 from keeplora.models.generative import Generative
 from keeplora.models.vision_cache import VisionCache
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
+from keeplora.tuner.memory import Pieces
 from keeplora.tuner.sampling import to_device
 
 IGNORED = -100
@@ -163,12 +167,10 @@ class Generation:
     def batches(
         self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, seed: int
     ) -> TaskBatches:
+        order = training_order(data, training.batch_size, seed=seed, grouped=training.group_by_length)
         collate = Parts(self.family.join, training.micro_batch)
-        loader = training_loader(
-            data, training.batch_size, collate, workers=training.workers, seed=seed,
-            grouped=training.group_by_length,
-        )  # fmt: skip
-        return TaskBatches(data, loader)
+        loader = training_loader(data, order, collate, workers=training.workers)
+        return TaskBatches(data, order, loader, partial(split_conversations, data, self.family.join))
 
     def first_batch(
         self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig
@@ -186,12 +188,19 @@ class Generation:
         with self.family.evaluating(), self.precision.autocast():
             batches = [order[start : start + size] for start in range(0, len(order), size)]
             collate = partial(self.family.join, side="left")
+            pieces = Pieces(f"evaluation of {task.name!r}")
             for batch in chosen_loader(data, batches, collate, self.config.training.workers):
-                found = self.family.generate(
-                    to_device(batch, self.family.device), max_new_tokens=task.max_new_tokens, sample=settings.sample,
-                    temperature=settings.temperature, top_p=settings.top_p, seed=self.config.seed,
-                )  # fmt: skip
-                for i, answer in zip(batch["index"].tolist(), found, strict=True):
+                indices = batch["index"].tolist()
+
+                def answered(start: int, end: int, batch: Any = batch, indices: list[int] = indices) -> list[str]:
+                    if end - start < len(indices):
+                        batch = collate([data[i] for i in indices[start:end]])
+                    return self.family.generate(
+                        to_device(batch, self.family.device), max_new_tokens=task.max_new_tokens, sample=settings.sample,
+                        temperature=settings.temperature, top_p=settings.top_p, seed=self.config.seed,
+                    )  # fmt: skip
+
+                for i, answer in zip(indices, chain.from_iterable(pieces(len(indices), answered)), strict=True):
                     answers[i] = answer
                 on_batch()
         return answers

@@ -1,0 +1,142 @@
+"""One training step: the gradient of a whole batch, in as many parts as the memory holds, checked before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.errors import KeepLoraError, TrainingError
+from keeplora.experiment.kinds.base import TrainingObjective
+from keeplora.experiment.pictures import Batches
+from keeplora.tuner.memory import first_line, release_cached
+
+
+class Hooks(Protocol):
+    """What a method adds to the loop (`ContinualLearner`)."""
+
+    penalty_of_batch: ClassVar[bool]
+
+    def penalty(self, batch: Any, logits: Any) -> Tensor | None: ...
+
+    def after_step(self) -> None: ...
+
+    def largest_update(self) -> tuple[str, float] | None: ...
+
+
+@dataclass
+class Tally:
+    """What a step adds to its epoch's sums, part by part, each times the samples of the batch."""
+
+    samples: int
+    losses: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
+    right: int | None = None
+
+
+class Gradients:
+    """Forward and backward passes of batches.
+
+    Where the GPU's memory does not suffice, the parts of a batch are halved, and stay so for the rest of the task; the
+    gradient is still that of the whole batch, since every part's losses are divided by the batch's number.
+
+    Args:
+        limit: most samples of a part; None: as the objective gives them.
+        tell: gets a sentence where the limit has changed.
+    """
+
+    def __init__(
+        self, objective: TrainingObjective, batches: Batches, hooks: Hooks, *, limit: int | None = None,
+        tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.limit = limit
+        self._objective, self._batches, self._hooks, self._tell = objective, batches, hooks, tell
+
+    def add(self, batch: Mapping[str, Any], where: str, forget: Callable[[], None]) -> Tally:
+        """Leave the batch's gradient in the parameters.
+
+        Args:
+            where: task, epoch and step, for a message. forget: takes all gradients away.
+
+        Raises:
+            TrainingError: a loss that is not finite. KeepLoraError: not even one sample fits the memory.
+        """
+        while True:
+            parts = self._parts(batch)
+            forget()
+            try:
+                return self._add(batch, parts, where)
+            except torch.OutOfMemoryError as error:
+                told = first_line(error)
+            # Out here nothing holds the graph any more, so that its memory can be used again.
+            forget()
+            release_cached()
+            largest = max(len(part["index"]) for part in parts)
+            if largest <= 1:
+                raise KeepLoraError(
+                    f"{where}: not even one sample fits the memory ({told}); use smaller pictures, a lower tuner.r, "
+                    "training.gradient_checkpointing or a larger GPU"
+                )
+            self.limit = -(-largest // 2)
+            self._tell(
+                f"{where}: the memory did not hold {largest} samples at once; from here on the task's batches go through "
+                f"the model in parts of at most {self.limit}, and their gradients add up to those of the batch"
+            )
+
+    def _parts(self, batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        parts = self._objective.parts(batch)
+        if self.limit is None:
+            return parts
+        return [small for part in parts for small in self._batches.split(batch, part, self.limit)]
+
+    def _add(self, batch: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], where: str) -> Tally:
+        objective = self._objective
+        counts = [objective.count(part) for part in parts]
+        n = sum(counts)
+        tally = Tally(n)
+        shared = self._hooks.penalty_of_batch and self.limit is not None
+        for i, part in enumerate(parts):
+            loss, logits = objective.part_loss(part, n)
+            # A penalty belongs to the step and not to each part of its batch, unless it is made of the batch itself.
+            extra = self._hooks.penalty(part, logits) if i == 0 or shared else None
+            if extra is not None and shared:
+                extra = extra * (counts[i] / n)
+            total = loss if extra is None else loss + extra
+            if not torch.isfinite(total):
+                names = ", ".join(self._batches.where(batch)[:3])
+                raise TrainingError(f"{where}: the loss is {total.item()} (samples {names}, …)")
+            total.backward()
+            tally.losses.append(loss.item() * n)
+            if extra is not None:
+                tally.penalties.append(extra.item() * n)
+            if logits is not None:
+                tally.right = (tally.right or 0) + objective.right(logits, part)
+        return tally
+
+
+def check_gradients(
+    names: Sequence[str], parameters: Sequence[nn.Parameter], clip: float | None, where: str, samples: Sequence[str]
+) -> float:
+    """Clip the gradients to the norm ``clip``, and refuse them before a weight moves where they are not finite.
+
+    Returns:
+        Their norm, before it was clipped. One number is read from the device, whatever the number of parameters.
+
+    Raises:
+        TrainingError: NaN or infinity; names the parameter.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    value = float(norm)
+    if not math.isfinite(value):
+        held = [(name, p.grad) for name, p in zip(names, parameters, strict=True) if p.grad is not None]
+        bad = [name for name, g in held if not bool(torch.isfinite(g).all())]
+        what = f"the gradient of {bad[0]} holds NaN or infinity" if bad else "the gradients' norm is beyond float32"
+        raise TrainingError(f"{where}: {what} (samples {', '.join(samples[:3])}, …)")
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return value
