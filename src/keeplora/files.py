@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +78,25 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     _sync_dir(path.parent)
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of an ordinary file of at most ``most`` bytes. A pipe would be waited for, a device never ends.
+
+    Raises:
+        OSError: it cannot be read, is not an ordinary file (`errno.EINVAL`), or is larger (`errno.EFBIG`).
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(fd, "rb") as handle:
+        told = os.fstat(fd)
+        if stat.S_ISDIR(told.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", os.fspath(path))
+        if not stat.S_ISREG(told.st_mode):
+            raise OSError(errno.EINVAL, "it is not an ordinary file", os.fspath(path))
+        data = b"" if told.st_size > most else handle.read(most + 1)  # those of /proc have no size of their own
+        if told.st_size > most or len(data) > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
+        return data
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
