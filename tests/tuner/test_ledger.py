@@ -197,7 +197,7 @@ def test_newer_format_is_refused(folder, file):
     value = json.loads(path.read_text())
     value["version"] = 7
     path.write_text(json.dumps(value))
-    refused(folder, path, "has format version 7; this keeplora reads up to version 0: upgrade keeplora")
+    refused(folder, path, "has format version 7; this keeplora reads up to version 1: upgrade keeplora")
 
 
 def test_folder_that_is_no_ledger(tmp_path):

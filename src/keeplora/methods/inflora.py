@@ -129,7 +129,7 @@ class InfLora(ContinualLearner):
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         config = self.config
-        self.config = replace(config, energy_features=self.options.energy(len(self.records)), memory="features")
+        self.config = replace(config, energy_features=self.options.energy(len(self.history)), memory="features")
         try:
             super()._protect(task, record)
         finally:

@@ -17,6 +17,7 @@ class Joint(SequentialLora):
     """
 
     schedule: ClassVar[str] = "joint"
+    irremovable: ClassVar[str] = "trains once on the data of all tasks, so that no part of it belongs to one task"
 
 
 register(

@@ -11,13 +11,13 @@ from keeplora.tuner.learner import ContinualLearner, OpenTask
 
 
 class SequentialLora(ContinualLearner):
-    """A and B train; nothing is protected. A starts as PEFT starts it, from the learner's own seed and task count."""
+    """A and B train; nothing is protected. A starts as PEFT starts it, from the learner's seed and count of tasks."""
 
     trains_A = True
     protects = False
 
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.records))
+        generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.history))
         return {t.name: random_factor(t, generator) for t in self.targets}
 
 

@@ -81,13 +81,15 @@ class MoeLora(BranchLearner):
     unmergeable: ClassVar[str] = (
         "weighs its experts anew for every token, which no adapter or checkpoint of fixed weights holds"
     )
+    irremovable: ClassVar[str] = "trains the same experts on every task, so that no part of them belongs to one task"
     _present: Mapping[str, Experts] = {}
     """Experts per layer after the last task; empty before the first."""
 
     def __init__(
-        self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = ""
-    ) -> None:
-        super().__init__(model, config, ledger=ledger, base_name=base_name)
+        self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = "",
+        base_revision: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, config, ledger=ledger, base_name=base_name, base_revision=base_revision)
         for t in self.targets:
             if t.r % self.options.experts:
                 raise ConfigError(

@@ -108,6 +108,11 @@ class RegLora(SequentialLora):
 
     def marks(self, layer: str) -> Tensor:
         """Positions that the learned tasks marked in a layer, each once, int64."""
+        if len(self.records) < len(self.history):
+            # A record holds only what its task was the first to mark; with a task taken out, others mark part of it.
+            factors = [r.factors[layer] for r in self.records if layer in r.factors]
+            found = [largest(f.B @ f.A, self.options.share) for f in factors]
+            return torch.cat([torch.zeros(0, dtype=torch.long), *found]).unique()
         found = [r.tensors[MARKS + layer].long() for r in self.records if MARKS + layer in r.tensors]
         return torch.cat([torch.zeros(0, dtype=torch.long), *found])
 

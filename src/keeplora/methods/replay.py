@@ -203,7 +203,7 @@ class Replay(SequentialLora):
         return model
 
     def _seed(self) -> int:
-        return self.config.seed * 1009 + len(self.records)
+        return self.config.seed * 1009 + len(self.history)
 
     def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
         if self._samples:

@@ -17,7 +17,8 @@ A task moves the old α as well, so its update, as every record holds it, is
     ΔW = α_t B_t A_t + Σ_{i<t} (α_i − α_i before the task) B_i A_i / (‖B_i‖ ‖A_i‖)
 
 as one pair of factors: the A stacked, the scaled B side by side. Their sum over the records is the running weight, so
-merging, export and taking tasks out again work as for any low-rank method; the rank of a record grows with the tasks.
+merging and export work as for any low-rank method, and so does going back to an earlier task. A single task cannot be taken
+out: what it added is spread over the records after it. The rank of a record grows with the tasks.
 """
 
 from __future__ import annotations
@@ -109,6 +110,10 @@ class SdLora(BranchLearner):
     """Trains A, B and the magnitudes of all directions."""
 
     Options: ClassVar[type] = SdLoraOptions
+    irremovable: ClassVar[str] = (
+        "goes on training the magnitude of every earlier task's direction, so that what a task added is spread over the "
+        "records of those after it"
+    )
 
     def directions(self, layer: str) -> tuple[list[Direction], Tensor]:
         """The learned directions of a layer and their present α, [t]; a function of the records alone."""
@@ -120,7 +125,7 @@ class SdLora(BranchLearner):
         return found, alpha
 
     def _branches(self, task: OpenTask) -> Mapping[str, DirectionsBranch]:
-        generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.records))
+        generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.history))
         branches = {}
         for t in self.targets:
             old, alpha = self.directions(t.name)

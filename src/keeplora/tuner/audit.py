@@ -111,6 +111,7 @@ def audit_learner(learner: ContinualLearner) -> Audit:
     rows: list[LeakRow] = []
     notes: list[str] = []
     bases = learner.start_bases()
+    history, active = learner.history, {record.entry for record in learner.records}
     quantised = {t.name for t in learner.targets if quantisation(learner.store.module(t.name)) is not None}
     if quantised:
         notes.append(
@@ -128,22 +129,26 @@ def audit_learner(learner: ContinualLearner) -> Audit:
             weights = weight_leak(W.cpu(), W0, U0)
             floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
         k = U0.shape[1]
-        for record in learner.records:
-            f = record.factors.get(t.name)
-            leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
-            rows.append(LeakRow(t.name, record.name, leak, weights, floor))
+        for record in history:
+            if record.entry in active:
+                f = record.factors.get(t.name)
+                leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
+                rows.append(LeakRow(t.name, record.name, leak, weights, floor))
             k += record.basis[t.name].shape[1] if t.name in record.basis else 0
     return Audit(rows, tuple(notes))
 
 
 def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
-    """Per target, as JSON: where it sits, its scale, and columns of U (``used``) and ranks after each task."""
-    bases = learner.start_bases() if learner.records or learner._U is not None else {}
+    """Per target, as JSON: where it sits, its scale, and columns of U (``used``) and ranks after each task.
+
+    The tasks are those of the history: what a removed one used is in use while a later one relies on it.
+    """
+    bases = learner.start_bases() if learner.history or learner._U is not None else {}
     rows = []
     for t in learner.targets:
         start = bases[t.name].shape[1] if t.name in bases else 0
         used, ranks = [start], []
-        for record in learner.records:
+        for record in learner.history:
             used.append(record.used.get(t.name, used[-1]))
             ranks.append(record.factors[t.name].A.shape[0] if t.name in record.factors else 0)
         rows.append(

@@ -13,25 +13,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeplora.errors import KeepLoraError, LedgerError
-from keeplora.math import (
-    extend_basis,
-    extend_basis_with_gradient,
-    orthonormality_error,
-    residual_factor,
-    weight_basis,
-)
+from keeplora.errors import KeepLoraError
+from keeplora.math import extend_basis, extend_basis_with_gradient, residual_factor, weight_basis
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
-from keeplora.tuner.ledger import Ledger, TaskRecord
+from keeplora.tuner.history import TaskHistory
+from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
 from keeplora.tuner.options import NoOptions, make_options
-from keeplora.tuner.persistence import apply_records, create_ledger, open_ledger, save_learner
+from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
@@ -39,7 +34,7 @@ from keeplora.tuner.task import OpenTask
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 
 
-class ContinualLearner:
+class ContinualLearner(TaskHistory):
     """Teach ``model`` one task after another (KeepLoRA++, arXiv 2606.16256).
 
     Args:
@@ -47,7 +42,7 @@ class ContinualLearner:
             place, target weights (and free modules) alone; beside quantised targets, past tasks run as an adapter.
         config: a `KeepLoraConfig`; its ``target_modules`` must be set.
         ledger: a folder that does not exist yet; if given, every finished task is written there at once.
-        base_name: how the base model is called in the ledger.
+        base_name, base_revision: how the base model is called in the ledger.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -75,23 +70,24 @@ class ContinualLearner:
     """Whether `start_task` must be given a reference set."""
     unmergeable: ClassVar[str] = ""
     """Why no single model holds what was learned, as words that follow the method's name; empty where one does."""
+    irremovable: ClassVar[str] = ""
+    """Why no single task can be taken out, as words that follow the method's name; empty where what a method holds is a
+    function of `records`, in any selection. `rollback` works for every method."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
     def __init__(
-        self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = ""
-    ) -> None:
+        self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = "",
+        base_revision: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
         self.model = model
         self.config = config
-        self.base_name = base_name
+        self.base_name, self.base_revision = base_name, base_revision
         self.options = make_options(self.Options, config.options)
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
-        self.records: list[TaskRecord] = []
-        self._U: dict[str, Tensor] | None = None
-        self._open: OpenTask | None = None
-        self._ledger: Ledger | None = None
         if ledger is not None:
             self._ledger = create_ledger(self, ledger)
 
@@ -105,17 +101,6 @@ class ContinualLearner:
             for t in self.targets if self.protects else ():
                 self._U[t.name] = weight_basis(self.store.W0[t.name], self.config.for_tower("energy_weights", t.tower))
         return self._U
-
-    @property
-    def history(self) -> list[TaskRecord]:
-        """The tasks whose directions are in U, in the order in which they came."""
-        return self.records
-
-    def start_bases(self) -> dict[str, Tensor]:
-        """U₀ per target (M1)."""
-        U = self.U
-        grown = {t.name: sum(r.basis[t.name].shape[1] for r in self.history if t.name in r.basis) for t in self.targets}
-        return {name: U[name][:, : U[name].shape[1] - grown[name]] for name in U}
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -211,12 +196,10 @@ class ContinualLearner:
             record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
             if (cost := self.store.serving_cost()).layers:
                 record.info["serving_cost"] = cost.to_dict()
-            if self._ledger is not None:
-                self._ledger.append(record)
+            self._enter(record)
         except BaseException:
             self._undo(before, U_before)
             raise
-        self.records.append(record)
         self._open = None
         return record
 
@@ -239,10 +222,7 @@ class ContinualLearner:
     def sit_out(self, name: str, info: Mapping[str, Any] | None = None) -> TaskRecord:
         """Enter a task that could not be learned (no capacity left) as a record without factors, so that counts agree."""
         record = TaskRecord(name, used={n: U.shape[1] for n, U in self.U.items()}, info=dict(info or {}))
-        if self._ledger is not None:
-            self._ledger.append(record)
-        self.records.append(record)
-        return record
+        return self._enter(record)
 
     def _require_open(self) -> OpenTask:
         if self._open is None:
@@ -382,22 +362,12 @@ class ContinualLearner:
             append: write further tasks into the same ledger.
         """
         ledger = open_ledger(directory)
-        learner = cls(model, KeepLoraConfig(**ledger.head["config"]), base_name=ledger.head["base"]["name"])
+        base = ledger.head["base"]
+        learner = cls(model, ledger_config(ledger), base_name=str(base.get("name") or ""))
+        learner.base_revision = base.get("revision")
         apply_records(learner, ledger)
         learner._recall(learner.records)
         if append:
+            ledger.heal()
             learner._ledger = ledger
         return learner
-
-    def restore_bases(self, bases: Mapping[str, Tensor], records: Sequence[TaskRecord]) -> None:
-        """U = [U₀, increments of the records in order], as it was when they were learned."""
-        if not bases:
-            return
-        U = {name: bases[name] for name in bases}
-        for record in records:
-            for name, V in record.basis.items():
-                U[name] = torch.cat([U[name], V], dim=1)
-        for name, basis in U.items():
-            if (error := orthonormality_error(basis)) > 1e-5:
-                raise LedgerError(f"the stored basis of {name} is not orthonormal: max |UᵀU − I| = {error:.1e}")
-        self._U = U

@@ -1,245 +1,379 @@
-"""The ledger: every learned task as a record on disk, each pointing at the one before (format v0).
+"""The ledger: a chain of sealed entries on disk, to which entries are added and of which none is ever changed (format v1).
 
 Layout::
 
-    ledger.json              format, version, base model (name, class, hash of target weights), targets, config, bases
+    ledger.json              format, version, base model (name, revision, class, hash of target weights), targets, config
     base.safetensors         "basis/<layer>": U₀ (in, p), float32
-    0001-<task>/record.json  what the task was: layers (s, rank, ε_t, tr C_t), classes, metrics, parent hash, ...
+    HEAD.json                how many entries there are, and the hash of the last: a missing end is noticed
+    0001-<task>/record.json  what the task was: layers (s, rank, ε_t, tr C_t), classes, config, parent hash, ...
     0001-<task>/tensors.safetensors   "A/<layer>", "B/<layer>", "basis/<layer>" (new directions), "delta/<layer>"
                              (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads)
+    0001-<task>/metrics.json what was measured after it, if anything was
+    0004-remove-<task>/record.json    an operation: remove, restore, rollback or purge, and what it speaks of
 
-A record is written into a hidden folder and renamed, so it is there whole or not at all. ``parent`` is the SHA-256 of
+An entry is written into a hidden folder and renamed, so it is there whole or not at all. ``parent`` is the SHA-256 of
 the previous record.json (of ledger.json for the first), each record names the SHA-256 of its tensors, and each JSON
-file's ``seal`` is the SHA-256 of its other keys: nothing points at the last record, so it must vouch for itself.
+file's ``seal`` is the SHA-256 of its other keys. `keeplora.tuner.chain` says what the entries add up to.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from keeplora.errors import LedgerError
-from keeplora.files import atomic_dir, atomic_write_json, sha256_file
-from keeplora.tuner.adapter import Factors
+from keeplora.files import atomic_dir, sha256_file
+from keeplora.tuner.chain import KINDS, PURGE, REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
+from keeplora.tuner.ledger_files import (
+    FORMAT,
+    VERSION,
+    file_hash,
+    need,
+    read_sealed,
+    read_tensors,
+    refuse_link,
+    write_sealed,
+)
+from keeplora.tuner.records import TaskRecord, group, read_record, slug
 
-FORMAT = "keeplora-ledger"
-VERSION = 0
+__all__ = ["FORMAT", "VERSION", "Entry", "Ledger", "TaskRecord", "now", "slug"]
 
 
-@dataclass
-class TaskRecord:
-    """What one task left behind.
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry as its record.json tells of it; its tensors are not read.
 
     Attributes:
-        factors: A, B and s per layer (low-rank methods). full: ΔW per layer (full fine-tuning), or per parameter by its
-            full name (free modules).
-        basis: new protected directions per layer, (in, m). explained: ε_t per layer. trace: tr C_t per layer.
-        used: columns of U per layer after the task. covariance: C_t per layer, if kept.
-        tensors: whatever else belongs to the task (class heads). info: JSON values (classes, templates, metrics, ...).
+        index: from 1. step: what it does. folder: where it is. value: all of record.json. hash: of that file.
     """
 
-    name: str
-    factors: dict[str, Factors] = field(default_factory=dict)
-    full: dict[str, Tensor] = field(default_factory=dict)
-    basis: dict[str, Tensor] = field(default_factory=dict)
-    explained: dict[str, float] = field(default_factory=dict)
-    trace: dict[str, float] = field(default_factory=dict)
-    used: dict[str, int] = field(default_factory=dict)
-    covariance: dict[str, Tensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+    index: int
+    step: Step
+    folder: Path
+    value: dict[str, Any]
+    hash: str
 
     @property
-    def updates(self) -> dict[str, Factors | Tensor]:
-        """ΔW per layer as it is kept: factors, or whole where the method has none. What a store is given."""
-        return {**self.factors, **self.full}
+    def kind(self) -> str:
+        return self.step.kind
 
     @property
-    def deltas(self) -> dict[str, Tensor]:
-        """ΔW per layer, float32."""
-        return {name: f.delta for name, f in self.factors.items()} | self.full
+    def name(self) -> str:
+        """Of the task that it enters or speaks of; empty for a rollback to the start."""
+        return self.step.name
 
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """The JSON part per layer."""
-        names = sorted(set(self.factors) | set(self.full) | set(self.used))
-        out: dict[str, dict[str, Any]] = {}
-        for name in names:
-            f = self.factors.get(name)
-            out[name] = {
-                "s": f.s if f else None, "rank": f.A.shape[0] if f else 0, "explained": self.explained.get(name),
-                "trace": self.trace.get(name), "used": self.used.get(name),
-            }  # fmt: skip
-        return out
+    @property
+    def time(self) -> str | None:
+        """UTC; None where version 0 wrote it."""
+        return self.value.get("time")
 
-
-def slug(name: str) -> str:
-    """A task's name as a file name.
-
-    >>> slug("Road signs / EU")
-    'road-signs-eu'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "task"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LedgerError(f"{path} is missing: the ledger is not complete; copy the whole folder again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LedgerError(
-            f"{path} is not readable JSON ({error}): the file is damaged; restore it from a copy"
-        ) from None
-
-
-def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise LedgerError(f"{path} is missing: the ledger is not complete; copy the whole folder again")
-    if sha256_file(path) != digest:
-        raise LedgerError(f"{path} does not have the SHA-256 that its record names: the file was changed or damaged")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise LedgerError(f"{path} is not a readable safetensors file ({error})") from None
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in value.items() if k != "seal"}, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _write_sealed(path: Path, value: dict[str, Any]) -> None:
-    value = json.loads(json.dumps(value, allow_nan=False))  # as a reader will see it: keys as strings, tuples as lists
-    atomic_write_json(path, {**value, "seal": _seal(value)})
-
-
-def _check_head(value: Any, path: Path) -> None:
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise LedgerError(f"{path} is not a keeplora ledger: its 'format' is not {FORMAT!r}")
-    version = value.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise LedgerError(
-            f"{path} has format version {version!r}; this keeplora reads up to version {VERSION}: upgrade keeplora"
-        )
-    if value.get("seal") != _seal(value):
-        raise LedgerError(f"{path} was changed after it was written: its 'seal' does not fit; restore it from a copy")
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _group(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {key[len(kind) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{kind}/")}
+    def metrics(self) -> dict[str, Any] | None:
+        """What was measured after the task, or None; `LedgerError` if the file was changed or belongs to another record."""
+        file = self.folder / "metrics.json"
+        if not file.exists() and not file.is_symlink():
+            return None
+        value = read_sealed(file)
+        need(value, file, record=str, metrics=dict)
+        if value["record"] != self.hash:
+            raise LedgerError(f"{file} belongs to another record than the one beside it; restore it from a copy")
+        return value["metrics"]
 
 
 class Ledger:
-    """A ledger's folder. Use `create` for a new one and `open` for one that is there."""
+    """A ledger's folder. Use `create` for a new one and `open` for one that is there.
+
+    `rollback`, `remove`, `restore` and `purge` need no model: they say which tasks are in force, and the weights are made
+    from them whenever the ledger is opened. All but `purge` can be taken back.
+    """
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
         self.head = head
 
     @classmethod
-    def create(cls, path: str | Path, *, base: dict[str, Any], targets: list[dict[str, Any]], config: dict[str, Any],
-               bases: Mapping[str, Tensor], versions: dict[str, str]) -> Ledger:  # fmt: skip
-        """Write ledger.json and base.safetensors into a new folder, whole or not at all."""
+    def create(
+        cls, path: str | Path, *, base: dict[str, Any], targets: list[dict[str, Any]], config: dict[str, Any],
+        bases: Mapping[str, Tensor], versions: dict[str, str], learner: Mapping[str, Any] | None = None,
+    ) -> Ledger:  # fmt: skip
+        """Write ledger.json, base.safetensors and HEAD.json into a new folder, whole or not at all."""
         path = Path(path)
         if path.exists():
             raise LedgerError(f"{path} exists already: choose another folder, or open it with from_pretrained")
         head = {
             "format": FORMAT, "version": VERSION, "base": base, "targets": targets, "config": config,
-            "versions": versions,
+            "versions": versions, "learner": dict(learner or {}), "time": now(),
         }  # fmt: skip
         with atomic_dir(path) as part:
             file = part / "base.safetensors"
             save_file({f"basis/{n}": U.contiguous() for n, U in bases.items()}, file)
             head["tensors_sha256"] = sha256_file(file)
-            _write_sealed(part / "ledger.json", head)
-        return cls(path, head)
+            write_sealed(part / "ledger.json", head)
+            _write_end(part, 0, file_hash(part / "ledger.json"))
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Ledger:
         """Open a ledger's folder; `LedgerError` names what is missing, damaged or too new."""
         path = Path(path)
-        head = _read_json(path / "ledger.json")
-        _check_head(head, path / "ledger.json")
+        file = path / "ledger.json"
+        head = read_sealed(file)
+        need(head, file, base=dict, targets=list, config=dict, tensors_sha256=str)
+        need(head["base"], file, hash=str)
+        for target in head["targets"]:
+            if not isinstance(target, dict):
+                raise LedgerError(f"{file}: its 'targets' hold {target!r:.60}; restore it from a copy")
+            need(target, file, name=str, n_in=int, n_out=int)
         return cls(path, head)
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each target."""
+        return {t["name"]: (t["n_in"], t["n_out"]) for t in self.head["targets"]}
+
+    @property
+    def irremovable(self) -> str:
+        """Why no task can be taken out, as words that follow "the method"; empty where one can, or in version 0."""
+        told = self.head.get("learner")
+        return str(told.get("irremovable") or "") if isinstance(told, dict) else ""
 
     def bases(self) -> dict[str, Tensor]:
         """U₀ per layer."""
-        return _group(_read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"]), "basis")
+        return group(read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"]), "basis")
 
     def folders(self) -> list[Path]:
-        """Record folders in task order."""
-        found = sorted(p for p in self.path.iterdir() if p.is_dir() and re.match(r"\d{4}-", p.name))
+        """Entries' folders in order."""
+        found = sorted(p for p in self.path.iterdir() if re.match(r"\d{4,}-", p.name))
+        found.sort(key=lambda p: int(p.name.partition("-")[0]))
         for i, folder in enumerate(found, 1):
-            if int(folder.name[:4]) != i:
+            refuse_link(folder)
+            if int(folder.name.partition("-")[0]) != i:
                 raise LedgerError(f"{self.path}: record {i:04d} is missing before {folder.name}")
         return found
 
-    def append(self, record: TaskRecord) -> Path:
-        """Add a record after the last one; atomic."""
-        folders = self.folders()
-        parent = _file_hash(folders[-1] / "record.json" if folders else self.path / "ledger.json")
-        tensors: dict[str, Tensor] = {}
-        for name, f in record.factors.items():
-            tensors[f"A/{name}"], tensors[f"B/{name}"] = f.A, f.B
-        for kind, group in (
-            ("delta", record.full), ("basis", record.basis), ("covariance", record.covariance), ("extra", record.tensors),
-        ):  # fmt: skip
-            tensors |= {f"{kind}/{name}": value for name, value in group.items()}
-        target = self.path / f"{len(folders) + 1:04d}-{slug(record.name)}"
-        with atomic_dir(target) as part:
-            file = part / "tensors.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
-            _write_sealed(
-                part / "record.json",
-                {
-                    "format": FORMAT, "version": VERSION, "index": len(folders) + 1, "name": record.name,
-                    "base_hash": self.head["base"]["hash"], "parent": parent, "tensors_sha256": sha256_file(file),
-                    "layers": record.layers(), "info": record.info,
-                },
-            )  # fmt: skip
-        return target
+    def entries(self) -> list[Entry]:
+        """All entries in order, with seals, the chain of parent hashes and its end checked; no tensor is read."""
+        return self._read()[0]
 
-    def records(self) -> list[TaskRecord]:
-        """All records in order, with the chain of parent hashes checked; `LedgerError` names the first bad one."""
-        out: list[TaskRecord] = []
-        parent = _file_hash(self.path / "ledger.json")
+    def chain(self) -> Chain:
+        """What the entries add up to."""
+        return self._read()[1]
+
+    def state(self) -> State:
+        """Which tasks are in force now."""
+        return self.chain().state
+
+    def _read(self) -> tuple[list[Entry], Chain]:
+        entries: list[Entry] = []
+        chain = Chain()
+        parent = file_hash(self.path / "ledger.json")
         for i, folder in enumerate(self.folders(), 1):
             file = folder / "record.json"
-            value = _read_json(file)
-            _check_head(value, file)
+            value = read_sealed(file)
+            need(value, file, index=int, parent=str, base_hash=str)
             if value["index"] != i or value["parent"] != parent:
                 raise LedgerError(
                     f"{file} does not follow the record before it: the ledger was reordered or changed by hand"
                 )
             if value["base_hash"] != self.head["base"]["hash"]:
                 raise LedgerError(f"{file} belongs to another base model than {self.path / 'ledger.json'}")
-            parent = _file_hash(file)
-            out.append(self._record(value, _read_tensors(folder / "tensors.safetensors", value["tensors_sha256"])))
-        return out
+            parent = file_hash(file)
+            step = _step(value, file)
+            try:
+                chain.add(step)
+            except LedgerError as error:
+                raise LedgerError(f"{file} does not fit the entries before it: {error}") from None
+            entries.append(Entry(i, step, folder, value, parent))
+        self._check_end(entries)
+        return entries, chain
+
+    def _check_end(self, entries: list[Entry]) -> None:
+        """HEAD.json: one entry more than it names is a crash between two writes; fewer are a loss."""
+        file = self.path / "HEAD.json"
+        if not file.exists() and not file.is_symlink():
+            if self.head["version"] >= 1 or any(entry.value["version"] >= 1 for entry in entries):
+                raise LedgerError(f"{file} is missing: it says where the ledger ends; copy the whole folder again")
+            return
+        end = read_sealed(file)
+        need(end, file, entries=int, last=str)
+        count = end["entries"]
+        if count > len(entries):
+            raise LedgerError(
+                f"{self.path} ends with record {len(entries):04d}, but {file.name} names {count} entries: record "
+                f"{len(entries) + 1:04d} and what follows were deleted; restore them from a copy (to go back to an "
+                "earlier task, use `keeplora ledger rollback`)"
+            )
+        if not len(entries) - 1 <= count <= len(entries):
+            raise LedgerError(
+                f"{file} names {count} entries and there are {len(entries)}: it is not of this ledger; restore it"
+            )
+        last = entries[count - 1].hash if count else file_hash(self.path / "ledger.json")
+        if end["last"] != last:
+            raise LedgerError(f"{file} names another record {count:04d} than is there: the ledger was changed by hand")
+
+    def record(self, index: int) -> TaskRecord:
+        """A task with its tensors; of a purged one the directions alone."""
+        entries, chain = self._read()
+        return self._record(entries, chain, index)
+
+    def records(self) -> list[TaskRecord]:
+        """The active tasks in order; `LedgerError` names the first bad file."""
+        entries, chain = self._read()
+        return [self._record(entries, chain, i) for i in chain.state.active]
+
+    def _record(self, entries: list[Entry], chain: Chain, index: int) -> TaskRecord:
+        if not 1 <= index <= len(entries) or entries[index - 1].kind != TASK:
+            raise LedgerError(f"{self.path} has no task at entry {index}")
+        entry = entries[index - 1]
+        purged = index in chain.state.purged
+        if entry.step.purged and not purged:
+            raise LedgerError(
+                f"{entry.folder / 'record.json'} says that its tensors were purged, and no entry purged them"
+            )
+        if not purged or entry.step.purged:
+            tensors = read_tensors(entry.folder / "tensors.safetensors", entry.value["tensors_sha256"])
+        else:
+            by = next(e for e in reversed(entries) if e.kind == PURGE and e.step.subject == index)
+            digest = by.value.get("tensors_sha256")
+            tensors = read_tensors(by.folder / "tensors.safetensors", digest) if digest else {}
+        return read_record(entry.value, tensors, self.targets, entry.folder, purged=purged)
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    def append(self, record: TaskRecord, *, purged: bool = False) -> Path:
+        """Add a task after the last entry; atomic. Sets ``record.entry``.
+
+        Args:
+            purged: the task's tensors are gone: the record keeps what it says and its directions.
+        """
+        if purged:
+            record = record.emptied()
+        value = {
+            "kind": TASK, "name": record.name, "layers": record.layers(), "info": record.info, "config": record.config,
+            "versions": record.versions, "time": record.time or now(), **({"purged": True} if purged else {}),
+        }  # fmt: skip
+        folder = self._add(Step(TASK, record.name, purged=purged), value, slug(record.name), record.file())
+        record.entry = int(folder.name.partition("-")[0])
+        return folder
+
+    def rollback(self, to: int | str) -> State:
+        """Go back to the state after entry ``to``, a number (0: before everything) or a task's name."""
+        chain = self.chain()
+        entry = chain.find_entry(to)
+        name = chain.steps[entry - 1].name if 1 <= entry <= len(chain) else ""
+        return self.enter(Step(ROLLBACK, name, entry))
+
+    def remove(self, task: int | str) -> State:
+        """Take a task out of the sum; its record stays. See docs/ledger.md for what that does not undo."""
+        if self.irremovable:
+            raise LedgerError(
+                f"{self.path}: no task of this ledger can be removed, for the method {self.irremovable}; go back to an "
+                "earlier task with rollback"
+            )
+        chain = self.chain()
+        return self.enter(self._about(REMOVE, chain, chain.find(task, chain.state.active)))
+
+    def restore(self, task: int | str) -> State:
+        """Put a removed or rolled back task into the sum again."""
+        chain = self.chain()
+        aside = [i for i in chain.tasks() if i not in chain.state.active]
+        return self.enter(self._about(RESTORE, chain, chain.find(task, aside)))
+
+    def purge(self, task: int | str) -> State:
+        """Delete the tensors of a task that is not active, for good.
+
+        Its directions are kept where a task that can still be in force was learned after it. Its record.json stays.
+        """
+        chain = self.chain()
+        aside = [i for i in chain.tasks() if i not in (*chain.state.active, *chain.state.purged)]
+        return self.enter(self._about(PURGE, chain, chain.find(task, aside)))
 
     @staticmethod
-    def _record(value: dict[str, Any], tensors: dict[str, Tensor]) -> TaskRecord:
-        layers = value["layers"]
-        A, B = _group(tensors, "A"), _group(tensors, "B")
-        return TaskRecord(
-            name=value["name"],
-            factors={name: Factors(A[name], B[name], layers[name]["s"]) for name in layers if name in A},
-            full=_group(tensors, "delta"), basis=_group(tensors, "basis"),
-            explained={n: v["explained"] for n, v in layers.items() if v["explained"] is not None},
-            trace={n: v["trace"] for n, v in layers.items() if v["trace"] is not None},
-            used={n: v["used"] for n, v in layers.items() if v["used"] is not None},
-            covariance=_group(tensors, "covariance"), tensors=_group(tensors, "extra"), info=value["info"],
-        )  # fmt: skip
+    def _about(kind: str, chain: Chain, k: int) -> Step:
+        return Step(kind, chain.steps[k - 1].name, k)
+
+    def enter(self, step: Step) -> State:
+        """Add the entry of an operation; `LedgerError`, and nothing written, where the state does not allow it."""
+        entries, chain = self._read()
+        chain.after(step)
+        value: dict[str, Any] = {"kind": step.kind, "name": step.name, "subject": step.subject, "time": now()}
+        tensors: dict[str, Tensor] | None = None
+        if step.kind == PURGE and not entries[step.subject - 1].step.purged and chain.needed(step.subject):
+            basis = self._record(entries, chain, step.subject).basis
+            tensors = {f"basis/{name}": V for name, V in basis.items()}
+        label = f"{step.kind}-{slug(step.name)}" if step.name else step.kind
+        self._add(step, value, label, tensors)
+        return self.chain().state
+
+    def write_metrics(self, index: int, metrics: Mapping[str, Any]) -> None:
+        """Put beside a task's record what was measured after it; JSON values. Written again, it replaces what was there."""
+        entries = self.entries()
+        if not 1 <= index <= len(entries) or entries[index - 1].kind != TASK:
+            raise LedgerError(f"{self.path} has no task at entry {index}")
+        value = {"format": FORMAT, "version": VERSION, "record": entries[index - 1].hash, "metrics": dict(metrics)}
+        write_sealed(entries[index - 1].folder / "metrics.json", {**value, "time": now()})
+
+    def heal(self) -> None:
+        """Finish what a crash cut short between two writes: HEAD.json, and the deletion that a purge announced."""
+        self._heal(self.entries())
+
+    def _heal(self, entries: list[Entry]) -> None:
+        last = entries[-1].hash if entries else file_hash(self.path / "ledger.json")
+        file = self.path / "HEAD.json"
+        if not file.exists() or read_sealed(file)["entries"] != len(entries):
+            _write_end(self.path, len(entries), last)
+        for entry in entries:
+            if entry.kind == PURGE and not (task := entries[entry.step.subject - 1]).step.purged:
+                (task.folder / "tensors.safetensors").unlink(missing_ok=True)
+
+    def _add(self, step: Step, value: Mapping[str, Any], label: str, tensors: Mapping[str, Tensor] | None) -> Path:
+        entries = self.entries()
+        self._heal(entries)  # also of a version-0 ledger: from here on it has an end that can be checked
+        index = len(entries) + 1
+        parent = entries[-1].hash if entries else file_hash(self.path / "ledger.json")
+        target = self.path / f"{index:04d}-{label}"
+        digest = None
+        with atomic_dir(target) as part:
+            if tensors is not None:
+                file = part / "tensors.safetensors"
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
+                digest = sha256_file(file)
+            write_sealed(
+                part / "record.json",
+                {
+                    "format": FORMAT, "version": VERSION, "index": index, "base_hash": self.head["base"]["hash"],
+                    "parent": parent, "tensors_sha256": digest, **value,
+                },
+            )  # fmt: skip
+        self._heal(self.entries())
+        return target
+
+
+def _write_end(folder: Path, entries: int, last: str) -> None:
+    write_sealed(folder / "HEAD.json", {"format": FORMAT, "version": VERSION, "entries": entries, "last": last})
+
+
+def _step(value: Mapping[str, Any], file: Path) -> Step:
+    """What a record.json enters, its keys checked."""
+    kind = value.get("kind", TASK) if value["version"] >= 1 else TASK
+    if kind not in KINDS:
+        raise LedgerError(f"{file} is an entry of kind {kind!r}, which this keeplora does not know: upgrade keeplora")
+    need(value, file, name=str)
+    if kind == TASK:
+        need(value, file, layers=dict, info=dict, tensors_sha256=str)
+        return replace(Step(TASK, value["name"]), purged=bool(value.get("purged", False)))
+    need(value, file, subject=int)
+    return Step(kind, value["name"], value["subject"])

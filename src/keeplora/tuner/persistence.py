@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
 from keeplora.tuner.adapter import Factors, concatenate
+from keeplora.tuner.chain import TASK
+from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.weights import Snapshot, WeightStore
@@ -44,12 +46,14 @@ def create_ledger(learner: ContinualLearner, path: str | Path) -> Ledger:
     return Ledger.create(
         path,
         base={
-            "name": learner.base_name, "class": type(learner.model).__name__, "hash": learner.store.base_hash(),
+            "name": learner.base_name, "revision": learner.base_revision, "class": type(learner.model).__name__,
+            "hash": learner.store.base_hash(),
         },
         targets=[asdict(t) for t in learner.targets],
         config=learner.config.to_dict(),
         bases=learner.start_bases(),
         versions=versions(),
+        learner=learner._told(),
     )  # fmt: skip
 
 
@@ -61,15 +65,27 @@ def save_learner(learner: ContinualLearner, directory: str | Path) -> Path:
     if directory.exists():
         directory.rmdir()
     with atomic_dir(directory) as part:
-        ledger = create_ledger(learner, part / LEDGER_FOLDER)
-        for i, record in enumerate(learner.records, 1):
-            ledger.append(record)
+        _copy_chain(learner, create_ledger(learner, part / LEDGER_FOLDER))
+        for record in learner.records:
             if record.factors:
                 write_peft_adapter(
-                    part / ADAPTERS_FOLDER / f"{i:04d}-{slug(record.name)}", record.factors, learner.base_name,
-                    free_weights(learner, [record]),
+                    part / ADAPTERS_FOLDER / f"{record.entry:04d}-{slug(record.name)}", record.factors,
+                    learner.base_name, free_weights(learner, [record]),
                 )  # fmt: skip
     return directory
+
+
+def _copy_chain(learner: ContinualLearner, ledger: Ledger) -> None:
+    """Every entry that the learner has behind it, so that what was taken out can still be put back."""
+    chain = learner._chain
+    known = learner._source.entries() if learner._source is not None else []
+    for i, step in enumerate(chain.steps, 1):
+        if step.kind != TASK:
+            ledger.enter(step)
+            continue
+        ledger.append(replace(learner._task(i)), purged=i in chain.state.purged)
+        if i <= len(known) and (metrics := known[i - 1].metrics()) is not None:
+            ledger.write_metrics(i, metrics)
 
 
 def free_weights(learner: ContinualLearner, records: Sequence[TaskRecord] | None = None) -> dict[str, Tensor]:
@@ -187,17 +203,47 @@ def open_ledger(directory: str | os.PathLike[str]) -> Ledger:
     return Ledger.open(directory / LEDGER_FOLDER if (directory / LEDGER_FOLDER).is_dir() else directory)
 
 
+def ledger_config(ledger: Ledger) -> KeepLoraConfig:
+    """The config that the learner was made with."""
+    try:
+        return KeepLoraConfig(**ledger.head["config"])
+    except TypeError as error:
+        raise LedgerError(
+            f"{ledger.path / 'ledger.json'}: its 'config' is not one of this keeplora ({error}); upgrade keeplora"
+        ) from None
+
+
 def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
     """Bring an untouched base model to the ledger's last state."""
+    base = ledger.head["base"]
     found = learner.store.base_hash()
-    if found != ledger.head["base"]["hash"]:
+    if found != base["hash"]:
         raise LedgerError(
-            f"{ledger.path} belongs to another base model ({ledger.head['base']['name'] or ledger.head['base']['class']}): "
-            f"the target weights' hash is {found[:12]}…, the ledger's {ledger.head['base']['hash'][:12]}…; "
+            f"{ledger.path} belongs to another base model ({base.get('name') or base.get('class')}): "
+            f"the target weights' hash is {found[:12]}…, the ledger's {base['hash'][:12]}…; "
             "load the untouched base model first"
         )
-    records = ledger.records()
-    learner.restore_bases(ledger.bases(), records)  # whatever is refused is refused before a weight moves
+    chain = ledger.chain()
+    shelf = {i: ledger.record(i) for i in chain.state.history}
+    bases = ledger.bases() if learner.protects else {}
+    _check_bases(bases, ledger, learner.protects)
+    learner.restore_bases(bases, list(shelf.values()))  # whatever is refused is refused before a weight moves
+    learner._adopt(ledger, chain, shelf)
     if learner.accumulates:
-        learner.store.restore(all_updates(records))
-    learner.records = records
+        learner.store.restore(all_updates(learner.records))
+
+
+def _check_bases(bases: Mapping[str, Tensor], ledger: Ledger, protects: bool) -> None:
+    file = ledger.path / "base.safetensors"
+    if protects and bases.keys() != ledger.targets.keys():
+        odd = sorted(bases.keys() ^ ledger.targets.keys())[0]
+        raise LedgerError(
+            f"{file} and the targets of ledger.json do not name the same layers ({odd}); restore the copy"
+        )
+    for name, U in bases.items():
+        n_in = ledger.targets[name][0]
+        if U.ndim != 2 or U.shape[0] != n_in or U.dtype != torch.float32 or not bool(torch.isfinite(U).all()):
+            raise LedgerError(
+                f"{file}: basis/{name} has shape {tuple(U.shape)} in {U.dtype}, or holds numbers that are not finite; the "
+                f"layer asks for {n_in} × any in float32"
+            )

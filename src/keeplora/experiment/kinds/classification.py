@@ -128,10 +128,11 @@ class Classification:
         return objective.collate([data[i] for i in range(n)]), n
 
     def _candidates(self, task: TaskData, learner: ContinualLearner) -> Candidates:
-        learned = len(learner.records) + (learner._open is not None)
-        return candidates_for(
-            task, {"own": [], "seen": self.tasks[:learned], "all": self.tasks}[self.config.candidates]
-        )
+        learned = {record.name for record in learner.records}
+        if learner._open is not None:
+            learned.add(learner._open.name)
+        seen = [t for t in self.tasks if t.name in learned]
+        return candidates_for(task, {"own": [], "seen": seen, "all": self.tasks}[self.config.candidates])
 
     @staticmethod
     def _heads(learner: ContinualLearner) -> dict[tuple[str, ...], Tensor]:

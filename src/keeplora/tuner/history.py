@@ -1,0 +1,192 @@
+"""Which tasks are in force: entering one, going back, taking one out, and putting it in again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from keeplora.errors import KeepLoraError, LedgerError
+from keeplora.math import orthonormality_error
+from keeplora.tuner.chain import REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
+from keeplora.tuner.ledger import Ledger, TaskRecord, now
+from keeplora.tuner.persistence import all_updates, versions
+from keeplora.tuner.weights import WeightStore
+
+if TYPE_CHECKING:
+    from keeplora.tuner.config import KeepLoraConfig
+    from keeplora.tuner.targets import Target
+    from keeplora.tuner.task import OpenTask
+
+
+class TaskHistory:
+    """The part of a learner that knows its tasks; everything here is the same for all methods."""
+
+    protects: ClassVar[bool]
+    accumulates: ClassVar[bool]
+    irremovable: ClassVar[str]
+    config: KeepLoraConfig
+    targets: list[Target]
+    store: WeightStore
+
+    def __init__(self) -> None:
+        self.records: list[TaskRecord] = []
+        """The active tasks in order: their updates add up to the model."""
+        self._chain = Chain()
+        self._shelf: dict[int, TaskRecord] = {}
+        self._source: Ledger | None = None
+        self._ledger: Ledger | None = None
+        self._U: dict[str, Tensor] | None = None
+        self._open: OpenTask | None = None
+
+    if TYPE_CHECKING:
+
+        @property
+        def U(self) -> dict[str, Tensor]: ...
+
+        def _recall(self, records: Sequence[TaskRecord]) -> None: ...
+
+    @property
+    def history(self) -> list[TaskRecord]:
+        """The tasks whose directions are in U, in order: the active ones, and removed ones that later ones rely on.
+
+        A count of them goes on as if nothing had been removed, which seeds and schedules need.
+        """
+        return [self._shelf[i] for i in self._chain.state.history]
+
+    @property
+    def removed(self) -> list[str]:
+        """Names of the tasks that were taken out with `remove` and are not active under that name now."""
+        active = {record.name for record in self.records}
+        return [name for name in self._chain.names(self._chain.state.removed) if name not in active]
+
+    def rollback(self, to: int | str) -> None:
+        """Go back to the state after a task (its name), or after an entry of the ledger (its number; 0: untouched).
+
+        Weights, U and what the next task starts from are as if nothing had been learned since. The tasks that are taken
+        back stay in the ledger: go to the entry before the rollback to undo it.
+
+        Raises:
+            KeepLoraError: a task is open; there is no such task or entry; a task of that state was purged.
+        """
+        entry = self._chain.find_entry(to)
+        name = self._chain.steps[entry - 1].name if 1 <= entry <= len(self._chain) else ""
+        self._apply(Step(ROLLBACK, name, entry))
+
+    def remove(self, task: int | str) -> None:
+        """Take a task's update out of the weights, exactly: they are what the sum without it gives, bit for bit.
+
+        What later tasks learned in its presence stays as it is, and so do its directions in U while an active task was
+        learned after it: those tasks' features inside them were counted as protected already.
+
+        Args:
+            task: its name, or the number of its entry in the ledger.
+
+        Raises:
+            KeepLoraError: a task is open; there is no such task; the method says why none can be removed (`irremovable`).
+        """
+        if self.irremovable:
+            raise KeepLoraError(
+                f"task {task!r} cannot be removed: this method {self.irremovable}; go back to an earlier task with "
+                "rollback"
+            )
+        self._apply(self._about(REMOVE, self._chain.find(task, self._chain.state.active)))
+
+    def restore(self, task: int | str) -> None:
+        """Put a removed (or rolled back) task in again; the weights are those of before it was taken out.
+
+        Raises:
+            KeepLoraError: a task is open; there is no such task; it is active, or was purged; its directions were given up
+                with it and others learned in them since.
+        """
+        aside = [i for i in self._chain.tasks() if i not in self._chain.state.active]
+        self._apply(self._about(RESTORE, self._chain.find(task, aside)))
+
+    def start_bases(self) -> dict[str, Tensor]:
+        """U₀ per target (M1)."""
+        U = self.U
+        history = self.history
+        grown = {t.name: sum(r.basis[t.name].shape[1] for r in history if t.name in r.basis) for t in self.targets}
+        return {name: U[name][:, : U[name].shape[1] - grown[name]] for name in U}
+
+    def restore_bases(self, bases: Mapping[str, Tensor], records: Sequence[TaskRecord]) -> None:
+        """U = [U₀, increments of the records in order], as it was when they were learned."""
+        if not bases:
+            return
+        U = {name: bases[name] for name in bases}
+        for record in records:
+            for name, V in record.basis.items():
+                if name not in U:
+                    raise LedgerError(f"task {record.name!r} holds a basis of {name}, which has none at the start")
+                U[name] = torch.cat([U[name], V], dim=1)
+        for name, basis in U.items():
+            if (error := orthonormality_error(basis)) > 1e-5:
+                raise LedgerError(f"the stored basis of {name} is not orthonormal: max |UᵀU − I| = {error:.1e}")
+        self._U = U
+
+    def _enter(self, record: TaskRecord) -> TaskRecord:
+        """The task joins the active ones, on disk first where there is a ledger."""
+        record.config, record.versions, record.time = self.config.to_dict(), versions(), now()
+        if self._ledger is not None:
+            self._ledger.append(record)
+        self._chain.add(Step(TASK, record.name))
+        record.entry = len(self._chain)
+        self._shelf[record.entry] = record
+        self.records.append(record)
+        return record
+
+    def _about(self, kind: str, k: int) -> Step:
+        return Step(kind, self._chain.steps[k - 1].name, k)
+
+    def _task(self, entry: int) -> TaskRecord:
+        """A task there ever was, read from the ledger where it is not at hand."""
+        if entry in self._shelf:
+            return self._shelf[entry]
+        assert self._source is not None
+        return self._source.record(entry)
+
+    def _adopt(self, ledger: Ledger, chain: Chain, shelf: dict[int, TaskRecord]) -> None:
+        """Take over the state of a ledger; ``shelf`` holds the tasks of its history."""
+        self._check_selection(chain.state, str(ledger.path))
+        self._chain, self._shelf, self._source = chain, shelf, ledger
+        self.records = [shelf[i] for i in chain.state.active]
+
+    def _check_selection(self, state: State, where: str) -> None:
+        if self.irremovable and state.active != state.history:
+            raise LedgerError(
+                f"{where}: a task was taken out of it, but this method {self.irremovable}; restore that task"
+            )
+
+    def _apply(self, step: Step) -> None:
+        """An operation: on the weights, on U, then in the ledger; all of it or nothing."""
+        if self._open is not None:
+            raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
+        state = self._chain.after(step)
+        self._check_selection(state, "the learner")
+        shelf = {i: self._task(i) for i in state.history}
+        records = [shelf[i] for i in state.active]
+        before, U = self.store.snapshot(), self._U
+        try:
+            self.restore_bases(self.start_bases() if self.protects else {}, list(shelf.values()))
+            if self.accumulates:
+                self.store.restore(all_updates(records))
+            if self._ledger is not None:
+                self._ledger.enter(step)
+        except BaseException:
+            self.store.restore(before)
+            self._U = U
+            raise
+        self._chain.add(step)
+        self._shelf |= shelf
+        self.records = records
+        self._recall(records)
+
+    def _told(self) -> dict[str, Any]:
+        """What a ledger says of the method, for those who read it without one."""
+        told: Any = type(self)
+        return {
+            "class": told.__name__, "protects": told.protects, "accumulates": told.accumulates,
+            "irremovable": told.irremovable, "unmergeable": told.unmergeable,
+        }  # fmt: skip

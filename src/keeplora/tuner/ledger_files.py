@@ -1,0 +1,108 @@
+"""The ledger's files: JSON that vouches for itself, tensors that a record vouches for. Whatever is wrong is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keeplora.errors import LedgerError
+from keeplora.files import atomic_write_json, sha256_file
+
+FORMAT = "keeplora-ledger"
+VERSION = 1
+
+_COPY = "the ledger is not complete; copy the whole folder again"
+
+
+def refuse_link(path: Path) -> None:
+    """A ledger's own files are files: a link could lead out of the folder, and would be followed by whoever writes."""
+    if path.is_symlink():
+        raise LedgerError(f"{path} is a symbolic link: a ledger holds its files itself; copy the file in its place")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON, or a `LedgerError` that names it."""
+    refuse_link(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise LedgerError(f"{path} is missing: {_COPY}") from None
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(
+            f"{path} is not readable JSON ({error}): the file is damaged; restore it from a copy"
+        ) from None
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """A safetensors file whose hash is ``digest``, or a `LedgerError` that names it."""
+    refuse_link(path)
+    if not path.is_file():
+        raise LedgerError(f"{path} is missing: {_COPY}")
+    if sha256_file(path) != digest:
+        raise LedgerError(f"{path} does not have the SHA-256 that its record names: the file was changed or damaged")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        raise LedgerError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def seal(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object's other keys."""
+    text = json.dumps({k: v for k, v in value.items() if k != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with its seal; atomic."""
+    value = json.loads(json.dumps(value, allow_nan=False))  # as a reader will see it: keys as strings, tuples as lists
+    atomic_write_json(path, {**value, "seal": seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A sealed JSON object of this format, in a version that is known."""
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise LedgerError(f"{path} is not a keeplora ledger: its 'format' is not {FORMAT!r}")
+    version = value.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version <= VERSION:
+        raise LedgerError(
+            f"{path} has format version {version!r}; this keeplora reads up to version {VERSION}: upgrade keeplora"
+        )
+    if value.get("seal") != seal(value):
+        raise LedgerError(f"{path} was changed after it was written: its 'seal' does not fit; restore it from a copy")
+    return value
+
+
+def need(value: Mapping[str, Any], path: Path, **kinds: type | tuple[type, ...]) -> None:
+    """`LedgerError` unless each named key is there and of the kind that is given."""
+    for key, kind in kinds.items():
+        found = value.get(key)
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is int):
+            raise LedgerError(
+                f"{path}: its {key!r} is {'missing' if key not in value else f'of the wrong kind ({found!r:.60})'}; "
+                "restore it from a copy"
+            )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a JSON file's bytes."""
+    refuse_link(path)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise LedgerError(f"{path} is missing: {_COPY}") from None
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be read: {error.strerror or error}") from None
