@@ -321,7 +321,9 @@ class LedgerInputs:
 
         def change(tensors: dict[str, torch.Tensor]) -> None:
             key = rng.choice(sorted(k for k, v in tensors.items() if v.is_floating_point() and v.numel()))
-            tensors[key].view(-1)[rng.randrange(tensors[key].numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
+            tensors[key].view(-1)[rng.randrange(tensors[key].numel())] = rng.choice(
+                [float("nan"), float("inf"), -float("inf")]
+            )
 
         change_tensors(rng.choice(sealed.tensors()), change)
         sealed.reseal()
@@ -345,7 +347,9 @@ class LedgerInputs:
 
         def change(tensors: dict[str, torch.Tensor]) -> None:
             key = rng.choice(sorted(tensors))
-            tensors[key] = tensors[key].to(rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]))
+            tensors[key] = tensors[key].to(
+                rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64])
+            )
 
         change_tensors(rng.choice(sealed.tensors()), change)
         sealed.reseal()
@@ -363,7 +367,17 @@ class LedgerInputs:
         def change(tensors: dict[str, torch.Tensor]) -> None:
             key = rng.choice(sorted(tensors))
             kind, _, layer = key.partition("/")
-            name = rng.choice([f"{kind}/../../{layer}", f"{kind}/{layer}.x", layer, "", f"delta/{layer}", f"unknown/{layer}", f"A/{layer}x"])
+            name = rng.choice(
+                [
+                    f"{kind}/../../{layer}",
+                    f"{kind}/{layer}.x",
+                    layer,
+                    "",
+                    f"delta/{layer}",
+                    f"unknown/{layer}",
+                    f"A/{layer}x",
+                ]
+            )
             tensors[name] = tensors[key].clone()
 
         change_tensors(rng.choice(sealed.tensors()), change)
@@ -401,11 +415,15 @@ class LedgerInputs:
         run, sealed = self._copy(arena)
         path = rng.choice([p for p in sealed.documents() if p.parent != sealed.folder])
         value = json.loads(path.read_text(encoding="utf-8"))
-        value["name"] = rng.choice(["../../outside/x", "/etc/x", "..", "a/../../x", "\0", "a\nb", "x" * 5000, "\\..\\x", SCRIPT, ""])
+        value["name"] = rng.choice(
+            ["../../outside/x", "/etc/x", "..", "a/../../x", "\0", "a\nb", "x" * 5000, "\\..\\x", SCRIPT, ""]
+        )
         path.write_text(json.dumps(value), encoding="utf-8")
         sealed.reseal()
         if rng.random() < 0.3:
-            path.parent.rename(path.parent.with_name(path.parent.name[:5] + rng.choice(["..", "a b", "\n", "-", "x" * 200])))
+            path.parent.rename(
+                path.parent.with_name(path.parent.name[:5] + rng.choice(["..", "a b", "\n", "-", "x" * 200]))
+            )
         return self._input(run, rng, "names that lead out, hashes fit", "either")
 
     def make_layers_swapped(self, arena: Arena, rng: random.Random) -> Input:
@@ -433,7 +451,14 @@ class RunFileInputs:
 
     def __init__(self, world: World, run: Path, files: tuple[str, ...] = (), study: Path | None = None) -> None:
         self.world, self.run, self.study = world, run, study
-        self.files = files or ("results.json", "data.json", "status.json", "environment.json", "metrics.jsonl", "config.yaml")
+        self.files = files or (
+            "results.json",
+            "data.json",
+            "status.json",
+            "environment.json",
+            "metrics.jsonl",
+            "config.yaml",
+        )
 
     def makers(self) -> dict[str, Maker]:
         found: dict[str, Maker] = {

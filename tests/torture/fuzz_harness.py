@@ -240,12 +240,13 @@ class Arena:
         return {
             "HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / ".cache"), "KEEPLORA_CACHE": str(self.home / "cache"),
             "HF_HOME": str(self.home / "hf"), "KEEPLORA_NO_CACHE": "1", "HF_HUB_OFFLINE": "1",
-            "KEEPLORA_CANARY": str(self.canary),
+            "KEEPLORA_CANARY": str(self.canary), "MPLCONFIGDIR": str(self.root.parent / f"{self.root.name}-matplotlib"),
         }  # fmt: skip
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """In the arena's folder and surroundings, with the hub out of reach."""
+        import matplotlib.font_manager  # noqa: F401 (it writes a list of fonts where it is first imported)
         from huggingface_hub import constants
 
         kept, cwd, offline = dict(os.environ), Path.cwd(), constants.HF_HUB_OFFLINE
@@ -298,7 +299,8 @@ def told_wrong(item: Input, answer: Answer) -> list[str]:
         faults.append(f"exit status {answer.code}")
     if "Traceback" in answer.err:
         faults.append(f"a traceback: {answer.err.strip().splitlines()[-1][:200]}")
-    if answer.code == 1 and not _is_sentence(answer.err):
+    verdict = item.words[0] == "audit" and "OVER the limit" in answer.out  # what the exit status of an audit tells
+    if answer.code == 1 and not verdict and not _is_sentence(answer.err):
         faults.append(f"no sentence on standard error: {answer.err[-200:]!r}")
     if answer.code == 0 and item.expect == "refused":
         faults.append("accepted in silence")
@@ -310,7 +312,7 @@ def told_wrong(item: Input, answer: Answer) -> list[str]:
 
 
 def _is_sentence(err: str) -> bool:
-    """"Error: ...", followed by nothing but the lines of its list; progress may come before."""
+    """ "Error: ...", followed by nothing but the lines of its list; progress may come before."""
     lines = err.strip("\n").split("\n")
     starts = [i for i, line in enumerate(lines) if line.startswith("Error: ")]
     return bool(starts) and all(line.startswith("  - ") for line in lines[starts[-1] + 1 :])

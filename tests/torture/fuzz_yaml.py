@@ -123,13 +123,17 @@ class YamlInputs:
 
     def make_number_not_finite(self, arena: Arena, rng: random.Random) -> Input:
         values = copy.deepcopy(self.whole)
-        numbers = [p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)]
+        numbers = [
+            p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)
+        ]
         put(values, rng.choice(numbers), rng.choice([float("nan"), float("inf"), float("-inf")]))
         return self._input(arena, "NaN or infinity", dump_yaml(values), "refused")
 
     def make_number_negative_or_huge(self, arena: Arena, rng: random.Random) -> Input:
         values = copy.deepcopy(self.whole)
-        numbers = [p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)]
+        numbers = [
+            p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)
+        ]
         put(values, rng.choice(numbers), rng.choice([-1, -0.001, -(10**18), 10**18, 10**400, 1e300]))
         return self._input(arena, "negative or huge number", dump_yaml(values))
 
@@ -234,7 +238,10 @@ class YamlInputs:
                                          for i in range(1, depth))]  # fmt: skip
             text = "\n".join([*lines, f"tuner: *a{depth - 1}"])
         elif kind == 2:
-            lines = ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * width)}]}}" for i in range(1, depth))]
+            lines = [
+                "a0: &a0 {x: 1}",
+                *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * width)}]}}" for i in range(1, depth)),
+            ]
             text = "\n".join([*lines, f"tuner: *a{depth - 1}"])
         elif kind == 3:
             text = "tuner: " + rng.choice("[{") * rng.choice([200, 2000, 100_000])
@@ -254,7 +261,9 @@ class YamlInputs:
         value = rng.choice(["9" * 5000, "-" + "9" * 5000, "1e" + "9" * 300, "0." + "0" * 5000 + "1", "9" * 400 + ".5", "1e400",
                             "-1e999", "9" * 4301])  # fmt: skip
         values = copy.deepcopy(self.whole)
-        numbers = [p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)]
+        numbers = [
+            p for p in self.schema if isinstance(get(values, p), int | float) and not isinstance(get(values, p), bool)
+        ]
         put(values, rng.choice(numbers), "MARK")
         return self._input(arena, "too many digits", dump_yaml(values).replace("MARK", value))
 
@@ -357,7 +366,9 @@ class YamlInputs:
         key = ".".join(map(str, rng.choice(self.schema)))
         value = rng.choice(["", "[", "{", "&a [*a]", "!!python/name:os.system", "9" * 5000, ".nan", "\0", "a: b: c", "*x", "\ud800",
                             "[" * 5000, "null", "x", "-1", "{x: 1}", "[1, [2]]"])  # fmt: skip
-        option = rng.choice([f"{key}={value}", key, f"={value}", f"{key}.{key}={value}", f".{key}=1", f"{key}.x=1", f"{key}.0.x=1"])
+        option = rng.choice(
+            [f"{key}={value}", key, f"={value}", f"{key}.{key}={value}", f".{key}=1", f"{key}.x=1", f"{key}.0.x=1"]
+        )
         return Input("override", ("run", str(file), "--dry-run", "-o", option))
 
 

@@ -16,6 +16,7 @@ from keeplora.data.conversations import IMAGE, VIDEO, Conversation, Turn, asked,
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.spec import listing
 from keeplora.errors import DataError
+from keeplora.files import expand
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -190,7 +191,7 @@ def _files(entry: Any, folder: Path, where: str, key: str, what: str) -> tuple[F
             )
         if "://" in name:
             raise DataError(f"{where}: {name!r} is an address, not a file; download the {what} first")
-    return tuple(FileBytes(folder / Path(name.strip()).expanduser()) for name in names)
+    return tuple(FileBytes(folder / expand(name.strip())) for name in names)
 
 
 def _short(value: Any) -> str:

@@ -5,7 +5,6 @@ Columns: split, id, image or video (or images, videos, lists), conversations (JS
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.sets import HeldBytes
 from keeplora.data.spec import listing, locate
 from keeplora.errors import ConfigError, DataError
+from keeplora.json_text import parse_json
 
 COLUMNS = ("split", "id", "conversations", "kind", "origin", "licence")
 SPLITS = ("train", "validation", "test")
@@ -69,6 +69,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _turns(text: Any, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
+        return parse_json(text)
+    except (TypeError, ValueError) as error:
         raise DataError(f"{where}: `conversations` is not JSON ({error}); rebuild the pack") from error

@@ -33,6 +33,7 @@ from keeplora.experiment.config_schema import (
     variant_of,
 )
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
+from keeplora.files import expand
 from keeplora.yaml_text import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
@@ -184,7 +185,7 @@ def _suite_layer(name: Any, where: str) -> dict[str, Any]:
 def _suite_path(name: Any, folder: Path) -> Any:
     """A suite that is a file of the user's, by its absolute path; packaged names stay as they are."""
     if isinstance(name, str) and (name.endswith((".yaml", ".yml")) or os.sep in name):
-        return str((folder / Path(name).expanduser()).resolve())
+        return str((folder / expand(name)).resolve())
     return name
 
 
@@ -285,7 +286,7 @@ def _names_of(tasks: Any) -> list[str]:
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[_Layer, Path]:
     if isinstance(source, Mapping):
         return _Layer("configuration", _plain(source), {}), Path.cwd()
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give the configuration file itself")
     values, lines = read_yaml(path)
@@ -369,7 +370,7 @@ def load_config(
     if suite_name is not None:
         merged["suite"] = suite_name
     if isinstance(merged.get("data_dir"), str):
-        merged["data_dir"] = str((folder / Path(merged["data_dir"]).expanduser()).resolve())
+        merged["data_dir"] = str((folder / expand(merged["data_dir"])).resolve())
     if isinstance(merged["base_dir"], str):
         merged["base_dir"] = str((folder / (base_dir or merged["base_dir"])).resolve())
 

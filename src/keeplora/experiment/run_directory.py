@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text
+from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, expand, read_regular
+from keeplora.json_text import MAX_BYTES, parse_json, read_json
+from keeplora.report.run_files import check_shape
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
@@ -97,11 +99,17 @@ def _finite(value: Any) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise KeepLoraError(f"{path} is damaged ({error}); this file is written by keeplora alone") from None
+    if not isinstance(value, dict):
+        raise KeepLoraError(f"{path} is damaged (it holds no object); this file is written by keeplora alone")
+    check_shape(value, path.name, path)
+    return value
 
 
 class RunDirectory:
@@ -122,7 +130,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         self._lock: FolderLock | None = None
         self._opened = time.monotonic()
         self._earlier_seconds = 0.0
@@ -268,7 +276,7 @@ class RunDirectory:
 
     def read_data(self) -> list[dict[str, Any]]:
         """The entries of data.json; empty where it is not written yet."""
-        return (_read_json(self.data_path) or {}).get("tasks", [])
+        return (_read_json(self.data_path) or {}).get("tasks") or []
 
     # --- status and results ---
 
@@ -283,7 +291,7 @@ class RunDirectory:
         status = _read_json(self.status_path)
         if status is None:
             return {}
-        if not isinstance(status, dict) or status.get("format") != FORMAT:
+        if status.get("format") != FORMAT:
             raise KeepLoraError(f"{self.status_path} is not a run's status: its format is not {FORMAT!r}")
         if status.get("version") != VERSION:
             raise KeepLoraError(
@@ -337,9 +345,11 @@ class RunDirectory:
     def _lines(self) -> list[bytes]:
         try:
             # What follows the last newline is a line that a crash cut short: the event counts as not written.
-            return self.metrics_path.read_bytes().split(b"\n")[:-1]
+            return read_regular(self.metrics_path, MAX_BYTES).split(b"\n")[:-1]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise KeepLoraError(f"{self.metrics_path} cannot be read: {error.strerror or error}") from None
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every whole event in metrics.jsonl, oldest first; a last line cut short by a crash is left out.
@@ -352,7 +362,9 @@ class RunDirectory:
         events, lines = [], self._lines()
         for number, line in enumerate(lines, start=1):
             try:
-                event = json.loads(line)
+                event = parse_json(line.decode("utf-8"))
+                if not isinstance(event, dict):
+                    raise ValueError("not an object")
             except ValueError:
                 if number == len(lines):  # a crash of the machine can leave zeros before the newline
                     break

@@ -70,12 +70,15 @@ class Experiment:
             config = load_config(directory.read_config(), {"output": str(path)}, known_methods=method_names())
             experiment = cls(config, quiet=quiet)
             setup = experiment.setup
-            key = [(e["name"], e["fingerprint"]) for e in directory.read_data()]
-            now = [(e["name"], e["fingerprint"]) for e in data_entries(setup.tasks, setup.probes)]
-            if changed := [name for (name, was), (_, is_) in zip(key, now) if was != is_]:
+            was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
+            now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
+            if not was and directory.ledger_path.is_dir():  # it is written before the ledger
+                raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
+                                    "changed since the run began; restore it from a copy")  # fmt: skip
+            if was and (changed := [name for name in {**now, **was} if was.get(name) != now.get(name)]):
                 raise KeepLoraError(
-                    f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
-                    "numbers would not belong together; restore them, or start a new run"
+                    f"{path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
+                    "its numbers would not belong together; restore them, or start a new run"
                 )
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()

@@ -21,6 +21,7 @@ from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import open_model
+from keeplora.files import expand
 from keeplora.methods import get_method
 from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.persistence import concatenated, free_weights, merge_into, write_peft_adapter
@@ -48,7 +49,7 @@ class TrainedModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], device: str = "auto") -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         if not (self.path / "config.yaml").is_file():
             raise KeepLoraError(
                 f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
@@ -171,7 +172,7 @@ class TrainedModel:
         The adapter holds all tasks: A stacked, s·B side by side, alpha = rank, so that every server reads it alike. It is
         free of rounding whatever the base's precision; a merged checkpoint in bf16 is not (`keeplora audit` tells).
         """
-        target = Path(target).expanduser()
+        target = expand(target)
         if format not in EXPORT_FORMATS:
             raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
         if target.exists():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError, did_you_mean
+from keeplora.files import expand
+from keeplora.json_text import read_json
 
 EMBEDDED = "embedded"
 STAND_IN = "stand-in"
@@ -17,13 +17,13 @@ OWN = (EMBEDDED, STAND_IN, STAND_IN_VIDEO)
 
 def read_config(name: str, source: str, revision: str | None) -> dict[str, Any]:
     """config.json as it stands, before any class is chosen or any code of the model is run."""
-    folder = Path(source).expanduser()
+    folder = expand(source)
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
             raise KeepLoraError(f"{name} is a folder without a config.json, so not a saved model")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except (ValueError, OSError) as error:
             raise KeepLoraError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(config, dict):

@@ -6,14 +6,16 @@ The reader is lenient where a run can be young or cut short (no results yet, a h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
+from keeplora.files import read_regular
+from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.kinds import GENERATION, Kind, kind_named
+from keeplora.report.run_files import check_shape
 
 RESULTS_FORMAT = "keeplora-results"
 RESULTS_VERSION = 0
@@ -143,27 +145,40 @@ def method_label(method: str, variant: str | None = None) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
+    except ValueError as error:
         raise KeepLoraError(f"{path} is not readable JSON ({error}); restore it or remove the run") from error
     if not isinstance(value, dict):
         raise KeepLoraError(f"{path} holds a {type(value).__name__} where an object is expected")
+    check_shape(value, path.name, path)
     return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path, MAX_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
 
 
 def _events(path: Path) -> tuple[dict[str, Any], ...]:
     found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # A run that was killed while it wrote leaves half a line; the rest still counts.
-            if isinstance(event, dict):
-                found.append(event)
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        try:
+            event = parse_json(line)
+        except ValueError:
+            continue  # A run that was killed while it wrote leaves half a line; the rest still counts.
+        if isinstance(event, dict):
+            if event.get("event") == "epoch":
+                check_shape(event, "epoch", f"{path}, line {number}")
+            found.append(event)
     return tuple(found)
 
 
@@ -199,14 +214,13 @@ def load_run(run_dir: Path) -> Run:
     run_dir = Path(run_dir)
     if not any((run_dir / name).is_file() for name in ("results.json", "status.json", "config.yaml")):
         raise KeepLoraError(f"{run_dir} is not a run directory: it has no results.json, status.json or config.yaml")
-    config = run_dir / "config.yaml"
     return Run(
         path=run_dir,
         results=load_results(run_dir),
         data=_json(run_dir / "data.json"),
         status=_json(run_dir / "status.json"),
         environment=_json(run_dir / "environment.json"),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=_text(run_dir / "config.yaml"),
         events=_events(run_dir / "metrics.jsonl"),
     )
 

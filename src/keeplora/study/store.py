@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.run_directory import FolderLock, RunDirectory
 from keeplora.files import atomic_write_json
+from keeplora.json_text import read_json
 from keeplora.study.plan import CellKey, StudyPlan
 
 FORMAT = "keeplora-study"
@@ -97,9 +97,11 @@ class StudyStore:
     def load(self) -> StudyStore:
         """Read study.json; a folder without one stays an empty study."""
         try:
-            value = json.loads(self.file.read_text(encoding="utf-8"))
+            value = read_json(self.file)
         except FileNotFoundError:
             return self
+        except OSError as error:
+            raise KeepLoraError(f"{self.file} cannot be read: {error.strerror or error}") from None
         except ValueError as error:
             raise KeepLoraError(f"{self.file} is damaged ({error}); this file is written by keeplora alone") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keeplora.errors import LedgerError
-from keeplora.files import atomic_write_json, sha256_file
+from keeplora.files import atomic_write_json, read_regular, sha256_file
+from keeplora.json_text import MAX_BYTES, parse_json
 
 FORMAT = "keeplora-ledger"
 VERSION = 1
@@ -27,18 +28,14 @@ def refuse_link(path: Path) -> None:
         raise LedgerError(f"{path} is a symbolic link: a ledger holds its files itself; copy the file in its place")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no JSON")
-
-
 def read_json(path: Path) -> Any:
     """The file's JSON, or a `LedgerError` that names it."""
     refuse_link(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return parse_json(read_regular(path, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise LedgerError(f"{path} is missing: {_COPY}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LedgerError(
             f"{path} is not readable JSON ({error}): the file is damaged; restore it from a copy"
         ) from None
@@ -101,7 +98,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a JSON file's bytes."""
     refuse_link(path)
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_regular(path, MAX_BYTES)).hexdigest()
     except FileNotFoundError:
         raise LedgerError(f"{path} is missing: {_COPY}") from None
     except OSError as error:
