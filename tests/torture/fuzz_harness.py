@@ -247,9 +247,12 @@ class Arena:
     def entered(self) -> Iterator[None]:
         """In the arena's folder and surroundings, with the hub out of reach."""
         import matplotlib.font_manager  # noqa: F401 (it writes a list of fonts where it is first imported)
+        import datasets
         from huggingface_hub import constants
 
         kept, cwd, offline = dict(os.environ), Path.cwd(), constants.HF_HUB_OFFLINE
+        cache = datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = self.home / "hf" / "datasets"
         os.environ.update(self.environment)
         os.chdir(self.cwd)
         constants.HF_HUB_OFFLINE = True
@@ -257,6 +260,7 @@ class Arena:
             yield
         finally:
             constants.HF_HUB_OFFLINE = offline
+            datasets.config.HF_DATASETS_CACHE = cache
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(kept)
@@ -299,7 +303,8 @@ def told_wrong(item: Input, answer: Answer) -> list[str]:
         faults.append(f"exit status {answer.code}")
     if "Traceback" in answer.err:
         faults.append(f"a traceback: {answer.err.strip().splitlines()[-1][:200]}")
-    verdict = item.words[0] == "audit" and "OVER the limit" in answer.out  # what the exit status of an audit tells
+    # an audit and the doctor tell what they found as a table, and by the exit status
+    verdict = (item.words[0] == "audit" and "OVER the limit" in answer.out) or (item.words[1] == "doctor" and answer.out)
     if answer.code == 1 and not verdict and not _is_sentence(answer.err):
         faults.append(f"no sentence on standard error: {answer.err[-200:]!r}")
     if answer.code == 0 and item.expect == "refused":

@@ -72,6 +72,10 @@ _SUITE_KEYS = (
 )
 
 
+MOST_PARTS = 10_000
+"""Most tasks that one can be split into by its classes."""
+
+
 class _Layer(NamedTuple):
     source: str  # how errors name it
     values: dict[str, Any]
@@ -200,7 +204,7 @@ def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: st
     if name in orders:
         return {"order": list(orders[name]["order"]), "order_name": name}, orders[name].get("preset")
     kind, _, seed = name.partition("-")
-    if kind == "shuffle" and seed.isdigit():
+    if kind == "shuffle" and seed.isascii() and seed.isdigit() and len(seed) <= 20:
         shuffled = list(names)
         random.Random(int(seed)).shuffle(shuffled)
         return {"order": shuffled, "order_name": name}, None
@@ -222,6 +226,8 @@ def _split_classes(spec: Any) -> list[Any]:
         value = split.get(key, least)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{where}.{key} is {value!r}, but must be a whole number of at least {least}")
+    if split["tasks"] > MOST_PARTS:
+        raise ConfigError(f"{where}.tasks is {split['tasks']}, but must be at most {MOST_PARTS:,}")
     rest = {key: value for key, value in spec.items() if key != "split_classes"}
     part = {"of": split["tasks"], **({"seed": split["seed"]} if split.get("seed") is not None else {})}
     return [{**rest, "name": f"{spec.get('name')}-{i}", "part": {"index": i, **part}} for i in range(1, part["of"] + 1)]

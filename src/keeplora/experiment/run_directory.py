@@ -27,6 +27,8 @@ FORMAT = "keeplora-run"
 VERSION = 0
 STATES = ("running", "finished", "failed", "interrupted")
 
+_OF_A_RESUME = ("accuracy", "probe_accuracy", "tasks_info", "warnings")
+
 _held: set[Path] = set()  # locks of this process: a POSIX record lock does not see them
 
 
@@ -318,9 +320,14 @@ class RunDirectory:
         self._writable()
         atomic_write_json(self.results_path, _finite(results))
 
-    def read_results(self) -> dict[str, Any] | None:
-        """results.json, or None where it is not written yet."""
-        return _read_json(self.results_path)
+    def read_results(self, *, whole: bool = False) -> dict[str, Any] | None:
+        """results.json, or None where it is not written yet; ``whole``: refused where what a resume goes on from is missing."""
+        found = _read_json(self.results_path)
+        if whole and found is not None and (missing := [k for k in _OF_A_RESUME if not isinstance(found.get(k), list)]):
+            raise KeepLoraError(
+                f"{self.results_path} has no {missing[0]!r}: the file was changed; restore it from a copy"
+            )
+        return found
 
     # --- events ---
 

@@ -18,7 +18,7 @@ from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
-from keeplora.experiment.results import Scores, build_results, comparison_key, data_entries, peak_memory
+from keeplora.experiment.results import Scores, build_results, check_infos, comparison_key, data_entries, peak_memory
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.training import Selection, train_task
@@ -83,6 +83,7 @@ class Experiment:
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
+            check_infos(learner.records, path, setup.kind.name)
             return _Run(setup, directory, learner, quiet).go()
 
 
@@ -107,14 +108,14 @@ class _Run:
         self.progress = Progress(quiet)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
-        earlier = directory.read_results()
+        earlier = directory.read_results(whole=True)
         setup.kind.begin(directory.path, earlier)
         self.scores = Scores.from_results(earlier)
         if earlier:
             self.warnings += earlier["warnings"]
             # A record is written before its evaluation: what that took is known to results.json alone.
             for record, told in zip(learner.records, earlier["tasks_info"], strict=False):
-                record.info["seconds"] |= told["seconds"]
+                record.info["seconds"] |= told.get("seconds") or {}
         self.evaluation_seconds = 0.0
         self._joint = learner.schedule == "joint"
         self.loggers = Loggers({}, 0, self._warning)

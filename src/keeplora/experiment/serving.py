@@ -19,6 +19,7 @@ from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
+from keeplora.experiment.results import check_infos
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import open_model
 from keeplora.files import expand
@@ -58,6 +59,7 @@ class TrainedModel:
         self.family = open_model(self.config, choose_device(device))
         learner_class = get_method(self.config.method).learner
         self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
+        check_infos(self.learner.records, self.path, self.family.kind)
 
     @property
     def tasks(self) -> list[str]:

@@ -133,6 +133,25 @@ class SetEntry(TypedDict, total=False):
 
 
 @with_config(_STRICT)
+class Info(TypedDict, total=False):
+    """What a run keeps in a task's record."""
+
+    kind: Text
+    classes: list[str] | None
+    templates: list[str] | None
+    seconds: dict[str, Number] | None
+    epochs: list[Epoch] | None
+    best_epoch: Count
+    trained_parameters: Count
+    rank_shrunk: list[str] | None
+    not_adapted: list[str] | None
+    undone: bool | None
+    deferred: bool | None
+    prompt: Text
+    max_new_tokens: Count
+
+
+@with_config(_STRICT)
 class Data(TypedDict, total=False):
     tasks: list[SetEntry] | None
 
@@ -148,7 +167,7 @@ class Status(TypedDict, total=False):
 
 
 _SHAPES = {name: TypeAdapter(shape) for name, shape in (
-    ("results.json", Results), ("data.json", Data), ("status.json", Status), ("epoch", EpochEvent),
+    ("results.json", Results), ("data.json", Data), ("status.json", Status), ("epoch", EpochEvent), ("info", Info),
 )}  # fmt: skip
 
 
@@ -156,7 +175,8 @@ def check_shape(value: Any, name: str, where: str | Path) -> None:
     """`KeepLoraError` that names the first entry which cannot be what keeplora wrote.
 
     Args:
-        name: the file's name in a run directory, or "epoch" for such an event of metrics.jsonl. where: how the sentence names it.
+        name: the file's name in a run directory, "epoch" for such an event of metrics.jsonl, "info" for
+            that of a task's record. where: how the sentence names it.
 
     >>> check_shape({"tasks_done": "many"}, "status.json", "runs/a/status.json")
     Traceback (most recent call last):

@@ -168,7 +168,9 @@ def _learned_names(specs: list[dict[str, Any]]) -> list[str]:
     for spec in specs:
         split = spec.get("split_classes")
         parts = split.get("tasks") if isinstance(split, Mapping) else None
-        if isinstance(parts, int) and not isinstance(parts, bool):
+        if (
+            isinstance(parts, int) and not isinstance(parts, bool) and parts <= 10_000
+        ):  # more are refused with the settings
             names += [f"{spec['name']}-{part}" for part in range(1, parts + 1)]
         else:
             names.append(spec["name"])

@@ -15,6 +15,9 @@ from torch import Tensor
 from keeplora.errors import LedgerError
 from keeplora.tuner.adapter import Factors
 
+KINDS = ("A", "B", "basis", "delta", "covariance", "extra")
+"""What the tensors of a record's file are, by the first part of their keys."""
+
 
 @dataclass
 class TaskRecord:
@@ -117,6 +120,8 @@ def read_record(
     def bad(what: str, name: str) -> LedgerError:
         return LedgerError(f"{file}: {what} of layer {name!r} cannot be used; restore the ledger from a copy")
 
+    if odd := [key for key in tensors if key.partition("/")[0] not in KINDS]:
+        raise LedgerError(f"{where}: its tensors hold {odd[0]!r}, of which this keeplora knows nothing: upgrade it")
     layers = value["layers"]
     for name, told in layers.items():
         if not isinstance(told, dict):
@@ -158,7 +163,10 @@ def read_record(
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _check_tensor(kind: str, name: str, tensor: Tensor, targets: Mapping[str, tuple[int, int]], where: Path) -> None:
@@ -176,5 +184,7 @@ def _check_tensor(kind: str, name: str, tensor: Tensor, targets: Mapping[str, tu
             )
     elif kind != "delta":
         raise LedgerError(f"{where}: its tensors hold {kind}/{name}, but {name!r} is no target of this ledger")
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-        raise LedgerError(f"{where}: {kind}/{name} holds NaN, infinity, or no real numbers: the file was changed")
+    if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+        raise LedgerError(
+            f"{where}: {kind}/{name} holds NaN, infinity, or other numbers than float32: the file was changed"
+        )
