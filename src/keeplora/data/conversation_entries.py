@@ -125,7 +125,7 @@ def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise DataError(f'{where}: a turn is {_short(turn)}; write it as {{"from": "human", "value": "..."}}')
     side, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if side not in ROLES:
+    if not isinstance(side, str) or side not in ROLES:
         raise DataError(f"{where}: a turn is from {side!r}; it must be from human, gpt or system")
     if not isinstance(text, str):
         raise DataError(f"{where}: a turn of {side} says {_short(text)}; give text")
