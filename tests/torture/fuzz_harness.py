@@ -26,7 +26,7 @@ from typing import Any, Literal
 from keeplora.cli import main
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest time that one input may take."""
 MEMORY = 3 << 30
 """Address space that the inputs of the full form may take beyond what the process has at its start."""
@@ -212,12 +212,12 @@ class Tally:
 class Arena:
     """A folder that holds all that an input may see, and the watch over everything else.
 
-    `home`, `cwd` and `outside` lie in it; `fresh` gives a new folder for each input. A canary is a file in `outside` that
+    ``also``: folders elsewhere that must stay as they are. `home`, `cwd` and `outside` lie in it; `fresh` gives a new folder for each input. A canary is a file in `outside` that
     code of an input would make.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, also: tuple[Path, ...] = ()) -> None:
+        self.root, self.also = root, also
         self.home, self.cwd, self.outside, self.inputs = (root / n for n in ("home", "cwd", "outside", "inputs"))
         for folder in (self.home, self.cwd, self.outside, self.inputs):
             folder.mkdir(parents=True)
@@ -265,9 +265,15 @@ class Arena:
             os.environ.clear()
             os.environ.update(kept)
 
+    def _snapshot(self, item: Input) -> dict[str, tuple[int, int, int]]:
+        found: dict[str, tuple[int, int, int]] = {}
+        for root in (self.root, *self.also):
+            found |= snapshot(root, item.may_write)
+        return found
+
     def judge(self, item: Input, *, apart: bool = False) -> tuple[Answer, list[str]]:
         """Carry the command line out; returns its answer and everything that is wrong."""
-        before = snapshot(self.root, item.may_write)
+        before = self._snapshot(item)
         if apart:
             answer, touched = run_apart(item.words, self.environment, self.cwd), []
         else:
@@ -277,7 +283,7 @@ class Arena:
             finally:
                 touched = _watch.stop()
         faults = told_wrong(item, answer) + [f"touched: {what}" for what in touched]
-        after = snapshot(self.root, item.may_write)
+        after = self._snapshot(item)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         faults += [f"changed: {name}" for name in changed[:5]]
         if self.canary.exists():

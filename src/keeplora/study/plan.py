@@ -53,6 +53,13 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name)
 
 
+def together(problems: Sequence[str]) -> str:
+    """One sentence, or a list of them."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in the study:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
 @dataclass(frozen=True)
 class StudyPlan:
     """A checked study. ``orders`` maps labels to what the experiment's ``order`` is set to (None: as listed)."""
@@ -116,7 +123,7 @@ class StudyPlan:
                 except ConfigError as error:
                     problems.setdefault(str(error))
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(together(list(problems)))
         self.check_orders()
 
     def check_orders(self) -> None:
@@ -325,7 +332,7 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
     jobs, threads, keep = kind("jobs", int, 1), kind("threads", int, 1), kind("keep_ledgers", bool)
     output = kind("output", str)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(together(problems))
     base = experiment if experiment is not None else suite
     if experiment is not None or _is_path(base):
         base = str(expand(base).absolute())

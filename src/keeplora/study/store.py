@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.run_directory import FolderLock, RunDirectory
@@ -17,6 +19,35 @@ from keeplora.study.plan import CellKey, StudyPlan
 FORMAT = "keeplora-study"
 VERSION = 0
 FILE = "study.json"
+
+
+def _one_name(text: str) -> str:
+    """The folder of a cell is made of these: none may lead out of the study's."""
+    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
+        raise ValueError(f"{text!r} is no name of one folder")
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_one_name)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Plan(_Strict):
+    name: str
+    kind: Literal["suite", "experiment"]
+    base: str
+    set: dict[str, Any]
+    methods: list[_Name]
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    orders: dict[_Name, str | int | list[str] | None]
+    per_method: dict[str, dict[str, Any]]
+    against: str | None
+    keep_ledgers: bool
+
+
 STATES = ("pending", "running", "interrupted", "failed", "finished")
 
 
@@ -32,18 +63,25 @@ class CellRecord:
     were deleted, None while they are kept.
     """
 
-    method: str
-    order: str
+    method: _Name
+    order: _Name
     seed: int
     state: str = "pending"
     attempts: int = 0
-    seconds: float | None = None
+    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
     error: str | None = None
     dropped_bytes: int | None = None
 
     @property
     def key(self) -> CellKey:
         return CellKey(self.method, self.order, self.seed)
+
+
+class _Study(_Strict):
+    plan: _Plan
+    threads: int | None
+    started: str
+    cells: list[CellRecord]
 
 
 def is_study(path: Path) -> bool:
@@ -110,10 +148,16 @@ class StudyStore:
             raise KeepLoraError(
                 f"{self.file}: version {value.get('version')!r}, this keeplora knows {VERSION}; update it"
             )
-        self.plan, self.threads, self.started = value["plan"], value["threads"], value["started"]
-        known = CellRecord.__dataclass_fields__
-        records = [CellRecord(**{k: v for k, v in entry.items() if k in known}) for entry in value["cells"]]
-        self.cells = {record.key: record for record in records}
+        try:
+            found = _Study.model_validate(value)
+            self.plan, self.threads, self.started = found.plan.model_dump(), found.threads, found.started
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise KeepLoraError(
+                f"{self.file}: {'.'.join(map(str, first['loc']))} cannot be used ({first['msg'][:1].lower()}{first['msg'][1:]}): "
+                "the file was changed or damaged; restore it from a copy"
+            ) from None
+        self.cells = {record.key: record for record in found.cells}
         return self
 
     def save(self) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keeplora.errors import LedgerError
-from keeplora.files import atomic_write_json, read_regular, sha256_file
+from keeplora.files import atomic_write_json, open_regular, read_regular, sha256_file
 from keeplora.json_text import MAX_BYTES, parse_json
 
 FORMAT = "keeplora-ledger"
@@ -48,12 +48,30 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     refuse_link(path)
     if not path.is_file():
         raise LedgerError(f"{path} is missing: {_COPY}")
+    _check_size(path)
     if sha256_file(path) != digest:
         raise LedgerError(f"{path} does not have the SHA-256 that its record names: the file was changed or damaged")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise LedgerError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file whose size is not what its header says, before all of it is read."""
+    try:
+        with open_regular(path) as handle:
+            size, n = path.stat().st_size, int.from_bytes(handle.read(8), "little")
+            if n > min(size, MAX_BYTES):
+                raise ValueError(f"its header would have {n:,} bytes")
+            header = parse_json(handle.read(n).decode("utf-8"))
+            end = max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+            if size != 8 + n + end:
+                raise ValueError(f"it has {size:,} bytes, and by its header {8 + n + end:,}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise LedgerError(f"{path} is not a whole safetensors file ({error}): restore it from a copy") from None
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def seal(value: Mapping[str, Any]) -> str:

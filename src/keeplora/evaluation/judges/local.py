@@ -82,8 +82,6 @@ class LocalJudge:
                 tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left", **options)
                 place |= {"dtype": self.dtype, "use_safetensors": True}
                 model: Any = AutoModelForCausalLM.from_pretrained(self.model, **options, **place)
-                    self.model, dtype=self.dtype, use_safetensors=True, **options, **place
-                )
             except (OSError, ValueError) as error:
                 what = "folder" if Path(self.model).exists() else "model"
                 raise JudgeError(
