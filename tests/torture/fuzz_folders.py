@@ -153,6 +153,7 @@ class Sealed:
     def reseal(self) -> None:
         for _ in range(3 + len(self.documents())):  # each pass carries a changed hash at least one file further
             for path in self.documents():
+                self.before |= {digest(file): file for file in self.files()}  # what is replaced once is replaced again
                 value = self._renewed(json.loads(path.read_text(encoding="utf-8")))
                 if isinstance(value, dict) and "seal" in value:
                     rest = {k: v for k, v in value.items() if k != "seal"}

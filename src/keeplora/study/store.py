@@ -63,12 +63,12 @@ class CellRecord:
     were deleted, None while they are kept.
     """
 
-    method: _Name
-    order: _Name
+    method: str
+    order: str
     seed: int
     state: str = "pending"
     attempts: int = 0
-    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    seconds: float | None = None
     error: str | None = None
     dropped_bytes: int | None = None
 
@@ -77,11 +77,22 @@ class CellRecord:
         return CellKey(self.method, self.order, self.seed)
 
 
+class _Cell(_Strict):
+    method: _Name
+    order: _Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    state: str = "pending"
+    attempts: int = 0
+    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    error: str | None = None
+    dropped_bytes: int | None = None
+
+
 class _Study(_Strict):
     plan: _Plan
     threads: int | None
     started: str
-    cells: list[CellRecord]
+    cells: list[_Cell]
 
 
 def is_study(path: Path) -> bool:
@@ -157,7 +168,8 @@ class StudyStore:
                 f"{self.file}: {'.'.join(map(str, first['loc']))} cannot be used ({first['msg'][:1].lower()}{first['msg'][1:]}): "
                 "the file was changed or damaged; restore it from a copy"
             ) from None
-        self.cells = {record.key: record for record in found.cells}
+        records = [CellRecord(**cell.model_dump()) for cell in found.cells]
+        self.cells = {record.key: record for record in records}
         return self
 
     def save(self) -> None:
