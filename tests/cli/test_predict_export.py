@@ -141,7 +141,7 @@ def test_export_merged_goes_beside_the_run_by_default(world, cli, picture, tmp_p
 def test_export_peft_of_a_method_without_factors_is_refused(world, cli, tmp_path, method):
     answer = cli("export", world.run(method=method)[0], "--format", "peft", "--output", tmp_path / "out")
     assert (answer.code, answer.out) == (1, "")
-    assert f"holds no low-rank factors (method {method}); export it with --format merged" in answer.err
+    assert f"(method {method}) holds no low-rank factors; export it with --format merged" in answer.err
     assert not (tmp_path / "out").exists()
 
 

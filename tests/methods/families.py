@@ -87,7 +87,7 @@ class FamilyTask:
     def start(self, learner: Any, name: str, **kwargs: Any) -> nn.Module:
         return learner.start_task(
             name, self.batches, self.loss, objective=self, feature_batches=list(self.feature_batches()), forward_fn=self.forward,
-            mask_fn=self.masks, info={"classes": TASKS[name]}, **kwargs,
+            mask_fn=self.masks, info={"classes": TASKS[self.name]}, **kwargs,
         )  # fmt: skip
 
     @torch.no_grad()

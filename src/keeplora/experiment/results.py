@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
@@ -14,7 +15,7 @@ from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.kinds.base import Kind
 from keeplora.methods import Method
 from keeplora.report.run_files import check_shape
-from keeplora.tuner import ContinualLearner
+from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.audit import layer_rows
 
 FORMAT = "keeplora-results"
@@ -73,9 +74,11 @@ def build_results(
     scores: Scores, warnings: Sequence[str], memory: int, seconds: float, key: str, kind: Kind,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole of results.json, from the records and the scores."""
-    infos = [record.info for record in learner.records]
+    settled = settled_records(learner, [t.name for t in tasks])
+    infos = [record.info for record in settled]
     costs = {
-        k: round(sum(i["seconds"].get(k, 0.0) for i in infos), 3) for k in ("statistics", "training", "evaluation")
+        k: round(sum(i.get("seconds", {}).get(k, 0.0) for i in infos), 3)
+        for k in ("statistics", "training", "evaluation")
     }
     audit = learner.audit() if learner.protects and learner.records else None
     sets = [*tasks, *probes]
@@ -88,16 +91,9 @@ def build_results(
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
         **kind.results(),
         "metrics": summary(scores.tasks, scores.probes),
-        "layers": layer_rows(learner) if learner.protects else [],
-        "tasks_info": [
-            {
-                "name": record.name, "seconds": record.info["seconds"], "epochs": record.info.get("epochs", []),
-                "best_epoch": record.info.get("best_epoch"), "accepted": not record.info.get("undone", False),
-                "trained_parameters": record.info.get("trained_parameters", 0),
-                "rank_shrunk": record.info.get("rank_shrunk", []), "not_adapted": record.info.get("not_adapted", []),
-            }
-            for record in learner.records
-        ],
+        "layers": layer_rows(learner, [record.name for record in settled]) if learner.protects else [],
+        "tasks_info": [task_info(record.name, record.info) for record in settled],
+        "removed": [record.name for record in learner.removed],
         "cost": {
             "seconds": round(seconds, 3), "statistics_seconds": costs["statistics"],
             "training_seconds": costs["training"], "evaluation_seconds": costs["evaluation"],
@@ -116,6 +112,38 @@ def check_infos(records: Sequence[Any], path: Any, kind: str) -> None:
         check_shape(record.info, "info", where)
         if missing := [key for key in needed if record.info.get(key) is None]:
             raise KeepLoraError(f"{where} has no {missing[0]!r}, so it is not of a run; restore it from a copy")
+
+
+def settled_records(learner: ContinualLearner, order: Sequence[str]) -> list[TaskRecord]:
+    """The run's tasks that need not be learned any more, in its order: active ones, and those that were removed."""
+    found = {record.name: record for record in (*learner.removed, *learner.records)}
+    return [found[name] for name in order if name in found]
+
+
+def task_info(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json tells of a task, from its record."""
+    return {
+        "name": name, "seconds": info.get("seconds", {}), "epochs": info.get("epochs", []),
+        "best_epoch": info.get("best_epoch"), "accepted": not info.get("undone", False),
+        "trained_parameters": info.get("trained_parameters", 0),
+        "rank_shrunk": info.get("rank_shrunk", []), "not_adapted": info.get("not_adapted", []),
+    }  # fmt: skip
+
+
+def settled_count(known: Iterable[str], order: Sequence[str], where: str | Path) -> int:
+    """How many of a run's tasks are behind it, given those that are learned or were removed.
+
+    Raises:
+        KeepLoraError: a task is there and one before it is not, as after restoring one that was rolled back.
+    """
+    known = set(known)
+    done = next((i for i, name in enumerate(order) if name not in known), len(order))
+    if late := [name for name in order[done:] if name in known]:
+        raise KeepLoraError(
+            f"{where}: the ledger holds task {late[0]!r}, but not {order[done]!r}, which comes before it in this run; "
+            "restore that one, or roll back, before the run goes on"
+        )
+    return done
 
 
 def peak_memory() -> int:

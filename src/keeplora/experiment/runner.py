@@ -18,13 +18,23 @@ from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
-from keeplora.experiment.results import Scores, build_results, check_infos, comparison_key, data_entries, peak_memory
+from keeplora.experiment.results import (
+    Scores,
+    build_results,
+    check_infos,
+    comparison_key,
+    data_entries,
+    peak_memory,
+    settled_count,
+    settled_records,
+)
+from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.training import Selection, train_task
 from keeplora.methods import method_names
 from keeplora.report import render_report
-from keeplora.tuner import ContinualLearner
+from keeplora.tuner import ContinualLearner, TaskRecord
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
 """Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
@@ -83,7 +93,7 @@ class Experiment:
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
-            check_infos(learner.records, path, setup.kind.name)
+            check_infos([*learner.records, *learner.removed], path, setup.kind.name)
             return _Run(setup, directory, learner, quiet).go()
 
 
@@ -92,8 +102,9 @@ def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> _Run:
     directory.write_environment(collect_environment())
     directory.write_data(data_entries(setup.tasks, setup.probes))
     learner = setup.method.learner(
-        setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=setup.config.model.name
-    )
+        setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=setup.config.model.name,
+        base_revision=setup.config.model.revision,
+    )  # fmt: skip
     return _Run(setup, directory, learner, quiet)
 
 
@@ -106,6 +117,7 @@ class _Run:
         self.directory = directory
         self.learner = learner
         self.progress = Progress(quiet)
+        self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
         earlier = directory.read_results(whole=True)
@@ -114,20 +126,30 @@ class _Run:
         if earlier:
             self.warnings += earlier["warnings"]
             # A record is written before its evaluation: what that took is known to results.json alone.
-            for record, told in zip(learner.records, earlier["tasks_info"], strict=False):
-                record.info["seconds"] |= told.get("seconds") or {}
+            told = {info.get("name"): info.get("seconds") or {} for info in earlier["tasks_info"]}
+            for record in (*learner.records, *learner.removed):
+                record.info["seconds"] = {**record.info.get("seconds", {}), **told.get(record.name, {})}
         self.evaluation_seconds = 0.0
         self._joint = learner.schedule == "joint"
         self.loggers = Loggers({}, 0, self._warning)
 
     def go(self) -> dict[str, Any]:
-        done = len(self.learner.records)
+        order = [task.name for task in self.setup.tasks]
+        settled = settled_records(self.learner, order)
+        done = settled_count((record.name for record in settled), order, self.directory.path)
         try:
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
+            if self.scores.tasks and self.learner._ledger is not None:
+                entries = [record.entry for record in settled]
+                # The last row can still be measured, unless its task was taken out before anybody did.
+                upto = done - 1 if settled and any(settled[-1] is r for r in self.learner.records) else done
+                add_kept_rows(self.scores, self.learner._ledger, entries, self.columns, upto=upto)
             rows = len(self.scores.tasks)
             self.directory.set_status(state="running", tasks_done=done, error=None)
             with self.progress, self.setup.kind.running(self.learner):
+                told = [(record.name, record.info) for record in settled]
+                add_missing_events(self.directory, self.scores, told, self.columns)
                 self.directory.cut_events(max(0, rows - 1))
                 self.loggers = Loggers.open(
                     self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
@@ -156,7 +178,7 @@ class _Run:
             self.directory.set_status(state="failed", error=f"{type(error).__name__}: {error}")
             raise
         self.loggers.close("finished")
-        self.directory.set_status(state="finished", tasks_done=len(self.learner.records))
+        self.directory.set_status(state="finished", tasks_done=len(order))
         results = self._write()
         render_report(self.directory.path)
         return results
@@ -169,18 +191,26 @@ class _Run:
         self.warnings.append(line)
         self.progress.line(f"warning: {line}")
 
+    def _record(self, i: int) -> TaskRecord:
+        """Of task ``i``, from 1."""
+        return next(r for r in self.learner.records if r.name == self.setup.tasks[i - 1].name)
+
     def _log_epochs(self, i: int) -> None:
         """The epochs of task ``i`` from its record: those in metrics.jsonl were cut with everything unfinished."""
-        record = self.learner.records[i - 1]
+        record = self._record(i)
         for entry in record.info.get("epochs", []):
             self._event({"event": "epoch", "task": record.name, **entry})
 
     def _score_last(self, i: int) -> None:
-        record = self.learner.records[i - 1]
+        record = self._record(i)
         self._evaluate(i)
         record.info["seconds"]["evaluation"] = round(self.evaluation_seconds, 3)
         self._event({"event": "task_finished", "task": record.name, "seconds": record.info["seconds"]})
         self._write()
+        if self.learner._ledger is not None:
+            seconds = record.info["seconds"]
+            row = self.columns.kept(record.name, self.scores.tasks[i], self.scores.probes[i], seconds)
+            self.learner._ledger.write_metrics(record.entry, row)
         self.directory.set_status(tasks_done=i)
         render_report(self.directory.path)
 
@@ -213,10 +243,8 @@ class _Run:
         return value
 
     def _tell_row(self, after: int, tasks: Sequence[float | None], probes: Sequence[float | None]) -> None:
-        for kind, group, row in (("task", self.setup.tasks, tasks), ("probe", self.setup.probes, probes)):
-            for task, value in zip(group, row, strict=True):
-                event = {"event": "evaluation", "after": after, "set": task.name, "kind": kind}
-                self._event({**event, "accuracy": value, "n": len(task.test)})
+        for event in self.columns.events(after, tasks, probes):
+            self._event(event)
 
     def _evaluate(self, after: int) -> None:
         """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
@@ -259,9 +287,10 @@ class _Run:
     def _guard_scores(self, upto: int) -> dict[str, float]:
         """What `accept` may look at: validation pictures of earlier tasks, the held-out halves of the probes."""
         out: dict[str, float | None] = {}
-        for record, task in zip(self.learner.records[:upto], self.setup.tasks, strict=False):
+        kept = {record.name for record in self.learner.records if not record.info.get("undone")}
+        for task in self.setup.tasks[:upto]:
             validation = self.setup.sets[task.name].validation
-            if validation is not None and not record.info.get("undone"):
+            if validation is not None and task.name in kept:
                 out[task.name] = self._score(task, validation)
         for probe in self.setup.probes:
             out[probe.name] = self._score(probe, self.setup.guards[probe.name])

@@ -25,7 +25,8 @@ from keeplora.experiment.setup import open_model
 from keeplora.files import expand
 from keeplora.methods import get_method
 from keeplora.tuner import ContinualLearner, TaskRecord
-from keeplora.tuner.persistence import concatenated, free_weights, merge_into, write_peft_adapter
+from keeplora.tuner.export import choose_records, write_adapter
+from keeplora.tuner.persistence import all_updates, free_weights, merge_into
 from keeplora.tuner.sampling import to_device
 
 EXPORT_FORMATS = ("peft", "merged")
@@ -59,7 +60,7 @@ class TrainedModel:
         self.family = open_model(self.config, choose_device(device))
         learner_class = get_method(self.config.method).learner
         self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
-        check_infos(self.learner.records, self.path, self.family.kind)
+        check_infos([*self.learner.records, *self.learner.removed], self.path, self.family.kind)
 
     @property
     def tasks(self) -> list[str]:
@@ -168,30 +169,57 @@ class TrainedModel:
             tokens = max_new_tokens or info.get("max_new_tokens") or 64
             return self.family.generate(batch, max_new_tokens=tokens)[0]
 
-    def export(self, target: str | os.PathLike[str], format: str) -> Path:
+    def export(
+        self,
+        target: str | os.PathLike[str],
+        format: str,
+        *,
+        upto: str | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Path:
         """Write the trained model: ``peft``, one stock adapter for the untouched base, or ``merged``, a whole checkpoint.
 
         The adapter holds all tasks: A stacked, s·B side by side, alpha = rank, so that every server reads it alike. It is
         free of rounding whatever the base's precision; a merged checkpoint in bf16 is not (`keeplora audit` tells).
+
+        Args:
+            upto: the last task to be in it. tasks: names of those to be in it, in place of all.
         """
-        target = expand(target)
-        if format not in EXPORT_FORMATS:
-            raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
-        if target.exists():
-            raise KeepLoraError(f"{target} exists already; choose a new folder")
+        target = check_export(target, format)
         if reason := get_method(self.config.method).unmergeable:
             raise KeepLoraError(f"{self.path}: method {self.config.method} {reason}")
+        learner = self.learner
+        aside = learner._chain.names(learner._chain.tasks())
+        records = choose_records(learner.records, upto=upto, tasks=tasks, aside=aside)
+        prefix = [record.name for record in learner.records[: len(records)]]
+        if learner.irremovable and [record.name for record in records] != prefix:
+            raise KeepLoraError(
+                f"{self.path}: a selection cannot be exported, for {self.config.method} {learner.irremovable}"
+            )
         if format == "merged":
             if self.config.model.quantize is None:
-                return self.family.save_pretrained(target)
+                present = learner.store.snapshot()
+                try:
+                    learner.store.restore(all_updates(records))
+                    return self.family.save_pretrained(target)
+                finally:
+                    learner.store.restore(present)
             # A quantised base is never merged: the tasks go into the base as it was before it was quantised.
             whole = self.config.model_copy(update={"model": self.config.model.model_copy(update={"quantize": None})})
             family = open_model(whole, choose_device("cpu"))
-            merge_into(self.learner, family.model)
+            merge_into(records, family.model)
             return family.save_pretrained(target)
-        factors = concatenated(self.learner.records)
-        if not factors:
-            raise KeepLoraError(
-                f"{self.path} holds no low-rank factors (method {self.config.method}); export it with --format merged"
-            )
-        return write_peft_adapter(target, factors, self.family.name, free_weights(self.learner))
+        layers = {t.name: (t.n_in, t.n_out) for t in learner.targets}
+        free = free_weights(learner, records)
+        where = f"{self.path} (method {self.config.method})"
+        return write_adapter(target, records, self.family.name, layers, free, where=where)
+
+
+def check_export(target: str | os.PathLike[str], format: str) -> Path:
+    """The folder to be, or an error before anything is computed."""
+    target = expand(target)
+    if format not in EXPORT_FORMATS:
+        raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
+    if target.exists():
+        raise KeepLoraError(f"{target} exists already; choose a new folder")
+    return target

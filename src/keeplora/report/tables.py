@@ -249,6 +249,7 @@ def components_table(run: Run) -> Table | None:
 def task_table(run: Run) -> Table:
     """What each task cost and how it ended."""
     rows: list[list[Cell | str]] = []
+    removed = run.results.get("removed") or []
     for info in run.tasks_info:
         seconds = info.get("seconds") or {}
         epochs = info.get("epochs") or []
@@ -260,7 +261,9 @@ def task_table(run: Run) -> Table:
                 str(info["best_epoch"]) if info.get("best_epoch") is not None else "–",
                 number(epochs[-1].get("loss"), 3) if epochs else "–",
                 count(info.get("trained_parameters")),
-                {True: "kept", False: "undone"}.get(info.get("accepted"), "–"),  # type: ignore[arg-type]
+                "removed"
+                if info.get("name") in removed
+                else {True: "kept", False: "undone"}.get(info.get("accepted"), "–"),  # type: ignore[arg-type]
             ]
         )
     head = [

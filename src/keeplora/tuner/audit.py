@@ -138,19 +138,23 @@ def audit_learner(learner: ContinualLearner) -> Audit:
     return Audit(rows, tuple(notes))
 
 
-def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
+def layer_rows(learner: ContinualLearner, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Per target, as JSON: where it sits, its scale, and columns of U (``used``) and ranks after each task.
 
-    The tasks are those of the history: what a removed one used is in use while a later one relies on it.
+    Args:
+        tasks: in this order, by default those of the history: what a removed one used is in use while a later one relies
+            on it. One that is not in the history adds nothing.
     """
     bases = learner.start_bases() if learner.history or learner._U is not None else {}
+    found = {record.name: record for record in learner.history}
     rows = []
     for t in learner.targets:
         start = bases[t.name].shape[1] if t.name in bases else 0
         used, ranks = [start], []
-        for record in learner.history:
-            used.append(record.used.get(t.name, used[-1]))
-            ranks.append(record.factors[t.name].A.shape[0] if t.name in record.factors else 0)
+        for name in found if tasks is None else tasks:
+            record = found.get(name)
+            used.append(record.used.get(t.name, used[-1]) if record else used[-1])
+            ranks.append(record.factors[t.name].A.shape[0] if record and t.name in record.factors else 0)
         rows.append(
             {
                 "layer": t.name, "tower": t.tower, "depth": t.depth, "blocks": t.blocks, "in": t.n_in, "out": t.n_out,

@@ -36,6 +36,7 @@ class TaskHistory:
         """The active tasks in order: their updates add up to the model."""
         self._chain = Chain()
         self._shelf: dict[int, TaskRecord] = {}
+        self._outlines: dict[int, TaskRecord] = {}
         self._source: Ledger | None = None
         self._ledger: Ledger | None = None
         self._U: dict[str, Tensor] | None = None
@@ -57,10 +58,11 @@ class TaskHistory:
         return [self._shelf[i] for i in self._chain.state.history]
 
     @property
-    def removed(self) -> list[str]:
-        """Names of the tasks that were taken out with `remove` and are not active under that name now."""
+    def removed(self) -> list[TaskRecord]:
+        """The tasks that were taken out with `remove`, and are not active under that name now; maybe without tensors."""
         active = {record.name for record in self.records}
-        return [name for name in self._chain.names(self._chain.state.removed) if name not in active]
+        found = [self._shelf.get(i) or self._outline(i) for i in self._chain.state.removed]
+        return [record for record in found if record.name not in active]
 
     def rollback(self, to: int | str) -> None:
         """Go back to the state after a task (its name), or after an entry of the ledger (its number; 0: untouched).
@@ -147,6 +149,14 @@ class TaskHistory:
         assert self._source is not None
         return self._source.record(entry)
 
+    def _outline(self, entry: int) -> TaskRecord:
+        """What a task's record says, without its tensors."""
+        if entry not in self._outlines:
+            assert self._source is not None
+            value = self._source.entries()[entry - 1].value
+            self._outlines[entry] = TaskRecord(value["name"], info=value["info"], entry=entry)
+        return self._outlines[entry]
+
     def _adopt(self, ledger: Ledger, chain: Chain, shelf: dict[int, TaskRecord]) -> None:
         """Take over the state of a ledger; ``shelf`` holds the tasks of its history."""
         self._check_selection(chain.state, str(ledger.path))
@@ -187,6 +197,6 @@ class TaskHistory:
         """What a ledger says of the method, for those who read it without one."""
         told: Any = type(self)
         return {
-            "class": told.__name__, "protects": told.protects, "accumulates": told.accumulates,
-            "irremovable": told.irremovable, "unmergeable": told.unmergeable,
+            "class": told.__name__, "protects": told.protects, "trains_a": told.trains_A,
+            "accumulates": told.accumulates, "irremovable": told.irremovable, "unmergeable": told.unmergeable,
         }  # fmt: skip

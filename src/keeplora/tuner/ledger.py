@@ -145,10 +145,15 @@ class Ledger:
         return {t["name"]: (t["n_in"], t["n_out"]) for t in self.head["targets"]}
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What the method that wrote the ledger says of itself (`learner` in ledger.json); empty in version 0."""
+        found = self.head.get("learner")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def irremovable(self) -> str:
         """Why no task can be taken out, as words that follow "the method"; empty where one can, or in version 0."""
-        told = self.head.get("learner")
-        return str(told.get("irremovable") or "") if isinstance(told, dict) else ""
+        return str(self.told.get("irremovable") or "")
 
     def bases(self) -> dict[str, Tensor]:
         """U₀ per layer."""
