@@ -223,15 +223,24 @@ class LedgerInputs:
         run = self.world.copied(self.run, arena.fresh() / "run")
         return run, Sealed(run / "ledger")
 
-    def _input(self, run: Path, rng: random.Random, mutator: str, expect: Expect = "refused") -> Input:
+    def _input(
+        self, run: Path, rng: random.Random, mutator: str, expect: Expect = "refused", *, plain: bool = False
+    ) -> Input:
+        """A command that reads every tensor in force; with ``plain`` one that may read the JSON files alone."""
         new = run.parent / "exported"
+        more = [
+            ("ledger", "log", str(run)), ("ledger", "log", str(run), "--json"), ("ledger", "show", str(run), "stripes"),
+            ("ledger", "rollback", str(run), "paint"), ("ledger", "remove", str(run), "stripes"),
+        ]  # fmt: skip
         words = rng.choice([
+            *(more if plain else ()), ("ledger", "verify", str(run)),
             ("audit", str(run)), ("export", str(run), "--format", "peft", "--output", str(new)),
             ("export", str(run), "--format", "merged", "--output", str(new)), ("predict", str(run), "--image", str(self.picture)),
             ("resume", str(run), "--quiet"),
         ])  # fmt: skip
         # a refused resume may note its failure in the run directory, and nothing else may be written
-        may_write = (new, run) if words[0] == "resume" else (new,) if words[0] == "export" else ()
+        writes = words[0] == "resume" or words[1] in ("rollback", "remove")
+        may_write = (new, run) if writes else (new,) if words[0] == "export" else ()
         part = tuple(run.parent.glob(".exported*")) if words[0] == "export" else ()
         return Input(mutator, words, expect, (*may_write, *part, *((run.parent,) if words[0] == "export" else ())))
 
@@ -254,7 +263,7 @@ class LedgerInputs:
             same = json.loads(path.read_text(encoding="utf-8")) == old
         except (ValueError, RecursionError):
             same = False
-        return self._input(run, rng, "bytes of JSON", "either" if same else "refused")
+        return self._input(run, rng, "bytes of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True)
 
     def make_value_of_json(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
@@ -266,7 +275,7 @@ class LedgerInputs:
             same = json.loads(text) == old
         except (ValueError, RecursionError):
             same = False
-        return self._input(run, rng, "value of JSON", "either" if same else "refused")
+        return self._input(run, rng, "value of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True)
 
     def make_tensors_swapped_between_layers(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
@@ -275,7 +284,8 @@ class LedgerInputs:
 
     def make_files_swapped(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
-        one, two = rng.sample(rng.choice([sealed.tensors(), sealed.documents()]), 2)
+        records = [p for p in sealed.documents() if p.name == "record.json"]
+        one, two = rng.sample(rng.choice([sealed.tensors(), records]), 2)
         a, b = one.read_bytes(), two.read_bytes()
         one.write_bytes(b)
         two.write_bytes(a)
@@ -306,7 +316,7 @@ class LedgerInputs:
 
     def make_something_else_in_a_files_place(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
-        kind = instead(rng.choice(sealed.files()), arena, rng)
+        kind = instead(rng.choice([p for p in sealed.files() if p.name != "metrics.json"]), arena, rng)
         return self._input(run, rng, "something else in a file's place", "either" if kind == "link" else "refused")
 
     def make_header(self, arena: Arena, rng: random.Random) -> Input:
@@ -398,11 +408,11 @@ class LedgerInputs:
             put(value, where, rng.choice(JSON_HOSTILE))
         path.write_text(json.dumps(value), encoding="utf-8")
         sealed.reseal()
-        return self._input(run, rng, "value of JSON, hashes fit", "either")
+        return self._input(run, rng, "value of JSON, hashes fit", "either", plain=True)
 
     def make_scale(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
-        path = rng.choice([p for p in sealed.documents() if p.parent != sealed.folder])
+        path = rng.choice([p for p in sealed.documents() if p.name == "record.json"])
         value = json.loads(path.read_text(encoding="utf-8"))
         layers = value.get("layers") or {}
         layer = layers[rng.choice(sorted(layers))]
@@ -414,7 +424,7 @@ class LedgerInputs:
     def make_names(self, arena: Arena, rng: random.Random) -> Input:
         """Names that lead out of the folder, in the record and in its folder's name."""
         run, sealed = self._copy(arena)
-        path = rng.choice([p for p in sealed.documents() if p.parent != sealed.folder])
+        path = rng.choice([p for p in sealed.documents() if p.name == "record.json"])
         value = json.loads(path.read_text(encoding="utf-8"))
         value["name"] = rng.choice(
             ["../../outside/x", "/etc/x", "..", "a/../../x", "\0", "a\nb", "x" * 5000, "\\..\\x", SCRIPT, ""]
@@ -425,7 +435,7 @@ class LedgerInputs:
             path.parent.rename(
                 path.parent.with_name(path.parent.name[:5] + rng.choice(["..", "a b", "\n", "-", "x" * 200]))
             )
-        return self._input(run, rng, "names that lead out, hashes fit", "either")
+        return self._input(run, rng, "names that lead out, hashes fit", "either", plain=True)
 
     def make_layers_swapped(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)

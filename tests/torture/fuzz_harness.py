@@ -310,7 +310,9 @@ def told_wrong(item: Input, answer: Answer) -> list[str]:
     if "Traceback" in answer.err:
         faults.append(f"a traceback: {answer.err.strip().splitlines()[-1][:200]}")
     # an audit and the doctor tell what they found as a table, and by the exit status
-    verdict = (item.words[0] == "audit" and "OVER the limit" in answer.out) or (item.words[1] == "doctor" and answer.out)
+    verdict = (item.words[0] == "audit" and "OVER the limit" in answer.out) or (
+        item.words[1] in ("doctor", "verify") and answer.out
+    )
     if answer.code == 1 and not verdict and not _is_sentence(answer.err):
         faults.append(f"no sentence on standard error: {answer.err[-200:]!r}")
     if answer.code == 0 and item.expect == "refused":

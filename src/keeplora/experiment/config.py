@@ -72,10 +72,6 @@ _SUITE_KEYS = (
 )
 
 
-MOST_PARTS = 10_000
-"""Most tasks that one can be split into by its classes."""
-
-
 class _Layer(NamedTuple):
     source: str  # how errors name it
     values: dict[str, Any]
@@ -226,8 +222,8 @@ def _split_classes(spec: Any) -> list[Any]:
         value = split.get(key, least)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{where}.{key} is {value!r}, but must be a whole number of at least {least}")
-    if split["tasks"] > MOST_PARTS:
-        raise ConfigError(f"{where}.tasks is {split['tasks']}, but must be at most {MOST_PARTS:,}")
+    if split["tasks"] > 10_000:
+        raise ConfigError(f"{where}.tasks is {split['tasks']}, but must be at most 10,000")
     rest = {key: value for key, value in spec.items() if key != "split_classes"}
     part = {"of": split["tasks"], **({"seed": split["seed"]} if split.get("seed") is not None else {})}
     return [{**rest, "name": f"{spec.get('name')}-{i}", "part": {"index": i, **part}} for i in range(1, part["of"] + 1)]

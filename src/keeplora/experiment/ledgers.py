@@ -16,6 +16,7 @@ from keeplora.experiment.results import Scores, settled_count, task_info
 from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import FolderLock, RunDirectory
 from keeplora.experiment.serving import TrainedModel, check_export
+from keeplora.files import expand
 from keeplora.methods import Method, get_method, method_names
 from keeplora.models import load_model
 from keeplora.report import render_report
@@ -45,7 +46,7 @@ class LedgerPlace:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LedgerPlace:
         """From any of the three kinds of folder; `LedgerError` where there is none."""
-        path = Path(path).expanduser()
+        path = expand(path)
         if not path.is_dir():
             raise LedgerError(
                 f"{path} is not a folder: give a run directory, a saved learner, or a ledger's own folder"

@@ -60,7 +60,7 @@ class Layer(TypedDict, total=False):
     blocks: Count
     scale: Number
     rank: LayerCounts | None
-    used: list[Annotated[int, Field(ge=0, lt=2**63)]] | None
+    used: LayerCounts | None
 
 
 _Layer = TypedDict("_Layer", {"in": Count, "out": Count}, total=False)
