@@ -90,6 +90,11 @@ def expand(path: str | os.PathLike[str]) -> Path:
         raise KeepLoraError(f"{os.fspath(path)}: there is no such user's home; write the path without '~'") from None
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with links followed. Unlike `Path.resolve` it takes a link that leads back to itself as it is."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """An ordinary file opened for reading; a folder, pipe or device is an OSError, at once."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

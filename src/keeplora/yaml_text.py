@@ -20,7 +20,7 @@ KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 4 << 20
 """A larger file is no configuration; reading it as YAML would take minutes."""
-MAX_NODES = 200_000
+MAX_NODES = 100_000
 """Values of a document with its aliases written out: a few lines of aliases of aliases stand for millions."""
 MAX_DEPTH = 60
 MAX_DIGITS = 300

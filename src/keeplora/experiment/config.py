@@ -33,7 +33,7 @@ from keeplora.experiment.config_schema import (
     variant_of,
 )
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
-from keeplora.files import expand
+from keeplora.files import expand, real_path
 from keeplora.yaml_text import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
@@ -185,7 +185,7 @@ def _suite_layer(name: Any, where: str) -> dict[str, Any]:
 def _suite_path(name: Any, folder: Path) -> Any:
     """A suite that is a file of the user's, by its absolute path; packaged names stay as they are."""
     if isinstance(name, str) and (name.endswith((".yaml", ".yml")) or os.sep in name):
-        return str((folder / expand(name)).resolve())
+        return str(real_path(folder / expand(name)))
     return name
 
 
@@ -296,7 +296,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[_Layer, P
         raise ConfigError(f"{path} is empty; it needs at least `suite:` (or `tasks:`) and `method:`")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not a mapping (`key: value` lines)")
-    return _Layer(str(path), values, lines), path.resolve().parent
+    return _Layer(str(path), values, lines), real_path(path).parent
 
 
 def load_config(
@@ -372,9 +372,9 @@ def load_config(
     if suite_name is not None:
         merged["suite"] = suite_name
     if isinstance(merged.get("data_dir"), str):
-        merged["data_dir"] = str((folder / expand(merged["data_dir"])).resolve())
+        merged["data_dir"] = str(real_path(folder / expand(merged["data_dir"])))
     if isinstance(merged["base_dir"], str):
-        merged["base_dir"] = str((folder / (base_dir or merged["base_dir"])).resolve())
+        merged["base_dir"] = str(real_path(folder / (base_dir or merged["base_dir"])))
 
     fields = ExperimentConfig.model_fields
     problems = [unknown_key((key,)) for key in user if key not in fields and key not in FILE_ONLY_KEYS]

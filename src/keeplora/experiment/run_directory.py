@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, expand, read_regular
+from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, expand, read_regular, real_path
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.run_files import check_shape
 from keeplora.yaml_text import dump_yaml, read_yaml
@@ -39,7 +39,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder.resolve() / ".lock"
+        self.path = real_path(folder) / ".lock"
         self._fd: int | None = None
         self._owner = 0
 

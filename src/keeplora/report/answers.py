@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keeplora.files import read_regular
+from keeplora.files import read_regular, real_path
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.charts import number
 from keeplora.report.runs import Run
@@ -164,8 +164,8 @@ def fate(states: Mapping[str, bool | None]) -> str | None:
 def _inside(run: Run, place: Any) -> Path | None:
     """A file of the run directory; None where there is none, or where the name leads out of it."""
     try:
-        path = (run.path / str(place)).resolve()
-        return path if path.is_relative_to(run.path.resolve()) and path.is_file() else None
+        path = real_path(run.path / str(place))
+        return path if path.is_relative_to(real_path(run.path)) and path.is_file() else None
     except (OSError, ValueError):
         return None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import read_regular
+from keeplora.files import read_regular, real_path
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.kinds import GENERATION, Kind, kind_named
 from keeplora.report.run_files import check_shape
@@ -230,11 +230,11 @@ def find_comparable(run_dir: Path) -> list[Path]:
 
     Sorted by name, without ``run_dir`` itself. A sibling that cannot be read is passed over: it is another run's fault.
     """
-    run_dir = Path(run_dir).resolve()
+    run_dir = real_path(run_dir)
     key = load_results(run_dir).get("comparison_key")
     found = []
     for path in sorted(run_dir.parent.iterdir()) if key else []:
-        if path.resolve() == run_dir or not (path / "results.json").is_file():
+        if real_path(path) == run_dir or not (path / "results.json").is_file():
             continue
         try:
             if load_results(path).get("comparison_key") == key:
@@ -259,12 +259,12 @@ def load_others(run: Run, against: Sequence[Path] = ()) -> list[Run]:
                 f"{path} cannot be compared with {run.path}: their comparison keys differ, so the model, the tasks, "
                 "their order, the data or the image size is not the same"
             )
-        others[Path(path).resolve()] = other
+        others[real_path(path)] = other
     for path in find_comparable(run.path):
-        if path.resolve() not in others:
+        if real_path(path) not in others:
             try:
-                others[path.resolve()] = load_run(path)
+                others[real_path(path)] = load_run(path)
             except KeepLoraError:
                 continue
-    others.pop(run.path.resolve(), None)
+    others.pop(real_path(run.path), None)
     return list(others.values())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from keeplora.errors import ConfigError, did_you_mean
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.config_errors import Problem, raise_problems
-from keeplora.files import expand
+from keeplora.files import expand, real_path
 from keeplora.methods import method_names
 from keeplora.yaml_text import KeyPath, read_yaml
 
@@ -264,7 +264,7 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ConfigError(f"{path} is an experiment, not a study; {told}")
     problems = [Problem((k,), f"unknown key {k!r}{did_you_mean(str(k), KEYS)}") for k in values if k not in KEYS]
     raise_problems(problems, lambda where: f"{path}, line {lines[where]}" if where in lines else str(path))
-    folder = path.resolve().parent
+    folder = real_path(path).parent
     for key in ("experiment", "data", "output"):
         if isinstance(values.get(key), str):
             values[key] = str(folder / expand(values[key]))
