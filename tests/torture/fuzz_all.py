@@ -31,11 +31,11 @@ class Kind:
 
 
 KINDS = {
-    "configurations": Kind("configurations", 58, 900, 90),
-    "ledgers": Kind("ledgers", 18, 400, 50),
-    "run directories": Kind("run directories", 16, 300, 60),
-    "data": Kind("data", 34, 400, 50),
-    "model folders": Kind("model folders", 14, 200, 50),
+    "configurations": Kind("configurations", 58, 1_100, 150),
+    "ledgers": Kind("ledgers", 18, 300, 75),
+    "run directories": Kind("run directories", 16, 250, 60),
+    "data": Kind("data", 34, 400, 80),
+    "model folders": Kind("model folders", 14, 150, 50),
 }  # fmt: skip
 
 
