@@ -1,207 +1,32 @@
-"""Folders that were damaged, or made by someone else: JSON files, sealed JSON with safetensors, and what links and pipes do."""
+"""Ledgers and run directories that were damaged, or made by someone else."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import os
 import random
-import struct
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.cli.tiny_world import World
-from tests.torture.fuzz_harness import Answer, Arena, Expect, Input, Maker
-from tests.torture.fuzz_yaml import HOSTILE, get, paths, put
-
-SCRIPT = "<script>alert('x')</script>"
-JSON_HOSTILE: tuple[Any, ...] = (
-    *HOSTILE, SCRIPT, f'"{SCRIPT}', "javascript:alert(1)", "</style><script>alert('x')</script>", "\ud800", "\0", -1.5, 10**400,
-    [[1, 2], [3]], [None, None], [float("nan")], {"a": [1]}, ["x"] * 50, [0.5] * 50, {"x" * 300: 1}, "../../../outside/x", "\x1b[2J",
-)  # fmt: skip
-
-
-# --- bytes ---
-
-
-def flip(data: bytes, rng: random.Random) -> bytes:
-    """One bit changed."""
-    at, changed = rng.randrange(len(data)), bytearray(data)
-    changed[at] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def cut(data: bytes, rng: random.Random) -> bytes:
-    return data[: rng.randrange(len(data))]
-
-
-def junk(data: bytes, rng: random.Random) -> bytes:
-    at = rng.randrange(len(data))
-    return data[:at] + rng.randbytes(rng.choice([1, 8, 200])) + data[at + rng.choice([0, 8]) :]
-
-
-def zeros(data: bytes, rng: random.Random) -> bytes:
-    """The tail as zeros, as a file system leaves it after a power cut."""
-    at = rng.randrange(len(data))
-    return data[:at] + b"\0" * (len(data) - at)
-
-
-BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flip, cut, junk, zeros)
-
-
-def instead(path: Path, arena: Arena, rng: random.Random) -> str:
-    """Something else in a file's place; returns what. A link to a copy of itself is the only one that may be read."""
-    data = path.read_bytes()
-    path.unlink()
-    kind = rng.choice(["nothing", "empty", "folder", "pipe", "device", "endless link", "broken link", "sparse", "link"])
-    if kind == "empty":
-        path.touch()
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to(rng.choice(["/dev/zero", "/dev/urandom", "/proc/self/mem"]))
-    elif kind == "endless link":
-        path.symlink_to(path)
-    elif kind == "broken link":
-        path.symlink_to(path.with_name("not-there"))
-    elif kind == "sparse":
-        with open(path, "wb") as handle:
-            handle.truncate(40 << 30)
-    elif kind == "link":
-        other = path.with_name(f".elsewhere-{path.name}")
-        other.write_bytes(data)
-        path.symlink_to(other)
-    return kind
-
-
-# --- JSON ---
-
-
-def json_mutation(value: Any, rng: random.Random) -> tuple[str, str]:
-    """(what was done, text) of a JSON value with one thing changed."""
-    value = copy.deepcopy(value)
-    every = list(paths(value))
-    if not every:
-        return "nothing", json.dumps(value)
-    path = rng.choice(every)
-    parent, kind = get(value, path[:-1]), rng.randrange(9)
-    if kind <= 3:
-        put(value, path, rng.choice(JSON_HOSTILE))
-        what = "hostile value"
-    elif kind == 4:
-        del parent[path[-1]]
-        what = "entry left out"
-    elif kind == 5:
-        lists = [p for p in every if isinstance(get(value, p), list) and get(value, p)]
-        if lists:
-            found = get(value, rng.choice(lists))
-            rng.choice([found.pop, lambda: found.append(found[0]), found.reverse, lambda: found.extend(found * 3)])()
-        what = "list changed"
-    elif kind == 6:
-        one, two = rng.choice(every), rng.choice(every)
-        if one[: len(two)] != two and two[: len(one)] != one:
-            a, b = get(value, one), get(value, two)
-            put(value, one, b)
-            put(value, two, a)
-        what = "entries swapped"
-    elif kind == 7:
-        text = json.dumps(value)
-        raw = rng.choice(["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 100_000 + "]" * 100_000, '"\\ud800"', "1.5e300",
-                          '{"a":' * 5000 + "1" + "}" * 5000])  # fmt: skip
-        put(value, path, "MARK")
-        return "odd JSON", json.dumps(value).replace('"MARK"', raw, 1) if text else text
-    else:
-        whole = rng.choice(["null", "[]", "{}", "1", '"x"', "[{}]", "", "{", '{"a": 1, "a": 2}', "\ufeff{}", "true"])
-        return "another value", whole
-    return what, json.dumps(value)
-
-
-# --- sealed JSON and safetensors, whatever the format's fields are called ---
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Sealed:
-    """A folder of sealed JSON files and safetensors, whose hashes can all be made to fit again after a change.
-
-    The files need not be known: a string that is the SHA-256 of another file (or of a file's tensors) before the change is
-    that file's new one after it, and a ``seal`` is the SHA-256 of the other keys.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.before = {digest(p): p for p in self.files()}
-
-    def files(self) -> list[Path]:
-        return sorted(p for p in self.folder.rglob("*") if p.suffix in (".json", ".safetensors") and p.is_file())
-
-    def tensors(self) -> list[Path]:
-        return [p for p in self.files() if p.suffix == ".safetensors"]
-
-    def documents(self) -> list[Path]:
-        return [p for p in self.files() if p.suffix == ".json"]
-
-    def reseal(self) -> None:
-        for _ in range(3 + len(self.documents())):  # each pass carries a changed hash at least one file further
-            for path in self.documents():
-                self.before |= {digest(file): file for file in self.files()}  # what is replaced once is replaced again
-                value = self._renewed(json.loads(path.read_text(encoding="utf-8")))
-                if isinstance(value, dict) and "seal" in value:
-                    rest = {k: v for k, v in value.items() if k != "seal"}
-                    value["seal"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode("utf-8")).hexdigest()
-                path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _renewed(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._renewed(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [self._renewed(entry) for entry in value]
-        path = self.before.get(value) if isinstance(value, str) else None
-        return digest(path) if path is not None and path.is_file() else value
-
-
-def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)
-
-
-def raw_header(path: Path, rng: random.Random) -> None:
-    """A safetensors header that lies."""
-    data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + size])
-    name = rng.choice([key for key in header if key != "__metadata__"])
-    kind = rng.randrange(8)
-    if kind == 0:
-        path.write_bytes(struct.pack("<Q", rng.choice([2**64 - 1, 2**63, 10**12, 0, 1, size + 1])) + data[8:])
-        return
-    if kind == 1:
-        header[name]["data_offsets"] = rng.choice([[0, 2**62], [-1, 5], [5, 1], [2**64, 2**64 + 4], [0, 0]])
-    elif kind == 2:
-        header[name]["shape"] = rng.choice([[2**40, 2**40], [-1, 4], [], [0], [1] * 100, ["x"]])
-    elif kind == 3:
-        header[name]["dtype"] = rng.choice(["F64", "I8", "BOOL", "X", "F8_E4M3", 1])
-    elif kind == 4:
-        header[rng.choice(["", "\0", "../../x", "A/" + "x" * 5000])] = header.pop(name)
-    elif kind == 5:
-        other = rng.choice([key for key in header if key != "__metadata__"])
-        header[name]["data_offsets"] = header[other]["data_offsets"]
-    elif kind == 6:
-        header["__metadata__"] = rng.choice([{"x": 1}, [], {"x": "y" * 10_000}])
-    else:
-        header[name] = rng.choice([None, {}, [], "x"])
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+from tests.torture.fuzz_damage import (
+    BYTES,
+    JSON_HOSTILE,
+    SCRIPT,
+    Sealed,
+    change_tensors,
+    cut,
+    flip,
+    instead,
+    json_mutation,
+    junk,
+    raw_header,
+    swap_two,
+)
+from tests.torture.fuzz_harness import Arena, Expect, Input, Maker
+from tests.torture.fuzz_yaml import get, paths, put
 
 
 class LedgerInputs:
@@ -263,7 +88,9 @@ class LedgerInputs:
             same = json.loads(path.read_text(encoding="utf-8")) == old
         except (ValueError, RecursionError):
             same = False
-        return self._input(run, rng, "bytes of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True)
+        return self._input(
+            run, rng, "bytes of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True
+        )
 
     def make_value_of_json(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
@@ -275,11 +102,15 @@ class LedgerInputs:
             same = json.loads(text) == old
         except (ValueError, RecursionError):
             same = False
-        return self._input(run, rng, "value of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True)
+        return self._input(
+            run, rng, "value of JSON", "either" if same or path.name == "metrics.json" else "refused", plain=True
+        )
 
     def make_tensors_swapped_between_layers(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
-        change_tensors(rng.choice([p for p in sealed.tensors() if p.parent != sealed.folder]), lambda t: _swap(t, rng))
+        change_tensors(
+            rng.choice([p for p in sealed.tensors() if p.parent != sealed.folder]), lambda t: swap_two(t, rng)
+        )
         return self._input(run, rng, "tensors swapped between layers")
 
     def make_files_swapped(self, arena: Arena, rng: random.Random) -> Input:
@@ -309,8 +140,6 @@ class LedgerInputs:
             for i, folder in enumerate(folders[1:], 1):
                 folder.rename(sealed.folder / f"{i:04d}{folder.name[4:]}")
         else:  # one is there twice
-            import shutil
-
             shutil.copytree(rng.choice(folders), sealed.folder / f"{rng.randrange(1, 6):04d}-zzz")
         return self._input(run, rng, "records moved")
 
@@ -439,22 +268,11 @@ class LedgerInputs:
 
     def make_layers_swapped(self, arena: Arena, rng: random.Random) -> Input:
         run, sealed = self._copy(arena)
-        change_tensors(rng.choice([p for p in sealed.tensors() if p.parent != sealed.folder]), lambda t: _swap(t, rng))
+        change_tensors(
+            rng.choice([p for p in sealed.tensors() if p.parent != sealed.folder]), lambda t: swap_two(t, rng)
+        )
         sealed.reseal()
         return self._input(run, rng, "tensors swapped between layers, hashes fit", "either")
-
-
-def _swap(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
-    """Two different tensors of one kind and shape change places."""
-    keys = sorted(tensors)
-    rng.shuffle(keys)
-    for one in keys:
-        for two in keys:
-            same = one.split("/")[0] == two.split("/")[0] and tensors[one].shape == tensors[two].shape
-            if same and not torch.equal(tensors[one], tensors[two]):
-                tensors[one], tensors[two] = tensors[two], tensors[one]
-                return
-    raise AssertionError("no two tensors to swap")
 
 
 class RunFileInputs:
@@ -520,8 +338,6 @@ class RunFileInputs:
         return self._input(arena, run, rng, f"something else for {path.name}")
 
     def make_study(self, arena: Arena, rng: random.Random) -> Input:
-        import shutil
-
         assert self.study is not None
         study = arena.fresh() / "study"
         shutil.copytree(self.study, study, ignore=shutil.ignore_patterns(".lock", "ledger"))
@@ -544,6 +360,3 @@ def scripted(folder: Path) -> str:
         if SCRIPT in page.read_text(encoding="utf-8"):
             return f"{page.name} holds the input's script"
     return ""
-
-
-Check = Callable[[Answer], str]

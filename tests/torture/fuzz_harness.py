@@ -212,8 +212,8 @@ class Tally:
 class Arena:
     """A folder that holds all that an input may see, and the watch over everything else.
 
-    ``also``: folders elsewhere that must stay as they are. `home`, `cwd` and `outside` lie in it; `fresh` gives a new folder for each input. A canary is a file in `outside` that
-    code of an input would make.
+    ``also``: folders elsewhere that must stay as they are. `home`, `cwd` and `outside` lie in the arena; `fresh` gives a new
+    folder for each input. A canary is a file in `outside` that code of an input would make.
     """
 
     def __init__(self, root: Path, also: tuple[Path, ...] = ()) -> None:
@@ -246,8 +246,8 @@ class Arena:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """In the arena's folder and surroundings, with the hub out of reach."""
-        import matplotlib.font_manager  # noqa: F401 (it writes a list of fonts where it is first imported)
         import datasets
+        import matplotlib.font_manager  # noqa: F401 (it writes a list of fonts where it is first imported)
         from huggingface_hub import constants
 
         kept, cwd, offline = dict(os.environ), Path.cwd(), constants.HF_HUB_OFFLINE

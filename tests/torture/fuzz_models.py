@@ -11,9 +11,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.cli.tiny_world import World
-from tests.torture.fuzz_folders import BYTES, change_tensors, cut, instead, json_mutation, raw_header
+from tests.torture.fuzz_damage import BYTES, change_tensors, cut, instead, json_mutation, pickle_canary, raw_header
 from tests.torture.fuzz_harness import Arena, Expect, Input, Maker
-from tests.torture.fuzz_tables import pickle_canary
 
 AUTO = (
     "AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor",
@@ -33,7 +32,14 @@ def code_canary(canary: Path) -> str:
 
 def plant_code(folder: Path, canary: Path, *, model_type: str | None = None) -> None:
     """Put modules that would make the canary into a model's folder, and name them wherever transformers looks for code."""
-    for name in ("modeling_x.py", "configuration_x.py", "tokenization_x.py", "processing_x.py", "__init__.py", "conftest.py"):
+    for name in (
+        "modeling_x.py",
+        "configuration_x.py",
+        "tokenization_x.py",
+        "processing_x.py",
+        "__init__.py",
+        "conftest.py",
+    ):
         (folder / name).write_text(code_canary(canary), encoding="utf-8")
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(code_canary(canary), encoding="utf-8")
@@ -85,7 +91,8 @@ class ModelInputs:
         folder = self._copy(arena)
         (folder / "t.py").write_text(code_canary(arena.canary), encoding="utf-8")
         self._change(
-            folder, "tokenizer_config.json", tokenizer_class=rng.choice(["T", "t.T", "PreTrainedTokenizerFast", None, "CLIPTokenizer"]),
+            folder, "tokenizer_config.json", tokenizer_class=rng.choice(["T", "t.T", "PreTrainedTokenizerFast", None,
+            "CLIPTokenizer"]),
             auto_map={"AutoTokenizer": ["t.T", "t.T"]},
         )  # fmt: skip
         return self._input(folder, "code of the tokenizer")
@@ -104,12 +111,15 @@ class ModelInputs:
         folder = self._copy(arena)
         (arena.outside / "evil.py").write_text(code_canary(arena.canary), encoding="utf-8")
         try:
-            there = rng.choice(["someone/repo--modeling_x.M", "../../outside/evil.M", f"{arena.outside}/evil.M", "..evil.M", "os.system"])
+            there = rng.choice(["someone/repo--modeling_x.M", "../../outside/evil.M", f"{arena.outside}/evil.M", "..evil.M",
+                "os.system"])  # fmt: skip
             self._change(folder, "config.json", auto_map=dict.fromkeys(AUTO, there), **rng.choice([
                 {"model_type": "x"}, {"attn_implementation": "someone/kernel"}, {"_attn_implementation": "someone/kernel:f"},
-                {"quantization_config": {"quant_method": "x"}}, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": 1}},
+                {"quantization_config": {"quant_method": "x"}}, {"quantization_config": {"quant_method": "bitsandbytes",
+                "load_in_4bit": 1}},
                 {"torch_dtype": "os.system"}, {"dtype": "system"}, {"transformers_weights": "pytorch_model.bin"},
-                {"transformers_weights": "../../outside/victim.txt"}, {"base_model_pp_plan": {"x": 1}}, {"architectures": ["os.system"]},
+                {"transformers_weights": "../../outside/victim.txt"}, {"base_model_pp_plan": {"x": 1}},
+                {"architectures": ["os.system"]},
                 {"_name_or_path": "../../outside"}, {"adapter_config": {"x": 1}}, {"custom_pipelines": {"a": {"impl": "evil.M"}}},
             ]))  # fmt: skip
             return self._input(folder, "code and kernels elsewhere")
@@ -134,14 +144,16 @@ class ModelInputs:
 
     def make_pickle_beside(self, arena: Arena, rng: random.Random) -> Input:
         folder = self._copy(arena)
-        for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tf_model.h5", "model.pkl"):
+        for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tf_model.h5",
+            "model.pkl"):  # fmt: skip
             (folder / name).write_bytes(pickle_canary(arena.canary))
         return self._input(folder, "a pickle beside the weights", "accepted")
 
     def make_index(self, arena: Arena, rng: random.Random) -> Input:
         folder = self._copy(arena)
         weights = load_file(folder / "model.safetensors")
-        name = rng.choice(["../../../outside/victim.txt", "/etc/passwd", "model.safetensors", "pytorch_model.bin", "a\0b", "nowhere.safetensors"])
+        name = rng.choice(["../../../outside/victim.txt", "/etc/passwd", "model.safetensors", "pytorch_model.bin", "a\0b",
+            "nowhere.safetensors"])  # fmt: skip
         (folder / "model.safetensors").rename(folder / "part.safetensors")
         (folder / "pytorch_model.bin").write_bytes(pickle_canary(arena.canary))
         index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
@@ -151,8 +163,10 @@ class ModelInputs:
     def make_adapter_folder(self, arena: Arena, rng: random.Random) -> Input:
         """An adapter among the weights: transformers would load the base that it names."""
         folder = self._copy(arena)
-        config = {"peft_type": rng.choice(["LORA", "X"]), "base_model_name_or_path": rng.choice(["someone/model", "../../outside", str(folder)]),
-                  "r": 4, "target_modules": ["q_proj"], "auto_mapping": {"parent_library": "evil", "base_model_class": "M"}}  # fmt: skip
+        config = {"peft_type": rng.choice(["LORA", "X"]), "base_model_name_or_path": rng.choice(["someone/model",
+            "../../outside", str(folder)]),
+                  "r": 4, "target_modules": ["q_proj"], "auto_mapping": {"parent_library": "evil",
+                  "base_model_class": "M"}}  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         (folder / "adapter_model.bin").write_bytes(pickle_canary(arena.canary))
         if rng.random() < 0.5:
@@ -181,12 +195,15 @@ class ModelInputs:
         elif kind == 1:
             path.write_bytes(cut(path.read_bytes(), rng))
         else:
-            change_tensors(path, lambda tensors: tensors.__delitem__(rng.choice([k for k in sorted(tensors) if "weight" in k])))
+            change_tensors(
+                path, lambda tensors: tensors.__delitem__(rng.choice([k for k in sorted(tensors) if "weight" in k]))
+            )
         return self._input(folder, "weights damaged", "either" if kind == 0 else "refused")
 
     def make_something_else(self, arena: Arena, rng: random.Random) -> Input:
         folder = self._copy(arena)
-        path = rng.choice([folder / "config.json", folder / "model.safetensors", folder / "tokenizer.json", folder / "preprocessor_config.json"])
+        path = rng.choice([folder / "config.json", folder / "model.safetensors", folder / "tokenizer.json",
+            folder / "preprocessor_config.json"])  # fmt: skip
         if not path.is_file():
             path = folder / "config.json"
         instead(path, arena, rng)

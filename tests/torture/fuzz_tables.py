@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from keeplora.yaml_text import dump_yaml
 from tests.cli.tiny_world import World
-from tests.torture.fuzz_folders import BYTES, instead, json_mutation
+from tests.torture.fuzz_damage import BYTES, bad_picture, instead, json_mutation, pickle_canary, png
 from tests.torture.fuzz_harness import Arena, Expect, Input, Maker
-
-
-def png(side: int = 8, colour: tuple[int, int, int] = (200, 40, 40)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def png_bomb(width: int, height: int) -> bytes:
-    """A few bytes that say they are a picture of any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * min(1 + 3 * width, 1 << 22))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def bad_picture(rng: random.Random, good: bytes) -> tuple[str, bytes]:
-    """(what, bytes) of a picture that must not be taken for a good one."""
-    text_bomb = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(text_bomb, "PNG")
-    kinds: list[tuple[str, bytes]] = [
-        ("empty", b""), ("text", b"not a picture"), ("cut short", good[: len(good) // 2]), ("a page", b"<svg onload=alert(1)>"),
-        ("PostScript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n"), ("a bomb", png_bomb(60_000, 60_000)),
-        ("a wide bomb", png_bomb(2_000_000, 1)), ("no size", png_bomb(0, 0)), ("GIF header", b"GIF89a\xff\xff\xff\xff"),
-        ("TIFF header", b"II*\0" + b"\xff" * 64), ("zip", b"PK\x03\x04" + b"\0" * 64), ("zeros", b"\0" * 300),
-        ("negative size", good[:16] + b"\xff\xff\xff\xff" * 2 + good[24:]),
-    ]  # fmt: skip
-    return rng.choice(kinds)
 
 
 class TableInputs:
@@ -73,7 +37,9 @@ class TableInputs:
         return [f"pictures/{i}.png" for i in range(count)]
 
     def _rows(self, folder: Path, split: str = "") -> list[dict[str, Any]]:
-        names = self._pictures(folder, 8) if not (folder / "pictures").exists() else [f"pictures/{i}.png" for i in range(8)]
+        names = (
+            self._pictures(folder, 8) if not (folder / "pictures").exists() else [f"pictures/{i}.png" for i in range(8)]
+        )
         half = names[:4] if split != "test" else names[4:]
         return [{"image": name, "label": ("cat", "dog")[i % 2]} for i, name in enumerate(half)]
 
@@ -113,7 +79,8 @@ class TableInputs:
         rows = []
         for i in range(8):
             row: dict[str, Any] = {
-                "split": "train" if i < 4 else "test", "origin": "made", "licence": "CC0-1.0", "image": png(8 + i, (9 * i, 90, 30)),
+                "split": "train" if i < 4 else "test", "origin": "made", "licence": "CC0-1.0", "image": png(8 + i, (9 * i, 90,
+                30)),
             }  # fmt: skip
             if conversations:
                 talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": ("cat", "dog")[i % 2]}]
@@ -127,9 +94,16 @@ class TableInputs:
 
     # --- commands ---
 
-    def _doctor(self, folder: Path, mutator: str, spec: dict[str, Any], expect: Expect = "either", **more: Any) -> Input:
+    def _doctor(
+        self, folder: Path, mutator: str, spec: dict[str, Any], expect: Expect = "either", **more: Any
+    ) -> Input:
         rest = {"licence": "CC0-1.0"} | more
-        suite = {"name": "own", "description": "made up", "data": "external", "tasks": [{"name": "animals", **spec, **rest}]}
+        suite = {
+            "name": "own",
+            "description": "made up",
+            "data": "external",
+            "tasks": [{"name": "animals", **spec, **rest}],
+        }
         file = folder / "own.yaml"
         file.write_text(dump_yaml(suite), encoding="utf-8", errors="surrogatepass")
         words = ("suites", "doctor", str(file), "--data", str(folder), "--full")
@@ -143,7 +117,9 @@ class TableInputs:
         cache = Path(os.environ.get("KEEPLORA_CANARY", folder / "x")).parents[1] / "home" / "hf"
         return Input(mutator, ("run", str(file), "--dry-run"), expect, (cache,))
 
-    def _read(self, rng: random.Random, folder: Path, mutator: str, spec: dict[str, Any], expect: Expect = "either") -> Input:
+    def _read(
+        self, rng: random.Random, folder: Path, mutator: str, spec: dict[str, Any], expect: Expect = "either"
+    ) -> Input:
         return rng.choice((self._doctor, self._plan))(folder, mutator, spec, expect)
 
     def _table(self, rng: random.Random, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -185,8 +161,10 @@ class TableInputs:
         lines = path.read_text(encoding="utf-8").splitlines()
         at = rng.randrange(1, len(lines))
         image, label = lines[at].split(",")
-        lines[at] = rng.choice([f"{image}", f"{image},{label},x", f'"{image},{label}', f'{image},"{label}', f'{image},"a"b"', ",", f"{image},",
-                                f",{label}", "x" * 200_000 + ",cat", f'"{"," * 200_000}",cat', f"{image}\0,{label}", f"{image},\x1b[2J"])
+        lines[at] = rng.choice([f"{image}", f"{image},{label},x", f'"{image},{label}', f'{image},"{label}', f'{image},"a"b"',
+            ",", f"{image},",
+                                f",{label}", "x" * 200_000 + ",cat", f'"{"," * 200_000}",cat', f"{image}\0,{label}",
+                                f"{image},\x1b[2J"])  # fmt: skip
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return self._read(rng, folder, "ragged table", {"source": "table", "train": "train.csv", "test": "test.csv"})
 
@@ -194,17 +172,22 @@ class TableInputs:
         folder = arena.fresh()
         files = self._csv(folder)
         text = files["train"].read_text(encoding="utf-8")
-        head = rng.choice(["", "image,image", "a,b", ",", "image;label", "image", '"image,label', "label,image", "\0,\0", "image,label,",
-                           "i" * 50_000 + ",label", "IMAGE,LABEL"])
+        head = rng.choice(["", "image,image", "a,b", ",", "image;label", "image", '"image,label', "label,image", "\0,\0",
+            "image,label,",
+                           "i" * 50_000 + ",label", "IMAGE,LABEL"])  # fmt: skip
         files["train"].write_text(text.replace("image,label", head, 1), encoding="utf-8")
-        return self._read(rng, folder, "header of a table", {"source": "table", "train": "train.csv", "test": "test.csv"})
+        return self._read(
+            rng, folder, "header of a table", {"source": "table", "train": "train.csv", "test": "test.csv"}
+        )
 
     def make_encoding_of_a_table(self, arena: Arena, rng: random.Random) -> Input:
         folder = arena.fresh()
         files = self._csv(folder)
-        data = files["train"].read_text(encoding="utf-8").replace("cat", "Käthe").encode(rng.choice(["latin-1", "utf-16", "utf-32"]))
+        data = files["train"].read_text(encoding="utf-8").replace("cat", "Käthe").encode(rng.choice(["latin-1", "utf-16",
+            "utf-32"]))  # fmt: skip
         files["train"].write_bytes(data)
-        return self._read(rng, folder, "encoding of a table", {"source": "table", "train": "train.csv", "test": "test.csv"}, "refused")
+        return self._read(rng, folder, "encoding of a table", {"source": "table", "train": "train.csv", "test": "test.csv"},
+            "refused")  # fmt: skip
 
     def make_rows_of_json(self, arena: Arena, rng: random.Random) -> Input:
         folder = arena.fresh()
@@ -214,7 +197,9 @@ class TableInputs:
         at = rng.randrange(len(lines))
         _, lines[at] = json_mutation(json.loads(lines[at]), rng)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
-        return self._read(rng, folder, "rows of JSON", {"source": "table", "train": "train.jsonl", "test": "test.jsonl"})
+        return self._read(
+            rng, folder, "rows of JSON", {"source": "table", "train": "train.jsonl", "test": "test.jsonl"}
+        )
 
     def make_conversations(self, arena: Arena, rng: random.Random) -> Input:
         folder = arena.fresh()
@@ -233,8 +218,9 @@ class TableInputs:
         rows = self._rows(folder)
         lines = ["image,question,answer", *(f"{r['image']},What is it?,{r['label']}" for r in rows)]
         at = rng.randrange(len(lines))
-        lines[at] = rng.choice(["", ",,", "x", lines[at] + ",x", lines[at].replace("What", "<image><image><video>"), lines[at].upper(),
-                                lines[at].replace(",", ";"), '"' + lines[at]])
+        lines[at] = rng.choice(["", ",,", "x", lines[at] + ",x", lines[at].replace("What", "<image><image><video>"),
+            lines[at].upper(),
+                                lines[at].replace(",", ";"), '"' + lines[at]])  # fmt: skip
         for split in ("train", "test"):
             (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         spec = {"source": "vqa-table", "train": "train.csv", "test": "test.csv", "images": ".", "scorer": "exact"}
@@ -245,7 +231,9 @@ class TableInputs:
         file = self._parquet(folder, conversations := rng.random() < 0.5)
         file.write_bytes(rng.choice(BYTES)(file.read_bytes(), rng))
         if conversations:
-            return self._doctor(folder, "bytes of parquet", {"source": "llava-pack", "path": "data.parquet", "scorer": "exact"})
+            return self._doctor(
+                folder, "bytes of parquet", {"source": "llava-pack", "path": "data.parquet", "scorer": "exact"}
+            )
         spec = {"source": "pack", "path": "data.parquet"}
         return self._read(rng, folder, "bytes of parquet", spec)
 
@@ -258,8 +246,10 @@ class TableInputs:
         file = self._parquet(folder, conversations)
         rows = pq.read_table(file).to_pylist()
         key = rng.choice(list(rows[0]))
-        values = rng.choice([[None] * 8, list(range(8)), [float("nan")] * 8, [b"\xff"] * 8, [""] * 8, ["../../outside/x"] * 8, [[1]] * 8,
-                             [{"a": 1}] * 8, [True] * 8, ["x" * 100_000] * 8, [-(2**62)] * 8, ['{"a": NaN}'] * 8, ["[" * 50_000] * 8])
+        values = rng.choice([[None] * 8, list(range(8)), [float("nan")] * 8, [b"\xff"] * 8, [""] * 8, ["../../outside/x"] * 8,
+            [[1]] * 8,
+                             [{"a": 1}] * 8, [True] * 8, ["x" * 100_000] * 8, [-(2**62)] * 8, ['{"a": NaN}'] * 8,
+                             ["[" * 50_000] * 8])  # fmt: skip
         if rng.random() < 0.2:
             for row in rows:
                 del row[key]
@@ -267,7 +257,9 @@ class TableInputs:
             rows = [{**row, key: value} for row, value in zip(rows, values)]
         pq.write_table(pa.Table.from_pylist(rows), file)
         if conversations:
-            return self._doctor(folder, "columns of parquet", {"source": "llava-pack", "path": "data.parquet", "scorer": "exact"})
+            return self._doctor(
+                folder, "columns of parquet", {"source": "llava-pack", "path": "data.parquet", "scorer": "exact"}
+            )
         return self._read(rng, folder, "columns of parquet", {"source": "pack", "path": "data.parquet"})
 
     def make_datasets_folder(self, arena: Arena, rng: random.Random) -> Input:
@@ -280,7 +272,8 @@ class TableInputs:
         (inner / "data.pkl").write_bytes(pickle_canary(arena.canary))
         kind = rng.randrange(4)
         if kind == 0:
-            (inner / "state.json").write_text(rng.choice(["{}", "x", '{"_data_files": [{"filename": "../../outside/victim.txt"}]}']))
+            (inner / "state.json").write_text(rng.choice(["{}", "x",
+                '{"_data_files": [{"filename": "../../outside/victim.txt"}]}']))  # fmt: skip
             (inner / "dataset_info.json").write_text("{}")
         elif kind == 1:
             (inner / "metadata.jsonl").write_text('{"file_name": "../../../outside/victim.txt"}\n')
@@ -322,8 +315,10 @@ class TableInputs:
         folder = arena.fresh()
         self._rows(folder)
         (folder / "loop.png").symlink_to(folder / "loop.png")
-        name = rng.choice(["../../outside/victim.txt", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "~/x.png", "~nobody/x.png",
-                           "a\0b.png", "x" * 5000 + ".png", "loop.png", ".", "..", "/", "pictures", "http://x/y.png", "file:///etc/passwd",
+        name = rng.choice(["../../outside/victim.txt", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/mem", "~/x.png",
+            "~nobody/x.png",
+                           "a\0b.png", "x" * 5000 + ".png", "loop.png", ".", "..", "/", "pictures", "http://x/y.png",
+                           "file:///etc/passwd",
                            "pictures/0.png\n", "\udc80.png", "con", "pictures/../pictures/../../x.png", "", " "])  # fmt: skip
         rows = [{"image": name, "label": "cat"}, *self._rows(folder)[1:]]
         for split in ("train", "test"):
@@ -362,14 +357,3 @@ class TableInputs:
             (place / "dir.png").mkdir()
         expect: Expect = "refused" if kind in (0, 1, 2, 3, 5) else "either"
         return self._read(rng, folder, "class folders", {"source": "folder", "path": "set"}, expect)
-
-
-def pickle_canary(canary: Path) -> bytes:
-    """A pickle that makes the canary when it is loaded."""
-    import pickle
-
-    class Run:
-        def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-            return open, (str(canary), "w")
-
-    return pickle.dumps(Run())

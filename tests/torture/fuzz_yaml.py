@@ -17,10 +17,13 @@ from tests.torture.fuzz_harness import Answer, Arena, Expect, Input, Maker
 KeyPath = tuple[str | int, ...]
 
 PLAUSIBLE: tuple[Any, ...] = (
-    None, True, False, 0, 1, 2, 3, 7, 16, 100, 1000, 10_000, 0.1, 0.25, 0.5, 0.9, 1.0, 1e-6, "cpu", "cuda", "bf16", "fp32", "4bit",
+    None, True, False, 0, 1, 2, 3, 7, 16, 100, 1000, 10_000, 0.1, 0.25, 0.5, 0.9, 1.0, 1e-6, "cpu", "cuda", "bf16", "fp32",
+    "4bit",
     "8bit", "onecycle", "cosine", "constant", "gradients", "features", "validation", "test", "own", "seen", "all", "warn", "undo",
-    "lora", "keeplora", "keeplora++", "keeplora-cls", "full-ft", "zero-shot", "joint", "replay", "ewc", "o-lora", "gpm", "inflora",
-    "default", "mtil", "ucit", "shuffle-3", "paint", "paint/test", "q_proj", ["q_proj"], ["q_proj", "v_proj"], ".*q_proj", "*", "(",
+    "lora", "keeplora", "keeplora++", "keeplora-cls", "full-ft", "zero-shot", "joint", "replay", "ewc", "o-lora", "gpm",
+    "inflora",
+    "default", "mtil", "ucit", "shuffle-3", "paint", "paint/test", "q_proj", ["q_proj"], ["q_proj", "v_proj"], ".*q_proj",
+    "*", "(",
     {"vision": 0.5, "text": 1}, {"default": 2}, {"paint": 3, "default": 1}, {"vision": 2, "default": 4}, [0.1, 1.0], [1.0, 1.0],
     ["dots", "paint", "stripes"], ["tensorboard"], ["wandb"], "clip", "mean", "uniform", "frozen", "protected", "free", "full",
 )  # fmt: skip
@@ -187,7 +190,7 @@ class YamlInputs:
 
     def make_key_left_out(self, arena: Arena, rng: random.Random) -> Input:
         values = self._copy(rng)
-        path = rng.choice([p for p in paths(values)])
+        path = rng.choice(list(paths(values)))
         parent = get(values, path[:-1])
         del parent[path[-1]]
         return self._input(arena, "key left out", dump_yaml(values))
@@ -253,7 +256,8 @@ class YamlInputs:
 
     def make_large(self, arena: Arena, rng: random.Random) -> Input:
         size = 10 << 20
-        text = rng.choice(("name: " + "x" * size, 'name: "' + "\\x41" * (size // 4) + '"', "seed: " + "9" * size, "#" + "x" * size,
+        text = rng.choice(("name: " + "x" * size, 'name: "' + "\\x41" * (size // 4) + '"', "seed: " + "9" * size,
+            "#" + "x" * size,
                            "name: |\n" + "  line\n" * (size // 7), "x" * size, "[" * size))  # fmt: skip
         return self._input(arena, "large file", f"{text}\n{dump_yaml(self.base)}", "refused")
 
@@ -271,7 +275,8 @@ class YamlInputs:
         text = dump_yaml(self._copy(rng)).encode()
         at = rng.randrange(len(text))
         junk = rng.choice([b"\0", b"\x07", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\x1b[2J", b"\t", b"\r", b"\x7f", b"\xc2\x85",
-                           b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"%", b"@", b"`", b"!", b"&", b"*", b"\xf4\x90\x80\x80"])  # fmt: skip
+                           b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"%", b"@", b"`", b"!", b"&", b"*",
+                           b"\xf4\x90\x80\x80"])  # fmt: skip
         return self._input(arena, "odd characters", text[:at] + junk + text[at:])
 
     def make_surrogates(self, arena: Arena, rng: random.Random) -> Input:
@@ -311,7 +316,8 @@ class YamlInputs:
 
     def make_other_documents(self, arena: Arena, rng: random.Random) -> Input:
         text = dump_yaml(self.base)
-        other = rng.choice(["", "null\n", "[]\n", "42\n", "x\n", "---\n---\n", f"{text}---\n{text}", "%YAML 9.9\n---\n{}\n", "{}\n",
+        other = rng.choice(["", "null\n", "[]\n", "42\n", "x\n", "---\n---\n", f"{text}---\n{text}", "%YAML 9.9\n---\n{}\n",
+            "{}\n",
                             "!!set {}\n", "- - - -\n", "? ?\n", "&a\n", "*a\n", ": :\n", "|\n", "%TAG ! x\n"])  # fmt: skip
         return self._input(arena, "another document", other, "refused")
 
@@ -364,7 +370,8 @@ class YamlInputs:
         file = arena.fresh() / "e.yaml"
         file.write_text(dump_yaml(self.base), encoding="utf-8")
         key = ".".join(map(str, rng.choice(self.schema)))
-        value = rng.choice(["", "[", "{", "&a [*a]", "!!python/name:os.system", "9" * 5000, ".nan", "\0", "a: b: c", "*x", "\ud800",
+        value = rng.choice(["", "[", "{", "&a [*a]", "!!python/name:os.system", "9" * 5000, ".nan", "\0", "a: b: c", "*x",
+            "\ud800",
                             "[" * 5000, "null", "x", "-1", "{x: 1}", "[1, [2]]"])  # fmt: skip
         option = rng.choice(
             [f"{key}={value}", key, f"={value}", f"{key}.{key}={value}", f".{key}=1", f"{key}.x=1", f"{key}.0.x=1"]

@@ -22,10 +22,10 @@ from keeplora.tuner.persistence import open_ledger
 from keeplora.yaml_text import parse_yaml, read_yaml
 from tests.cli.tiny_world import World, the_world
 from tests.torture.fuzz_all import make_study
-from tests.torture.fuzz_folders import SCRIPT, Sealed, change_tensors, scripted
+from tests.torture.fuzz_damage import SCRIPT, Sealed, change_tensors, pickle_canary
+from tests.torture.fuzz_folders import scripted
 from tests.torture.fuzz_harness import Answer, run_here, time_limit
 from tests.torture.fuzz_models import code_canary, plant_code
-from tests.torture.fuzz_tables import pickle_canary
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def refused(answer: Answer, words: str) -> None:
     ],
 )
 def test_yaml_that_no_configuration_needs(text: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="^e.yaml, line 1, column ") as caught:
+    with pytest.raises(ConfigError, match=r"^e.yaml, line 1, column ") as caught:
         parse_yaml(text, "e.yaml")
     assert words in str(caught.value)
 
@@ -88,7 +88,7 @@ def test_a_pipe_a_device_and_a_huge_file_are_no_configuration(tmp_path: Path) ->
 
 
 def test_the_home_of_nobody() -> None:
-    with pytest.raises(KeepLoraError, match="~nobody-there/e.yaml: there is no such user's home"):
+    with pytest.raises(KeepLoraError, match=r"~nobody-there/e.yaml: there is no such user's home"):
         load_config("~nobody-there/e.yaml")
     assert expand("~") == Path.home()
 
@@ -355,7 +355,7 @@ def test_an_index_names_files_of_its_folder_alone(fuzz_world: World, tmp_path: P
     folder = _model(fuzz_world, tmp_path)
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(KeepLoraError, match="which is no .safetensors file in the folder"):
+    with pytest.raises(KeepLoraError, match=r"which is no \.safetensors file in the folder"):
         load_model(folder)
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.tuner.persistence import open_ledger
 from tests.cli.tiny_world import the_world
 from tests.torture import fuzz_harness
-from tests.torture.fuzz_folders import Sealed
+from tests.torture.fuzz_damage import Sealed
 from tests.torture.fuzz_harness import Arena, Input, fuzz, run_here, snapshot
 
 
@@ -79,7 +80,7 @@ def test_silence_and_needless_refusal(arena, monkeypatch):
 def test_a_hang_is_cut_off(arena, monkeypatch):
     monkeypatch.setattr(run_here, "__defaults__", (0.3,))
     os.mkfifo(arena.root / "pipe")
-    assert "a hang" in _judged(arena, monkeypatch, lambda: open(arena.root / "pipe").read())[0]
+    assert "a hang" in _judged(arena, monkeypatch, (arena.root / "pipe").read_text)[0]
 
 
 def test_a_write_elsewhere_is_seen(arena, monkeypatch, tmp_path):
