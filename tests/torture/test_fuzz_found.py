@@ -286,6 +286,16 @@ def test_a_forged_ledger_must_still_make_sense(fuzz_world: World, tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
+def test_a_forged_head_must_be_finite(fuzz_world: World, tmp_path: Path) -> None:
+    run = fuzz_world.copied(fuzz_world.run(method="keeplora++-cls")[0], tmp_path / "run")
+    sealed = Sealed(run / "ledger")
+    tensors = next(p for p in sealed.tensors() if p.parent != sealed.folder)
+    change_tensors(tensors, lambda t: t["extra/head"].view(-1)[0].fill_(float("inf")))
+    sealed.reseal()
+    with pytest.raises(LedgerError, match="extra/head holds NaN or infinity"):
+        open_ledger(run).records()
+
+
 def test_a_forged_number_is_accepted_and_changes_the_head_hash(fuzz_world: World, tmp_path: Path) -> None:
     """Who can write the folder can write a chain that fits: only a hash kept elsewhere tells. docs/security.md says so."""
     run = fuzz_world.copied(fuzz_world.run(method="keeplora++")[0], tmp_path / "run")

@@ -103,6 +103,23 @@ def group(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {key[len(kind) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{kind}/")}
 
 
+def check_layers(layers: Mapping[str, Any], file: Path) -> None:
+    """`LedgerError` unless every entry of a record's ``layers`` holds numbers of the right kind."""
+    for name, told in layers.items():
+        if not isinstance(told, dict):
+            raise _bad("the entry", name, file)
+        for key in ("s", "explained", "trace"):
+            if told.get(key) is not None and not _finite(told[key]):
+                raise _bad(f"{key} = {told[key]!r:.60}", name, file)
+        for key in ("rank", "used"):
+            if told.get(key) is not None and (type(told[key]) is not int or told[key] < 0):
+                raise _bad(f"{key} = {told[key]!r:.60}", name, file)
+
+
+def _bad(what: str, name: str, file: Path) -> LedgerError:
+    return LedgerError(f"{file}: {what} of layer {name!r:.80} cannot be used; restore the ledger from a copy")
+
+
 def read_record(
     value: Mapping[str, Any], tensors: Mapping[str, Tensor], targets: Mapping[str, tuple[int, int]], where: Path,
     *, purged: bool = False,
@@ -116,21 +133,9 @@ def read_record(
         LedgerError: a layer without its tensors or the reverse, a shape that does not fit, a number that is not finite.
     """
     file = where / "record.json"
-
-    def bad(what: str, name: str) -> LedgerError:
-        return LedgerError(f"{file}: {what} of layer {name!r} cannot be used; restore the ledger from a copy")
-
-    if odd := [key for key in tensors if key.partition("/")[0] not in KINDS]:
-        raise LedgerError(f"{where}: its tensors hold {odd[0]!r}, of which this keeplora knows nothing: upgrade it")
+    if strange := [key for key in tensors if key.partition("/")[0] not in KINDS]:
+        raise LedgerError(f"{where}: its tensors hold {strange[0]!r}, of which this keeplora knows nothing: upgrade it")
     layers = value["layers"]
-    for name, told in layers.items():
-        if not isinstance(told, dict):
-            raise bad("the entry", name)
-        for key in ("s", "explained", "trace"):
-            if told.get(key) is not None and not _finite(told[key]):
-                raise bad(f"{key} = {told[key]!r}", name)
-        if not isinstance(told.get("rank", 0), int) or not isinstance(told.get("used") or 0, int):
-            raise bad("the rank or the number of columns used", name)
     A, B, basis = group(tensors, "A"), group(tensors, "B"), group(tensors, "basis")
     for kind, found in (("A", A), ("B", B), ("basis", basis), ("covariance", group(tensors, "covariance"))):
         for name, tensor in found.items():
@@ -145,10 +150,13 @@ def read_record(
         if not purged and (A[name].shape[0] if name in A else 0) != rank:
             raise LedgerError(f"{where}: layer {name!r} has rank {rank} in {file.name}, and another in its tensors")
         if name in A and (A[name].shape[0] != B[name].shape[1] or told.get("s") is None):
-            raise bad("the factors' rank or their scale s", name)
+            raise _bad("the factors' rank or their scale s", name, file)
     full = group(tensors, "delta")
     for name, tensor in full.items():
         _check_tensor("delta", name, tensor, targets, where)
+    for name, tensor in group(tensors, "extra").items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise LedgerError(f"{where}: extra/{name} holds NaN or infinity: the file was changed")
     return TaskRecord(
         name=value["name"],
         factors={name: Factors(A[name], B[name], float(layers[name]["s"])) for name in layers if name in A},
