@@ -11,12 +11,13 @@ SUITE ?= demo
 RUNS ?= runs
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test test-torchvision lint format types imports wheel python clean
+.PHONY: help demo test torture test-torchvision lint format types imports wheel python clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
 	@echo "make test     the whole test suite"
+	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
 	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
 	@echo "make types    pyright"
@@ -57,6 +58,10 @@ demo: $(BIN)/.assets
 test: $(BIN)/.test
 	@$(BIN)/keeplora assets fetch || test -z "$$CI"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The last -m counts: pyproject.toml leaves these out of `make test`.
+torture: $(BIN)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.torture.fuzz_summary -m torture tests/torture
 
 # torch and torchvision as the index has them, which may be CUDA builds: they run on a CPU too.
 $(TV_VENV)/bin/.torchvision: pyproject.toml constraints.txt | python

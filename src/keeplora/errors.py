@@ -77,7 +77,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     >>> did_you_mean("lorra", ["lora", "zero-shot"])
     "; did you mean 'lora'? (one of: lora, zero-shot)"
     """
-    known = sorted(choices)
+    known = sorted(map(str, choices))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{hint} (one of: {', '.join(known)})"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
+
+from keeplora.errors import KeepLoraError
 
 try:
     import fcntl
@@ -167,10 +171,49 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_dir(path.parent)
 
 
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` or ``~name`` at its start replaced by that home; `KeepLoraError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise KeepLoraError(f"{os.fspath(path)}: there is no such user's home; write the path without '~'") from None
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path with links followed. Unlike `Path.resolve` it takes a link that leads back to itself as it is."""
+    return Path(os.path.realpath(path))
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """An ordinary file opened for reading; a folder, pipe or device is an OSError, at once."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", os.fspath(path))
+    raise OSError(errno.EINVAL, "it is not an ordinary file", os.fspath(path))
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of an ordinary file of at most ``most`` bytes: a pipe would be waited for, a device never ends.
+
+    Raises:
+        OSError: it cannot be read, is not an ordinary file (`errno.EINVAL`), or is larger (`errno.EFBIG`).
+    """
+    with open_regular(path) as handle:
+        told = os.fstat(handle.fileno())
+        data = b"" if told.st_size > most else handle.read(most + 1)  # those of /proc have no size of their own
+        if told.st_size > most or len(data) > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
+        return data
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of an ordinary file's bytes; OSError for a pipe or a device, which would be read for ever."""
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -14,8 +14,17 @@ from typing import Any
 import yaml
 
 from keeplora.errors import ConfigError
+from keeplora.files import read_regular
 
 KeyPath = tuple[str | int, ...]
+
+MAX_BYTES = 4 << 20
+"""A larger file is no configuration; reading it as YAML would take minutes."""
+MAX_NODES = 100_000
+"""Values of a document with its aliases written out: a few lines of aliases of aliases stand for millions."""
+MAX_DEPTH = 60
+MAX_DIGITS = 300
+"""More digits than a float holds; Python itself refuses to read more than 4,300."""
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+
@@ -59,30 +68,67 @@ for _tag, _pattern, _first in _SCALARS:
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def _lines(node: yaml.Node | None, path: KeyPath, into: dict[KeyPath, int], open_nodes: frozenset[int]) -> None:
+_PLAIN = {tag: pattern for tag, pattern, _ in _SCALARS}
+_KINDS = {
+    yaml.ScalarNode: {"tag:yaml.org,2002:str", *_PLAIN},
+    yaml.SequenceNode: {"tag:yaml.org,2002:seq"},
+    yaml.MappingNode: {"tag:yaml.org,2002:map"},
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _refuse(message: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+def _check(node: yaml.Node) -> None:
+    """Refuse what is neither text, number, list nor mapping: tags name Python objects, dates, sets and what not."""
+    tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+    if node.tag not in _KINDS[type(node)]:
+        raise _refuse(f"the tag {tag} is not for configurations; write the value plainly", node)
+    if not isinstance(node, yaml.ScalarNode):
+        return
+    if (pattern := _PLAIN.get(node.tag)) is not None and not pattern.match(node.value):
+        raise _refuse(f"{node.value[:40]!r} cannot be read as {tag}; leave the tag out", node)
+    if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+        raise _refuse(f"a number of {len(node.value):,} digits; no setting takes one so large", node)
+    if _SURROGATE.search(node.value):
+        raise _refuse("half of a character (a lone surrogate such as \\ud83d); write the whole character", node)
+
+
+def _lines(
+    node: yaml.Node | None, path: KeyPath, into: dict[KeyPath, int], open_nodes: frozenset[int], count: list[int]
+) -> None:
     """Note the line of every key, and refuse a key given twice (merge keys, which repeat on purpose, come in later)."""
     if node is None:
         return
+    count[0] += 1
+    if count[0] > MAX_NODES:
+        raise _refuse(f"more than {MAX_NODES:,} values, those that aliases stand for included; shorten it", node)
     if id(node) in open_nodes:
-        raise yaml.constructor.ConstructorError(None, None, "an anchor that contains itself", node.start_mark)
+        raise _refuse("an anchor that contains itself", node)
+    if len(open_nodes) > MAX_DEPTH:
+        raise _refuse(f"nested more than {MAX_DEPTH} deep", node)
+    _check(node)
     open_nodes = open_nodes | {id(node)}
     if isinstance(node, yaml.MappingNode):
         seen: dict[tuple[str, str], int] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                continue  # the constructor refuses it with its place
+                raise _refuse("a list or mapping as a key; a key is a word", key_node)
+            _check(key_node)
             line = key_node.start_mark.line + 1
             key = (key_node.tag, key_node.value)
             if key in seen and key_node.tag != _MERGE:
                 message = f"key {key_node.value!r} is given twice (first in line {seen[key]}); keep one"
-                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+                raise _refuse(message, key_node)
             seen[key] = line
             into.setdefault((*path, key_node.value), line)
-            _lines(value_node, (*path, key_node.value), into, open_nodes)
+            _lines(value_node, (*path, key_node.value), into, open_nodes, count)
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             into.setdefault((*path, index), child.start_mark.line + 1)
-            _lines(child, (*path, index), into, open_nodes)
+            _lines(child, (*path, index), into, open_nodes, count)
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -96,7 +142,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises
     ------
     ConfigError
-        The text is not YAML, or repeats a key: the sentence has source, line and column.
+        The text is not YAML, repeats a key, has a tag, or stands for too much: the sentence has source, line and column.
 
     Examples
     --------
@@ -108,7 +154,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         lines: dict[KeyPath, int] = {}
-        _lines(node, (), lines, frozenset())
+        _lines(node, (), lines, frozenset(), [0])
         value = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -129,16 +175,18 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def read_yaml(path: str | Path) -> tuple[Any, dict[KeyPath, int]]:
-    """`parse_yaml` of a UTF-8 file; a missing or unreadable file is a ConfigError that names it."""
+    """`parse_yaml` of a UTF-8 file; a missing, unreadable, special or huge file is a ConfigError that names it."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the name, which no file has
+        raise ConfigError(f"{str(path)!r} is not a file's name: {error}") from None
     return parse_yaml(text, str(path))
 
 

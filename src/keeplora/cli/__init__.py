@@ -78,6 +78,18 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _sentence(text: object) -> str:
+    """An error on its line, or with one line per problem: a name out of a file may hold line breaks and terminal codes.
+
+    >>> print(_sentence("2 problems:\n  - a\x1b[2J\n  - b\nc"))
+    2 problems:
+      - a\\x1b[2J
+      - b\\nc
+    """
+    lines = str(text).split("\n  - ")
+    return "\n  - ".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit status 0: done; 1: wrong input or state (one sentence on standard error); 130, 143:
     interrupted by Ctrl-C or SIGTERM."""
@@ -85,11 +97,11 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(arguments, standalone_mode=True)
     except KeepLoraError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_sentence(error)}", file=sys.stderr)
     except FloatingPointError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_sentence(error)}", file=sys.stderr)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        print(f"Error: {file_error(error)}", file=sys.stderr)
+        print(f"Error: {_sentence(file_error(error))}", file=sys.stderr)
     sys.exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from keeplora.errors import ConfigError, KeepLoraError
+from keeplora.files import real_path
 
 
 def run(
@@ -79,7 +80,7 @@ def finish(path: Path, against: list[Path]) -> None:
         console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
     results = load_results(path)
     console.print(matrix_table(results))
-    paths = {other.resolve(): other for other in [*against, *find_comparable(path)]}
+    paths = {real_path(other): other for other in [*against, *find_comparable(path)]}
     others = [load_results(other) for other in paths.values()]
     console.print(results_table([results, *others]))
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keeplora.errors import ConfigError
+from keeplora.files import expand
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +114,7 @@ def doctor(
         raise ConfigError(
             f"--data {data}: the suite {suite['name']!r} says itself where its pictures are; leave it out"
         )
-    if data is not None and not data.expanduser().is_dir():
+    if data is not None and not expand(data).is_dir():
         raise ConfigError(f"--data {data}: no such folder; give the one that holds the datasets' folders")
     base = data_folder(name, data)
     todo = [(spec, key == "probes") for key in ("tasks", "probes") for spec in suite[key]]

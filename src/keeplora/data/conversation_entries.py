@@ -16,6 +16,7 @@ from keeplora.data.conversations import IMAGE, VIDEO, Conversation, Turn, asked,
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.spec import listing
 from keeplora.errors import DataError
+from keeplora.files import expand
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -124,7 +125,7 @@ def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise DataError(f'{where}: a turn is {_short(turn)}; write it as {{"from": "human", "value": "..."}}')
     side, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if side not in ROLES:
+    if not isinstance(side, str) or side not in ROLES:
         raise DataError(f"{where}: a turn is from {side!r}; it must be from human, gpt or system")
     if not isinstance(text, str):
         raise DataError(f"{where}: a turn of {side} says {_short(text)}; give text")
@@ -190,7 +191,7 @@ def _files(entry: Any, folder: Path, where: str, key: str, what: str) -> tuple[F
             )
         if "://" in name:
             raise DataError(f"{where}: {name!r} is an address, not a file; download the {what} first")
-    return tuple(FileBytes(folder / Path(name.strip()).expanduser()) for name in names)
+    return tuple(FileBytes(folder / expand(name.strip())) for name in names)
 
 
 def _short(value: Any) -> str:

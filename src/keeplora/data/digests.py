@@ -153,7 +153,7 @@ def read_settled(path: str, read: Callable[[str], R]) -> tuple[Stamp | None, R]:
 def _stamp(path: str) -> Stamp | None:
     try:
         return Stamp.of(os.stat(path))
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL in it
         return None
 
 

@@ -10,6 +10,7 @@ from keeplora.data.sets import Entry, RowBytes
 from keeplora.data.spec import RawTask, TaskSpec, locate
 from keeplora.data.table import IMAGE_COLUMNS, LABEL_COLUMNS, clean_label, pick_column, pick_splits
 from keeplora.errors import ConfigError, DataError
+from keeplora.files import expand
 
 
 def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
@@ -29,7 +30,7 @@ def _load(spec: TaskSpec, path: str, base_dir: Path) -> tuple[Mapping[str, Any],
     """The splits by name, the name for errors, and where relative picture paths start."""
     import datasets
 
-    local = (base_dir / Path(path).expanduser()).absolute()
+    local = (base_dir / expand(path)).absolute()
     if not local.exists() and (path.startswith((".", "/", "~")) or path.endswith(".parquet") or path.count("/") > 1):
         locate(path, base_dir)  # raises: this can be no dataset's name
     where = str(local) if local.exists() else f"dataset {path!r}"

@@ -13,8 +13,10 @@ from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
 from keeplora.data.sets import FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, listing, locate
-from keeplora.data.table import json_rows
+from keeplora.data.table import MAX_TABLE_BYTES, json_rows
 from keeplora.errors import ConfigError, DataError
+from keeplora.files import expand, read_regular
+from keeplora.json_text import parse_json
 
 ENDINGS = (".json", ".jsonl")
 
@@ -70,7 +72,7 @@ def split_files(spec: ConversationSpec, base_dir: Path) -> dict[str, Path]:
 
 def _base(spec: ConversationSpec, base_dir: Path) -> Path:
     """Where the files' names start: at ``path``, where that is a folder."""
-    path = base_dir / Path(spec.path or "").expanduser()
+    path = base_dir / expand(spec.path or "")
     return path if path.is_dir() else base_dir
 
 
@@ -92,7 +94,7 @@ def _read(
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_regular(file, MAX_TABLE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except OSError as error:
@@ -101,9 +103,11 @@ def _text(file: Path) -> str:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg}); mend it or copy it again") from error
+        return parse_json(_text(file))
+    except ValueError as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        told = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{file}{line}: not JSON ({told}); mend it or copy it again") from error
 
 
 def load_entries(file: Path) -> list[Any]:

@@ -5,17 +5,22 @@ Columns: split, id, image or video (or images, videos, lists), conversations (JS
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from keeplora.data.conversation_entries import Entries
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
+from keeplora.data.pack import check_columns
 from keeplora.data.sets import HeldBytes
 from keeplora.data.spec import listing, locate
 from keeplora.errors import ConfigError, DataError
+from keeplora.json_text import parse_json
 
 COLUMNS = ("split", "id", "conversations", "kind", "origin", "licence")
+_KINDS = {
+    **dict.fromkeys(("split", "conversations", "origin", "licence"), "text"), **dict.fromkeys(("id", "kind"), "name"),
+    **dict.fromkeys(("image", "video"), "bytes"), **dict.fromkeys(("images", "videos"), "files"),
+}  # fmt: skip
 SPLITS = ("train", "validation", "test")
 
 
@@ -57,6 +62,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     except (pa.ArrowException, OSError) as error:
         brief = str(error).splitlines()[0][:120]
         raise DataError(f"{file}: cannot be read as parquet ({brief}); fetch or build it again") from error
+    check_columns(table.schema, file, _KINDS)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if not {"image", "images", "video", "videos"} & set(table.column_names):
         missing.append("image")
@@ -69,6 +75,6 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _turns(text: Any, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
+        return parse_json(text)
+    except (TypeError, ValueError) as error:
         raise DataError(f"{where}: `conversations` is not JSON ({error}); rebuild the pack") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,37 @@ from keeplora.data.spec import RawTask, TaskSpec, listing, locate, suggest
 from keeplora.errors import ConfigError, DataError
 
 COLUMNS = ("task", "split", "label", "class_name", "item", "origin", "licence", "image")
+
+
+_KINDS = ("text", "text", "number", "text", "text", "text", "text", "bytes")
+
+
+def check_columns(schema: Any, file: Path, kinds: Mapping[str, str]) -> None:
+    """Refuse a parquet file by the types of its columns.
+
+    Kinds are "text", "number" (whole), "name" (text or number), "bytes" and "files" (a list of bytes).
+
+    A number would be taken for a count of zero bytes, a list cannot be looked up.
+    """
+    import pyarrow as pa
+
+    of = {
+        "text": (pa.types.is_string, pa.types.is_large_string), "number": (pa.types.is_integer,),
+        "bytes": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary),
+    }  # fmt: skip
+    of["name"] = (*of["text"], *of["number"])
+    for name, kind in kinds.items():
+        if name not in schema.names:
+            continue
+        found = schema.field(name).type
+        inner = (
+            found.value_type
+            if pa.types.is_dictionary(found) or (kind == "files" and pa.types.is_list(found))
+            else found
+        )
+        tests = of["bytes" if kind == "files" else kind]
+        if not pa.types.is_null(inner) and not any(test(inner) for test in tests):
+            raise DataError(f"{file}: the column {name!r} holds {str(found)[:60]}, not {kind}; rebuild the pack")
 
 
 def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
@@ -55,6 +87,7 @@ def _rows(file: Path, task: str) -> tuple[list[tuple[int, dict[str, Any]]], set[
             missing = [name for name in COLUMNS if name not in handle.schema_arrow.names]
             if missing:
                 raise DataError(f"{file}: not a pack, the column(s) {listing(missing)} are missing; rebuild it")
+            check_columns(handle.schema_arrow, file, dict(zip(COLUMNS, _KINDS, strict=True)))
             column = handle.read(columns=["task"])["task"].to_pylist()
         numbers = [number for number, name in enumerate(column) if name == task]
         rows = pq.read_table(file, columns=list(COLUMNS), filters=[("task", "==", task)]).to_pylist() if numbers else []

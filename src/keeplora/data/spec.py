@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, check_max_pixels
 from keeplora.data.sets import Entry
 from keeplora.errors import ConfigError, DataError, did_you_mean
+from keeplora.files import expand
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DEFAULT_TEST_FRACTION = 0.2
@@ -142,7 +143,7 @@ def listing(names: Iterable[str], most: int = 5) -> str:
 
 def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
     """The absolute path that ``value`` means, which must exist."""
-    path = (base / Path(value).expanduser()).absolute()
+    path = (base / expand(value)).absolute()
     if path.exists():
         return path
     near: list[str] = []

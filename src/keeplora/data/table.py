@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,13 @@ from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, listing, locate, suggest
 from keeplora.data.video import is_video
 from keeplora.errors import ConfigError, DataError
+from keeplora.files import expand, read_regular
+from keeplora.json_text import parse_json
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "file_name", "filename")
 VIDEO_COLUMNS = ("video", "video_path", "clip")
 LABEL_COLUMNS = ("label", "class", "category", "class_name")
+MAX_TABLE_BYTES = 4 << 30
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 
@@ -139,7 +141,7 @@ def _entries(
         name = _text(row.get(image), table, line, image)
         if "://" in name:
             raise DataError(f"{where}: {name!r} is an address, not a file; download the files first")
-        path = table.parent / Path(name).expanduser()
+        path = table.parent / expand(name)
         video = key == "video_column" or image in VIDEO_COLUMNS or is_video(path)
         entry = Entry(
             f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", FileBytes(path),
@@ -169,7 +171,7 @@ def _rows(table: Path, spec: SourceSpec) -> tuple[list[Row], list[str]]:
             "or `source: datasets` for parquet)"
         )
     try:
-        text = table.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
+        text = read_regular(table, MAX_TABLE_BYTES).decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: byte {error.start} is not UTF-8; save the table as UTF-8") from error
     except OSError as error:
@@ -215,9 +217,9 @@ def json_rows(text: str, table: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{table}, line {number}: not JSON ({error.msg}); write one object on each line") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{table}, line {number}: not JSON ({error}); write one object on each line") from error
         if not isinstance(row, dict):
             raise DataError(f"{table}, line {number}: not a JSON object; write one object on each line")
         yield number, row

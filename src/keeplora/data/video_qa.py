@@ -19,6 +19,7 @@ from keeplora.data.conversations import Conversation
 from keeplora.data.sets import FileBytes
 from keeplora.data.spec import locate
 from keeplora.errors import ConfigError, DataError
+from keeplora.files import expand
 
 #: Endings that a video's name may lack, in the order in which they are tried.
 ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -30,7 +31,7 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
     ``answers`` is the file of the test's answers, needed where the questions do not hold them; ``videos`` is the folder that
     names of videos start at (default: ``path``, else where relative paths start).
     """
-    base = base_dir / Path(spec.path or "").expanduser()
+    base = base_dir / expand(spec.path or "")
     if not base.is_dir():
         raise DataError(f"{base}: no such folder; name the one that the files lie in")
     if not isinstance(spec.test, str) or (spec.train is None and not probe):
@@ -116,7 +117,7 @@ def _video(entry: Mapping[str, Any], folder: Path, where: str) -> FileBytes:
     name = next((entry[key] for key in ("video_name", "video") if entry.get(key)), None)
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"{where}: names no video; give `video_name`, or `video` with the path of a file")
-    path = folder / Path(name.strip()).expanduser()
+    path = folder / expand(name.strip())
     # A dot may be part of the name, so that the ending is put after it rather than in place of what follows the dot.
     choices = [path, *(path.with_name(path.name + ending) for ending in ENDINGS)]
     # A video that is not there keeps the name that it most likely has: the check of files tells it.

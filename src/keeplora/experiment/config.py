@@ -33,6 +33,7 @@ from keeplora.experiment.config_schema import (
     variant_of,
 )
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
+from keeplora.files import expand, real_path
 from keeplora.yaml_text import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
@@ -184,7 +185,7 @@ def _suite_layer(name: Any, where: str) -> dict[str, Any]:
 def _suite_path(name: Any, folder: Path) -> Any:
     """A suite that is a file of the user's, by its absolute path; packaged names stay as they are."""
     if isinstance(name, str) and (name.endswith((".yaml", ".yml")) or os.sep in name):
-        return str((folder / Path(name).expanduser()).resolve())
+        return str(real_path(folder / expand(name)))
     return name
 
 
@@ -199,7 +200,7 @@ def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: st
     if name in orders:
         return {"order": list(orders[name]["order"]), "order_name": name}, orders[name].get("preset")
     kind, _, seed = name.partition("-")
-    if kind == "shuffle" and seed.isdigit():
+    if kind == "shuffle" and seed.isascii() and seed.isdigit() and len(seed) <= 20:
         shuffled = list(names)
         random.Random(int(seed)).shuffle(shuffled)
         return {"order": shuffled, "order_name": name}, None
@@ -221,6 +222,8 @@ def _split_classes(spec: Any) -> list[Any]:
         value = split.get(key, least)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{where}.{key} is {value!r}, but must be a whole number of at least {least}")
+    if split["tasks"] > 10_000:
+        raise ConfigError(f"{where}.tasks is {split['tasks']}, but must be at most 10,000")
     rest = {key: value for key, value in spec.items() if key != "split_classes"}
     part = {"of": split["tasks"], **({"seed": split["seed"]} if split.get("seed") is not None else {})}
     return [{**rest, "name": f"{spec.get('name')}-{i}", "part": {"index": i, **part}} for i in range(1, part["of"] + 1)]
@@ -285,7 +288,7 @@ def _names_of(tasks: Any) -> list[str]:
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[_Layer, Path]:
     if isinstance(source, Mapping):
         return _Layer("configuration", _plain(source), {}), Path.cwd()
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give the configuration file itself")
     values, lines = read_yaml(path)
@@ -293,7 +296,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[_Layer, P
         raise ConfigError(f"{path} is empty; it needs at least `suite:` (or `tasks:`) and `method:`")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not a mapping (`key: value` lines)")
-    return _Layer(str(path), values, lines), path.resolve().parent
+    return _Layer(str(path), values, lines), real_path(path).parent
 
 
 def load_config(
@@ -369,9 +372,9 @@ def load_config(
     if suite_name is not None:
         merged["suite"] = suite_name
     if isinstance(merged.get("data_dir"), str):
-        merged["data_dir"] = str((folder / Path(merged["data_dir"]).expanduser()).resolve())
+        merged["data_dir"] = str(real_path(folder / expand(merged["data_dir"])))
     if isinstance(merged["base_dir"], str):
-        merged["base_dir"] = str((folder / (base_dir or merged["base_dir"])).resolve())
+        merged["base_dir"] = str(real_path(folder / (base_dir or merged["base_dir"])))
 
     fields = ExperimentConfig.model_fields
     problems = [unknown_key((key,)) for key in user if key not in fields and key not in FILE_ONLY_KEYS]

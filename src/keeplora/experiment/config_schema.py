@@ -30,6 +30,7 @@ from keeplora.experiment.config_generation import GenerationConfig, PartsConfig,
 from keeplora.experiment.config_judge import JudgeConfig
 from keeplora.experiment.config_video import VideoConfig
 from keeplora.experiment.presets import preset_values
+from keeplora.files import expand
 
 
 def variant_of(method: str) -> str | None:
@@ -366,7 +367,7 @@ class ExperimentConfig(Section):
     def output_path(self) -> Path:
         """The run directory: ``output``, or runs/LABEL-METHOD-seedSEED below the current folder."""
         if self.output:
-            return Path(self.output).expanduser()
+            return expand(self.output)
         order = f"-order{self.order_name}" if self.order_name not in (None, "1") else ""
         folder = re.sub(r"[^\w.+-]+", "-", f"{self.label}-{self.method}{order}-seed{self.seed}")
         return Path("runs") / folder

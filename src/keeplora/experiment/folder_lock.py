@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from keeplora.errors import KeepLoraError
+from keeplora.files import real_path
 
 _held: set[Path] = set()  # locks of this process: a POSIX record lock does not see them
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -45,7 +46,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder.resolve() / ".lock"
+        self.path = real_path(folder) / ".lock"
         self.warning: str | None = None
         self._fd: int | None = None
         self._owner = 0

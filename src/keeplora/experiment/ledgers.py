@@ -12,10 +12,12 @@ from typing import Any
 
 from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.evaluation.metrics import summary
+from keeplora.experiment.folder_lock import FolderLock
 from keeplora.experiment.results import Scores, settled_count, task_info
 from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
-from keeplora.experiment.run_directory import FolderLock, RunDirectory
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.serving import TrainedModel, check_export
+from keeplora.files import expand, real_path
 from keeplora.methods import Method, get_method, method_names
 from keeplora.models import load_model
 from keeplora.report import render_report
@@ -45,7 +47,7 @@ class LedgerPlace:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LedgerPlace:
         """From any of the three kinds of folder; `LedgerError` where there is none."""
-        path = Path(path).expanduser()
+        path = expand(path)
         if not path.is_dir():
             raise LedgerError(
                 f"{path} is not a folder: give a run directory, a saved learner, or a ledger's own folder"
@@ -53,8 +55,8 @@ class LedgerPlace:
         if (path / LEDGER_FOLDER / "ledger.json").is_file():
             root, folder = path, path / LEDGER_FOLDER
         elif (path / "ledger.json").is_file():
-            folder, above = path, path.resolve().parent
-            whole = path.resolve().name == LEDGER_FOLDER and any(
+            folder, above = path, real_path(path).parent
+            whole = real_path(path).name == LEDGER_FOLDER and any(
                 (above / name).exists() for name in ("config.yaml", ADAPTERS_FOLDER)
             )
             root = above if whole else path

@@ -14,6 +14,7 @@ from keeplora.evaluation.metrics import summary
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.kinds.base import Kind
 from keeplora.methods import Method
+from keeplora.report.run_files import check_shape
 from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.audit import layer_rows
 
@@ -101,6 +102,16 @@ def build_results(
         },
         "audit": audit.to_dict() if audit is not None else None, "warnings": list(dict.fromkeys(warnings)),
     }  # fmt: skip
+
+
+def check_infos(records: Sequence[Any], path: Any, kind: str) -> None:
+    """Refuse a ledger whose records do not hold what every run puts into them: it was made, or changed, by something else."""
+    needed = ("seconds", "classes", "templates") if kind == "classification" else ("seconds",)
+    for record in records:
+        where = f"{path}: the ledger's record of task {record.name!r}"
+        check_shape(record.info, "info", where)
+        if missing := [key for key in needed if record.info.get(key) is None]:
+            raise KeepLoraError(f"{where} has no {missing[0]!r}, so it is not of a run; restore it from a copy")
 
 
 def settled_records(learner: ContinualLearner, order: Sequence[str]) -> list[TaskRecord]:

@@ -19,12 +19,23 @@ from typing import Any
 
 from keeplora.errors import ConfigError, KeepLoraError, reason
 from keeplora.experiment.folder_lock import FolderLock
-from keeplora.files import atomic_write_bytes, atomic_write_json, atomic_write_text, sweep
+from keeplora.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    expand,
+    read_regular,
+    sweep,
+)
+from keeplora.json_text import MAX_BYTES, parse_json, read_json
+from keeplora.report.run_files import check_shape
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
 VERSION = 0
 STATES = ("running", "finished", "failed", "interrupted")
+
+_OF_A_RESUME = ("accuracy", "probe_accuracy", "tasks_info", "warnings")
 
 
 def _now() -> str:
@@ -44,11 +55,17 @@ def _finite(value: Any) -> Any:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise KeepLoraError(f"{path} is damaged ({error}); this file is written by keeplora alone") from None
+    if not isinstance(value, dict):
+        raise KeepLoraError(f"{path} is damaged (it holds no object); this file is written by keeplora alone")
+    check_shape(value, path.name, path)
+    return value
 
 
 class RunDirectory:
@@ -69,7 +86,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         self._lock: FolderLock | None = None
         self.warning: str | None = None  # what the one who writes must know of the folder
         self._opened = time.monotonic()
@@ -221,7 +238,7 @@ class RunDirectory:
 
     def read_data(self) -> list[dict[str, Any]]:
         """The entries of data.json; empty where it is not written yet."""
-        return (_read_json(self.data_path) or {}).get("tasks", [])
+        return (_read_json(self.data_path) or {}).get("tasks") or []
 
     # --- status and results ---
 
@@ -236,7 +253,7 @@ class RunDirectory:
         status = _read_json(self.status_path)
         if status is None:
             return {}
-        if not isinstance(status, dict) or status.get("format") != FORMAT:
+        if status.get("format") != FORMAT:
             raise KeepLoraError(f"{self.status_path} is not a run's status: its format is not {FORMAT!r}")
         if status.get("version") != VERSION:
             raise KeepLoraError(
@@ -263,9 +280,14 @@ class RunDirectory:
         self._writable()
         atomic_write_json(self.results_path, _finite(results))
 
-    def read_results(self) -> dict[str, Any] | None:
-        """results.json, or None where it is not written yet."""
-        return _read_json(self.results_path)
+    def read_results(self, *, whole: bool = False) -> dict[str, Any] | None:
+        """results.json, or None where it is not written yet; ``whole``: refused where what a resume goes on from is missing."""
+        found = _read_json(self.results_path)
+        if whole and found is not None and (missing := [k for k in _OF_A_RESUME if not isinstance(found.get(k), list)]):
+            raise KeepLoraError(
+                f"{self.results_path} has no {missing[0]!r}: the file was changed; restore it from a copy"
+            )
+        return found
 
     # --- events ---
 
@@ -295,9 +317,11 @@ class RunDirectory:
     def _lines(self) -> list[bytes]:
         try:
             # What follows the last newline is a line that a crash cut short: the event counts as not written.
-            return self.metrics_path.read_bytes().split(b"\n")[:-1]
+            return read_regular(self.metrics_path, MAX_BYTES).split(b"\n")[:-1]
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise KeepLoraError(f"{self.metrics_path} cannot be read: {error.strerror or error}") from None
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every whole event in metrics.jsonl, oldest first; a last line cut short by a crash is left out.
@@ -310,7 +334,9 @@ class RunDirectory:
         events, lines = [], self._lines()
         for number, line in enumerate(lines, start=1):
             try:
-                event = json.loads(line)
+                event = parse_json(line.decode("utf-8"))
+                if not isinstance(event, dict):
+                    raise ValueError("not an object")
             except ValueError:
                 if number == len(lines):  # a crash of the machine can leave zeros before the newline
                     break

@@ -23,6 +23,7 @@ from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import (
     Scores,
     build_results,
+    check_infos,
     comparison_key,
     data_entries,
     peak_memory,
@@ -91,18 +92,22 @@ class Experiment:
             config = load_config(directory.read_config(), changes, known_methods=method_names())
             experiment = cls(config, quiet=quiet)
             setup = experiment.setup
-            key = [(e["name"], e["fingerprint"]) for e in directory.read_data()]
-            now = [(e["name"], e["fingerprint"]) for e in data_entries(setup.tasks, setup.probes)]
-            if changed := [name for (name, was), (_, is_) in zip(key, now) if was != is_]:
+            was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
+            now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
+            if not was and directory.ledger_path.is_dir():  # it is written before the ledger
+                raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
+                                    "changed since the run began; restore it from a copy")  # fmt: skip
+            if was and (changed := [name for name in {**now, **was} if was.get(name) != now.get(name)]):
                 raise KeepLoraError(
-                    f"{path}: the pictures or classes of {', '.join(changed)} have changed since the run began, so its "
-                    "numbers would not belong together; restore them, or start a new run"
+                    f"{path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
+                    "its numbers would not belong together; restore them, or start a new run"
                 )
             if overrides:
                 directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, directory, quiet).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
+            check_infos([*learner.records, *learner.removed], path, setup.kind.name)
             return _Run(setup, directory, learner, quiet).go()
 
 
@@ -143,13 +148,13 @@ class _Run:
         self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
         self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
-        earlier = directory.read_results()
+        earlier = directory.read_results(whole=True)
         setup.kind.begin(directory.path, earlier)
         self.scores = Scores.from_results(earlier)
         if earlier:
             self.warnings += earlier["warnings"]
             # A record is written before its evaluation: what that took is known to results.json alone.
-            told = {info["name"]: info["seconds"] for info in earlier["tasks_info"]}
+            told = {info.get("name"): info.get("seconds") or {} for info in earlier["tasks_info"]}
             for record in (*learner.records, *learner.removed):
                 record.info["seconds"] = {**record.info.get("seconds", {}), **told.get(record.name, {})}
         self.evaluation_seconds = 0.0

@@ -19,8 +19,10 @@ from keeplora.experiment.candidates import ClassList, candidates_for
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.device import choose_device
 from keeplora.experiment.objective import predict
+from keeplora.experiment.results import check_infos
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import open_model
+from keeplora.files import expand
 from keeplora.methods import get_method
 from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.export import choose_records, write_adapter
@@ -49,7 +51,7 @@ class TrainedModel:
     """
 
     def __init__(self, path: str | os.PathLike[str], device: str = "auto") -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand(path)
         if not (self.path / "config.yaml").is_file():
             raise KeepLoraError(
                 f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
@@ -58,6 +60,7 @@ class TrainedModel:
         self.family = open_model(self.config, choose_device(device))
         learner_class = get_method(self.config.method).learner
         self.learner: ContinualLearner = learner_class.from_pretrained(self.path, self.family.model)
+        check_infos([*self.learner.records, *self.learner.removed], self.path, self.family.kind)
 
     @property
     def tasks(self) -> list[str]:
@@ -214,7 +217,7 @@ class TrainedModel:
 
 def check_export(target: str | os.PathLike[str], format: str) -> Path:
     """The folder to be, or an error before anything is computed."""
-    target = Path(target).expanduser()
+    target = expand(target)
     if format not in EXPORT_FORMATS:
         raise ConfigError(f"--format: unknown format {format!r}{did_you_mean(format, EXPORT_FORMATS)}")
     if target.exists():

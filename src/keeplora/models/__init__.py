@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.errors import KeepLoraError, did_you_mean
-from keeplora.models.checkpoint import EMBEDDED, OWN, first_line, load_part, read_config
+from keeplora.models.checkpoint import EMBEDDED, OWN, load_part, read_config, told_as, weights_options
 
 if TYPE_CHECKING:
     from keeplora.models.dual_encoder import DualEncoder
@@ -135,17 +135,22 @@ def _load_dual_encoder(
     module, class_name = family or FAMILIES["vision-text-dual-encoder"]
     encoder = getattr(importlib.import_module(module), class_name)
     commit = getattr(model.config, "_commit_hash", None) or options["revision"]
-    return encoder(model, tokenizer, images, name=name, revision=commit, image_size=image_size).to(device)
+    from PIL import Image
+
+    with told_as(f"{name}: its processors cannot be used with its weights"):
+        opened = encoder(model, tokenizer, images, name=name, revision=commit, image_size=image_size).to(device)
+        opened.preprocess(Image.new("RGB", (16, 16)))  # settings that cannot be used fail here, and not in a run
+        opened.tokenize(["a"])
+    return opened
 
 
 def _load_weights(name: str, source: str, options: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModel
 
-    try:
-        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise KeepLoraError(f"{name}: its weights could not be loaded: {first_line(error)}") from error
+    with told_as(f"{name}: its weights could not be loaded"):
+        safe = weights_options(name, source, options)
+        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **safe)
     if missing := sorted(info["missing_keys"]):
         # transformers only warns, and goes on with random numbers in their place.
         raise KeepLoraError(

@@ -15,6 +15,7 @@ from keeplora.errors import KeepLoraError
 from keeplora.files import atomic_dir
 from keeplora.models.batching import ANSWER, IGNORED, IMAGE, PAD, TEXT, Item, join_items, length_grouped, lengths
 from keeplora.models.chat import Turn, before
+from keeplora.models.checkpoint import told_as
 from keeplora.models.encoding import Encoder
 from keeplora.models.opening import check_options, choose_dtype, end_tokens, length_limit, open_config, open_weights
 from keeplora.models.parts import PARTS, checkpointing, find_targets, find_towers, unknown_part
@@ -349,4 +350,5 @@ def load_generative(
     chosen = choose_dtype(dtype, config, str(device))
     model = open_weights(name, source, config, options, dtype=chosen, quantize=quantize, device=str(device))
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Generative(model, processor, name=name, revision=commit, max_length=max_length, video_size=video_size)
+    with told_as(f"{name}: its processor cannot be used with its weights"):
+        return Generative(model, processor, name=name, revision=commit, max_length=max_length, video_size=video_size)

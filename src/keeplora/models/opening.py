@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from keeplora.errors import KeepLoraError, did_you_mean
-from keeplora.models.checkpoint import first_line
+from keeplora.models.checkpoint import told_as, weights_options
 from keeplora.models.parts import find_towers
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,10 +40,8 @@ def open_config(name: str, source: str, options: dict[str, Any]) -> Any:
     """The checkpoint's config. An encoder-decoder is refused: it has no place in the text where a picture goes."""
     from transformers import AutoConfig
 
-    try:
+    with told_as(f"{name}: its config.json cannot be used"):
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise KeepLoraError(f"{name}: its config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise KeepLoraError(
             f"{name} ({config.model_type}) is an encoder-decoder, which keeplora cannot train; choose a model whose decoder "
@@ -88,13 +86,16 @@ def open_weights(
             ),
             "device_map": {"": device},
         }  # fmt: skip
-    try:
+    with told_as(f"{name}: its weights could not be loaded"):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, **options, **extra
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            **weights_options(name, source, options),
+            **extra,
         )
         model, info = loaded
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise KeepLoraError(f"{name}: its weights could not be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         # transformers only warns, and goes on with random numbers in their place.
         raise KeepLoraError(

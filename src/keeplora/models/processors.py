@@ -32,7 +32,9 @@ def load_processor(name: str, source: str, config: Any, options: dict[str, Any])
         if is_torchvision_available():
             processor.image_processor = AutoImageProcessor.from_pretrained(source, **options | {"backend": "pil"})
         return processor
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+    except KeepLoraError:
+        raise
+    except Exception as error:  # transformers and what lies below it raise nearly anything on a damaged file
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise KeepLoraError(f"{name}: its processor could not be loaded: {reason}") from error

@@ -8,13 +8,14 @@ answer at moment I, 0 is the untouched model) and
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keeplora.files import read_regular, real_path
+from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.charts import number
 from keeplora.report.runs import Run
 from keeplora.report.tables import Cell, Table
@@ -163,8 +164,8 @@ def fate(states: Mapping[str, bool | None]) -> str | None:
 def _inside(run: Run, place: Any) -> Path | None:
     """A file of the run directory; None where there is none, or where the name leads out of it."""
     try:
-        path = (run.path / str(place)).resolve()
-        return path if path.is_relative_to(run.path.resolve()) and path.is_file() else None
+        path = real_path(run.path / str(place))
+        return path if path.is_relative_to(real_path(run.path)) and path.is_file() else None
     except (OSError, ValueError):
         return None
 
@@ -178,9 +179,10 @@ def _predictions(run: Run, name: str, after: int) -> dict[tuple[str, int], Answe
     path = _inside(run, f"predictions/after-{after}/{name}.jsonl")
     found: dict[tuple[str, int], Answer] = {}
     seen: Counter[str] = Counter()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
+    text = read_regular(path, MAX_BYTES).decode("utf-8", errors="replace") if path else ""
+    for line in text.split("\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "key" in row:
@@ -193,7 +195,7 @@ def _predictions(run: Run, name: str, after: int) -> dict[tuple[str, int], Answe
 def _samples(run: Run, name: str) -> list[dict[str, Any]]:
     path = _inside(run, f"samples/{name}.json")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8")) if path else []
+        entries = read_json(path) if path else []
     except ValueError:
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

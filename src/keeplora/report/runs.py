@@ -6,14 +6,16 @@ The reader is lenient where a run can be young or cut short (no results yet, a h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
+from keeplora.files import read_regular, real_path
+from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.kinds import GENERATION, Kind, kind_named
+from keeplora.report.run_files import check_shape
 
 RESULTS_FORMAT = "keeplora-results"
 RESULTS_VERSION = 0
@@ -143,27 +145,40 @@ def method_label(method: str, variant: str | None = None) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        value = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
+    except ValueError as error:
         raise KeepLoraError(f"{path} is not readable JSON ({error}); restore it or remove the run") from error
     if not isinstance(value, dict):
         raise KeepLoraError(f"{path} holds a {type(value).__name__} where an object is expected")
+    check_shape(value, path.name, path)
     return value
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path, MAX_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
 
 
 def _events(path: Path) -> tuple[dict[str, Any], ...]:
     found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # A run that was killed while it wrote leaves half a line; the rest still counts.
-            if isinstance(event, dict):
-                found.append(event)
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        try:
+            event = parse_json(line)
+        except ValueError:
+            continue  # A run that was killed while it wrote leaves half a line; the rest still counts.
+        if isinstance(event, dict):
+            if event.get("event") == "epoch":
+                check_shape(event, "epoch", f"{path}, line {number}")
+            found.append(event)
     return tuple(found)
 
 
@@ -199,14 +214,13 @@ def load_run(run_dir: Path) -> Run:
     run_dir = Path(run_dir)
     if not any((run_dir / name).is_file() for name in ("results.json", "status.json", "config.yaml")):
         raise KeepLoraError(f"{run_dir} is not a run directory: it has no results.json, status.json or config.yaml")
-    config = run_dir / "config.yaml"
     return Run(
         path=run_dir,
         results=load_results(run_dir),
         data=_json(run_dir / "data.json"),
         status=_json(run_dir / "status.json"),
         environment=_json(run_dir / "environment.json"),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=_text(run_dir / "config.yaml"),
         events=_events(run_dir / "metrics.jsonl"),
     )
 
@@ -216,11 +230,11 @@ def find_comparable(run_dir: Path) -> list[Path]:
 
     Sorted by name, without ``run_dir`` itself. A sibling that cannot be read is passed over: it is another run's fault.
     """
-    run_dir = Path(run_dir).resolve()
+    run_dir = real_path(run_dir)
     key = load_results(run_dir).get("comparison_key")
     found = []
     for path in sorted(run_dir.parent.iterdir()) if key else []:
-        if path.resolve() == run_dir or not (path / "results.json").is_file():
+        if real_path(path) == run_dir or not (path / "results.json").is_file():
             continue
         try:
             if load_results(path).get("comparison_key") == key:
@@ -245,12 +259,12 @@ def load_others(run: Run, against: Sequence[Path] = ()) -> list[Run]:
                 f"{path} cannot be compared with {run.path}: their comparison keys differ, so the model, the tasks, "
                 "their order, the data or the image size is not the same"
             )
-        others[Path(path).resolve()] = other
+        others[real_path(path)] = other
     for path in find_comparable(run.path):
-        if path.resolve() not in others:
+        if real_path(path) not in others:
             try:
-                others[path.resolve()] = load_run(path)
+                others[real_path(path)] = load_run(path)
             except KeepLoraError:
                 continue
-    others.pop(run.path.resolve(), None)
+    others.pop(real_path(run.path), None)
     return list(others.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keeplora.errors import ConfigError, KeepLoraError
+from keeplora.files import real_path
 from keeplora.methods import get_method, method_names
 from keeplora.report.kinds import GENERATION
 from keeplora.report.runs import Run, load_run
@@ -201,9 +202,9 @@ def read_runs(paths: Sequence[Path]) -> Collected:
         if is_study(path):
             extra += study_cells(StudyStore(path).load())
         elif any((path / name).is_file() for name in ("results.json", "status.json", "config.yaml")):
-            runs[path.resolve()] = load_run(path)
+            runs[real_path(path)] = load_run(path)
         elif path.is_dir() and (inner := sorted(p.parent for p in path.glob("*/results.json"))):
-            runs |= {one.resolve(): load_run(one) for one in inner}
+            runs |= {real_path(one): load_run(one) for one in inner}
         elif not path.exists():
             raise KeepLoraError(f"no such file or folder: {path} (methods are given as --methods lora,keeplora++)")
         else:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from keeplora.errors import ConfigError, did_you_mean
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.config_errors import Problem, raise_problems
+from keeplora.files import expand, real_path
 from keeplora.methods import method_names
 from keeplora.yaml_text import KeyPath, read_yaml
 
@@ -50,6 +51,13 @@ class CellKey(NamedTuple):
 
 def _safe(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name)
+
+
+def together(problems: Sequence[str]) -> str:
+    """One sentence, or a list of them."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in the study:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class StudyPlan:
                 except ConfigError as error:
                     problems.setdefault(str(error))
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(together(list(problems)))
         self.check_orders()
 
     def check_orders(self) -> None:
@@ -220,7 +228,7 @@ def read_per_method(value: Any, folder: Path) -> dict[str, dict[str, Any]]:
     """``per_method`` itself, or that of a YAML file such as `keeplora tune` writes."""
     source = "per_method"
     if isinstance(value, str | os.PathLike):
-        path = folder / Path(value).expanduser()
+        path = folder / expand(value)
         source = str(path)
         content, _ = read_yaml(path)
         if not isinstance(content, dict) or "per_method" not in content:
@@ -256,14 +264,14 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ConfigError(f"{path} is an experiment, not a study; {told}")
     problems = [Problem((k,), f"unknown key {k!r}{did_you_mean(str(k), KEYS)}") for k in values if k not in KEYS]
     raise_problems(problems, lambda where: f"{path}, line {lines[where]}" if where in lines else str(path))
-    folder = path.resolve().parent
+    folder = real_path(path).parent
     for key in ("experiment", "data", "output"):
         if isinstance(values.get(key), str):
-            values[key] = str(folder / Path(values[key]).expanduser())
+            values[key] = str(folder / expand(values[key]))
     if isinstance(values.get("suite"), str) and _is_path(values["suite"]):
-        values["suite"] = str(folder / Path(values["suite"]).expanduser())
+        values["suite"] = str(folder / expand(values["suite"]))
     if isinstance(values.get("per_method"), str):
-        values["per_method"] = str(folder / Path(values["per_method"]).expanduser())
+        values["per_method"] = str(folder / expand(values["per_method"]))
     return values, lines
 
 
@@ -316,7 +324,7 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
         if key in _OWN or key.split(".")[0] == "order":
             problems.append(f"set: {key} is the study's own; use {_OWN.get(key, 'orders')}: in place of it")
     if data is not None:
-        settings["data_dir"] = str(Path(data).expanduser().absolute())
+        settings["data_dir"] = str(expand(data).absolute())
     per_method = take("per_method", lambda v: read_per_method(v, Path.cwd()), {})
     against = kind("against", str)
     if against is not None and methods and against not in methods:
@@ -324,15 +332,15 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
     jobs, threads, keep = kind("jobs", int, 1), kind("threads", int, 1), kind("keep_ledgers", bool)
     output = kind("output", str)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(together(problems))
     base = experiment if experiment is not None else suite
     if experiment is not None or _is_path(base):
-        base = str(Path(base).expanduser().absolute())
+        base = str(expand(base).absolute())
     name = name or Path(base).stem
     plan = StudyPlan(
         name=name, kind="suite" if experiment is None else "experiment", base=base, methods=tuple(methods),
         seeds=tuple(seeds), orders=orders or {LISTED: None},
-        output=Path(output or f"runs/compare-{_safe(name)}").expanduser(), set=settings,
+        output=expand(output or f"runs/compare-{_safe(name)}"), set=settings,
         per_method={m: per_method[m] for m in methods if m in per_method}, against=against, jobs=jobs, threads=threads,
         keep_ledgers=keep is not False,
     )  # fmt: skip

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from keeplora.errors import KeepLoraError, reason
 from keeplora.experiment.folder_lock import FolderLock
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.files import atomic_write_json, sweep
+from keeplora.json_text import read_json
 from keeplora.study.plan import CellKey, StudyPlan
 
 FORMAT = "keeplora-study"
 VERSION = 0
 FILE = "study.json"
+
+
+def _one_name(text: str) -> str:
+    """The folder of a cell is made of these: none may lead out of the study's."""
+    if text in ("", ".", "..") or any(c in text for c in "/\\\0"):
+        raise ValueError(f"{text!r} is no name of one folder")
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_one_name)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Plan(_Strict):
+    name: str
+    kind: Literal["suite", "experiment"]
+    base: str
+    set: dict[str, Any]
+    methods: list[_Name]
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    orders: dict[_Name, str | int | list[str] | None]
+    per_method: dict[str, dict[str, Any]]
+    against: str | None
+    keep_ledgers: bool
+
+
 STATES = ("pending", "running", "interrupted", "failed", "finished")
 
 
@@ -45,6 +76,24 @@ class CellRecord:
     @property
     def key(self) -> CellKey:
         return CellKey(self.method, self.order, self.seed)
+
+
+class _Cell(_Strict):
+    method: _Name
+    order: _Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    state: str = "pending"
+    attempts: int = 0
+    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    error: str | None = None
+    dropped_bytes: int | None = None
+
+
+class _Study(_Strict):
+    plan: _Plan
+    threads: int | None
+    started: str
+    cells: list[_Cell]
 
 
 def is_study(path: Path) -> bool:
@@ -99,9 +148,11 @@ class StudyStore:
     def load(self) -> StudyStore:
         """Read study.json; a folder without one stays an empty study."""
         try:
-            value = json.loads(self.file.read_text(encoding="utf-8"))
+            value = read_json(self.file)
         except FileNotFoundError:
             return self
+        except OSError as error:
+            raise KeepLoraError(f"{self.file} cannot be read: {error.strerror or error}") from None
         except ValueError as error:
             raise KeepLoraError(f"{self.file} is damaged ({error}); this file is written by keeplora alone") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -110,9 +161,16 @@ class StudyStore:
             raise KeepLoraError(
                 f"{self.file}: version {value.get('version')!r}, this keeplora knows {VERSION}; update it"
             )
-        self.plan, self.threads, self.started = value["plan"], value["threads"], value["started"]
-        known = CellRecord.__dataclass_fields__
-        records = [CellRecord(**{k: v for k, v in entry.items() if k in known}) for entry in value["cells"]]
+        try:
+            found = _Study.model_validate(value)
+            self.plan, self.threads, self.started = found.plan.model_dump(), found.threads, found.started
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise KeepLoraError(
+                f"{self.file}: {'.'.join(map(str, first['loc']))} cannot be used ({first['msg'][:1].lower()}{first['msg'][1:]}): "
+                "the file was changed or damaged; restore it from a copy"
+            ) from None
+        records = [CellRecord(**cell.model_dump()) for cell in found.cells]
         self.cells = {record.key: record for record in records}
         return self
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import ConfigError, did_you_mean
+from keeplora.files import expand
 from keeplora.yaml_text import read_yaml
 
 __all__ = ["data_folder", "load_suite", "suite_folder", "suite_names"]
@@ -57,7 +58,7 @@ def data_folder(suite: str | os.PathLike[str], data: str | os.PathLike[str] | No
     """
     if load_suite(suite).get("data") != "external":
         return suite_folder(suite)
-    return Path(data or os.environ.get("KEEPLORA_DATA") or "data").expanduser().absolute()
+    return expand(data or os.environ.get("KEEPLORA_DATA") or "data").absolute()
 
 
 def load_suite(suite: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _file(suite: str | os.PathLike[str]) -> Path:
                 "YAML file"
             )
         return suite_folder() / f"{name}.yaml"
-    file = Path(name).expanduser().absolute()
+    file = expand(name).absolute()
     if not file.is_file():
         kind = "is a folder; name the suite's YAML file in it" if file.is_dir() else "no such suite file"
         raise ConfigError(f"{file}: {kind} (packaged suites: {', '.join(suite_names())})")
@@ -167,7 +168,9 @@ def _learned_names(specs: list[dict[str, Any]]) -> list[str]:
     for spec in specs:
         split = spec.get("split_classes")
         parts = split.get("tasks") if isinstance(split, Mapping) else None
-        if isinstance(parts, int) and not isinstance(parts, bool):
+        if (
+            isinstance(parts, int) and not isinstance(parts, bool) and parts <= 10_000
+        ):  # more are refused with the settings
             names += [f"{spec['name']}-{part}" for part in range(1, parts + 1)]
         else:
             names.append(spec["name"])

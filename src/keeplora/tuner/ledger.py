@@ -157,7 +157,12 @@ class Ledger:
 
     def bases(self) -> dict[str, Tensor]:
         """U₀ per layer."""
-        return group(read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"]), "basis")
+        tensors = read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"])
+        if odd := [key for key in tensors if not key.startswith("basis/")]:
+            raise LedgerError(
+                f"{self.path / 'base.safetensors'} holds {odd[0]!r}, which is no basis; restore it from a copy"
+            )
+        return group(tensors, "basis")
 
     def folders(self) -> list[Path]:
         """Entries' folders in order."""

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from keeplora.errors import LedgerError
-from keeplora.files import atomic_write_json, sha256_file
+from keeplora.files import atomic_write_json, open_regular, read_regular, sha256_file
+from keeplora.json_text import MAX_BYTES, parse_json
 
 FORMAT = "keeplora-ledger"
 VERSION = 1
@@ -27,18 +28,14 @@ def refuse_link(path: Path) -> None:
         raise LedgerError(f"{path} is a symbolic link: a ledger holds its files itself; copy the file in its place")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no JSON")
-
-
 def read_json(path: Path) -> Any:
     """The file's JSON, or a `LedgerError` that names it."""
     refuse_link(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return parse_json(read_regular(path, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise LedgerError(f"{path} is missing: {_COPY}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LedgerError(
             f"{path} is not readable JSON ({error}): the file is damaged; restore it from a copy"
         ) from None
@@ -51,12 +48,30 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     refuse_link(path)
     if not path.is_file():
         raise LedgerError(f"{path} is missing: {_COPY}")
+    _check_size(path)
     if sha256_file(path) != digest:
         raise LedgerError(f"{path} does not have the SHA-256 that its record names: the file was changed or damaged")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
         raise LedgerError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file whose size is not what its header says, before all of it is read."""
+    try:
+        with open_regular(path) as handle:
+            size, n = path.stat().st_size, int.from_bytes(handle.read(8), "little")
+            if n > min(size, MAX_BYTES):
+                raise ValueError(f"its header would have {n:,} bytes")
+            header = parse_json(handle.read(n).decode("utf-8"))
+            end = max((e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"), default=0)
+            if size != 8 + n + end:
+                raise ValueError(f"it has {size:,} bytes, and by its header {8 + n + end:,}")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise LedgerError(f"{path} is not a whole safetensors file ({error}): restore it from a copy") from None
+    except OSError as error:
+        raise LedgerError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def seal(value: Mapping[str, Any]) -> str:
@@ -101,7 +116,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a JSON file's bytes."""
     refuse_link(path)
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_regular(path, MAX_BYTES)).hexdigest()
     except FileNotFoundError:
         raise LedgerError(f"{path} is missing: {_COPY}") from None
     except OSError as error:

@@ -227,10 +227,26 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
     shelf = {i: ledger.record(i) for i in chain.state.history}
     bases = ledger.bases() if learner.protects else {}
     _check_bases(bases, ledger, learner.protects)
+    _check_used(bases, list(shelf.values()), ledger)
     learner.restore_bases(bases, list(shelf.values()))  # whatever is refused is refused before a weight moves
     learner._adopt(ledger, chain, shelf)
     if learner.accumulates:
         learner.store.restore(all_updates(learner.records))
+
+
+def _check_used(bases: Mapping[str, Tensor], records: Sequence[TaskRecord], ledger: Ledger) -> None:
+    """The columns that each record says were in use are those that the bases and the increments add up to."""
+    columns = {name: U.shape[1] for name, U in bases.items()}
+    for record in records:
+        for name, used in record.used.items():
+            if name not in columns:
+                continue
+            columns[name] += record.basis[name].shape[1] if name in record.basis else 0
+            if columns[name] != used:
+                raise LedgerError(
+                    f"{ledger.path}: after task {record.name!r} layer {name!r} has {used} protected directions by its record, "
+                    f"but {columns[name]} in the tensors; restore the ledger from a copy"
+                )
 
 
 def _check_bases(bases: Mapping[str, Tensor], ledger: Ledger, protects: bool) -> None:
@@ -240,6 +256,8 @@ def _check_bases(bases: Mapping[str, Tensor], ledger: Ledger, protects: bool) ->
         raise LedgerError(
             f"{file} and the targets of ledger.json do not name the same layers ({odd}); restore the copy"
         )
+    if odd := [name for name in bases if name not in ledger.targets]:
+        raise LedgerError(f"{file}: basis/{odd[0]} is of no target of ledger.json; restore it from a copy")
     for name, U in bases.items():
         n_in = ledger.targets[name][0]
         if U.ndim != 2 or U.shape[0] != n_in or U.dtype != torch.float32 or not bool(torch.isfinite(U).all()):

@@ -15,6 +15,9 @@ from torch import Tensor
 from keeplora.errors import LedgerError
 from keeplora.tuner.adapter import Factors
 
+KINDS = ("A", "B", "basis", "delta", "covariance", "extra")
+"""What the tensors of a record's file are, by the first part of their keys."""
+
 
 @dataclass
 class TaskRecord:
@@ -130,7 +133,8 @@ def read_record(
         LedgerError: a layer without its tensors or the reverse, a shape that does not fit, a number that is not finite.
     """
     file = where / "record.json"
-
+    if strange := [key for key in tensors if key.partition("/")[0] not in KINDS]:
+        raise LedgerError(f"{where}: its tensors hold {strange[0]!r}, of which this keeplora knows nothing: upgrade it")
     layers = value["layers"]
     A, B, basis = group(tensors, "A"), group(tensors, "B"), group(tensors, "basis")
     for kind, found in (("A", A), ("B", B), ("basis", basis), ("covariance", group(tensors, "covariance"))):
@@ -150,6 +154,9 @@ def read_record(
     full = group(tensors, "delta")
     for name, tensor in full.items():
         _check_tensor("delta", name, tensor, targets, where)
+    for name, tensor in group(tensors, "extra").items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise LedgerError(f"{where}: extra/{name} holds NaN or infinity: the file was changed")
     return TaskRecord(
         name=value["name"],
         factors={name: Factors(A[name], B[name], float(layers[name]["s"])) for name in layers if name in A},
@@ -164,7 +171,10 @@ def read_record(
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _check_tensor(kind: str, name: str, tensor: Tensor, targets: Mapping[str, tuple[int, int]], where: Path) -> None:
@@ -182,5 +192,7 @@ def _check_tensor(kind: str, name: str, tensor: Tensor, targets: Mapping[str, tu
             )
     elif kind != "delta":
         raise LedgerError(f"{where}: its tensors hold {kind}/{name}, but {name!r} is no target of this ledger")
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-        raise LedgerError(f"{where}: {kind}/{name} holds NaN, infinity, or no real numbers: the file was changed")
+    if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+        raise LedgerError(
+            f"{where}: {kind}/{name} holds NaN, infinity, or other numbers than float32: the file was changed"
+        )

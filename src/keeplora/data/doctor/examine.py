@@ -18,6 +18,7 @@ from keeplora.data.doctor.questions import examine_questions
 from keeplora.data.sets import Entry
 from keeplora.data.spec import RawTask, Source, TaskSpec, listing
 from keeplora.errors import ConfigError, DataError, KeepLoraError
+from keeplora.files import expand
 
 
 def examine(
@@ -69,7 +70,7 @@ def _examine(
         examine_questions(check, spec, base, reader.read, probe=probe, full=full, progress=progress)
         return
     if names := needed(spec):
-        check.folder = os.path.abspath(base / Path(spec.path or "").expanduser())
+        check.folder = os.path.abspath(base / expand(spec.path or ""))
         root = Path(check.folder)
         if not root.is_dir():
             check.missing = [os.path.basename(root) + "/"]
@@ -80,7 +81,7 @@ def _examine(
         if check.missing:
             return
     elif spec.path is not None:
-        path = base / Path(spec.path).expanduser()
+        path = base / expand(spec.path)
         check.folder = os.path.abspath(path) if path.exists() else ""
     raw = reader.read(spec, base, probe)
     _lists(check, raw, spec, probe)

@@ -15,6 +15,7 @@ from keeplora.data.doctor.layouts import look_for
 from keeplora.data.doctor.look import Look, doubtful_digests, look_at
 from keeplora.data.sets import ByteSource, Entry, FileBytes
 from keeplora.data.spec import listing
+from keeplora.files import expand
 
 Read = Callable[[ConversationSpec, Path, bool], RawConversations]
 
@@ -23,7 +24,7 @@ def examine_questions(
     check: TaskCheck, spec: ConversationSpec, base: Path, read: Read, *, probe: bool, full: bool, progress: Progress
 ) -> None:
     """Fill ``check``; see `keeplora.data.doctor.examine.examine`."""
-    root = Path(os.path.abspath(base / Path(spec.path or "").expanduser()))
+    root = Path(os.path.abspath(base / expand(spec.path or "")))
     check.folder = str(root if root.is_dir() or not root.exists() else root.parent)
     check.found, check.missing = look_for(Path(check.folder), _named(spec))
     check.problems += [f"{check.folder}: lacks {name}" for name in check.missing]

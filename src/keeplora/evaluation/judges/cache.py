@@ -11,6 +11,8 @@ from typing import Any
 
 from keeplora.errors import KeepLoraError
 from keeplora.evaluation.judges.base import HIGHEST, Heard, Judge, JudgeError, Question, Verdict, identity_text
+from keeplora.files import read_regular
+from keeplora.json_text import MAX_BYTES, parse_json
 
 
 def judgement_key(identity: Mapping[str, Any], item: Question) -> str:
@@ -37,7 +39,7 @@ class JudgementCache:
         self.damaged = 0
         self._known: dict[str, Verdict] = {}
         try:
-            data = self.path.read_bytes()
+            data = read_regular(self.path, MAX_BYTES)
         except FileNotFoundError:
             data = b""
         except OSError as error:
@@ -73,7 +75,7 @@ class JudgementCache:
 
 def _read(line: bytes) -> tuple[str, Verdict] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line.decode("utf-8"))
         key, score, text = row["key"], row["score"], row["text"]
     except (ValueError, KeyError, TypeError):
         return None

@@ -77,10 +77,11 @@ class LocalJudge:
             if self.dtype not in DTYPES:
                 raise ConfigError(f"judge.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
             options: dict[str, Any] = {"revision": self.revision} if self.revision else {}
-            place = {"device_map": "auto"} if self.device == "auto" and _accelerated() else {}
+            place: dict[str, Any] = {"device_map": "auto"} if self.device == "auto" and _accelerated() else {}
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left", **options)
-                model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **options, **place)
+                place |= {"dtype": self.dtype, "use_safetensors": True}
+                model: Any = AutoModelForCausalLM.from_pretrained(self.model, **options, **place)
             except (OSError, ValueError) as error:
                 what = "folder" if Path(self.model).exists() else "model"
                 raise JudgeError(
