@@ -372,16 +372,26 @@ class ContinualLearner:
         """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
         return save_learner(self, directory)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish what was learned as a repository on the hub; ``options`` are `keeplora.publish`'s."""
+        # Upwards, for whoever has only the learner; pyproject.toml allows this one.
+        from keeplora.experiment.publish import publish
+
+        return publish(self, repo_id, **options)
+
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False
+        cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False, revision: str | None = None
     ) -> ContinualLearner:
         """Open a saved learner on the untouched base ``model``.
 
         Args:
-            append: write further tasks into the same ledger.
+            directory: a folder, or "owner/name" on the hub. append: write further tasks into the same ledger, a folder's.
+            revision: branch, tag or commit on the hub.
         """
-        ledger = open_ledger(directory)
+        ledger = open_ledger(directory, revision)
+        if append and not Path(directory).is_dir():
+            raise LedgerError(f"{directory} is on the hub: to append to it, save_pretrained() it into a folder first")
         learner = cls(model, KeepLoraConfig(**ledger.head["config"]), base_name=ledger.head["base"]["name"])
         apply_records(learner, ledger)
         learner._recall(learner.records)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
+from keeplora.hub import local_folder
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
 from keeplora.tuner.quantised import quantisation
@@ -179,9 +180,9 @@ def _is_module(model: nn.Module, name: str) -> bool:
     return leaf in model.get_submodule(parent)._modules
 
 
-def open_ledger(directory: str | os.PathLike[str]) -> Ledger:
-    """The ledger in ``directory`` (a saved learner, a run directory, or the ledger's own folder)."""
-    directory = Path(directory)
+def open_ledger(directory: str | os.PathLike[str], revision: str | None = None) -> Ledger:
+    """The ledger in ``directory`` (a saved learner, a run directory, the ledger's own folder, or "owner/name" on the hub)."""
+    directory = local_folder(directory, [f"{LEDGER_FOLDER}/*"], revision)
     if not directory.is_dir():
         raise LedgerError(f"{directory} is not a folder: give the folder that save_pretrained or a run wrote")
     return Ledger.open(directory / LEDGER_FOLDER if (directory / LEDGER_FOLDER).is_dir() else directory)
