@@ -1,0 +1,473 @@
+"""Push, fetch elsewhere, use: what lies in the repository, what does not, and that it is the trained model."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load, load_file
+from torch import nn
+
+from keeplora import ContinualLearner, Experiment, TrainedModel, publish
+from keeplora.errors import HubError, LedgerError
+from keeplora.experiment.card_facts import Told
+from keeplora.experiment.publish import write_repository
+from keeplora.models import load_model
+from tests.cli.tiny_world import TASKS, ledger_tensors, same_tensors
+from tests.fake_hub import TOKEN
+from tests.models.tiny import make_tiny
+from tests.tuner.blocks import config, learn, loader, loss_fn, make_net, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+LEDGER = {
+    "ledger/ledger.json", "ledger/base.safetensors",
+    *(f"ledger/{i:04d}-{name}/{file}" for i, name in enumerate(TASKS, 1) for file in ("record.json", "tensors.safetensors")),
+}  # fmt: skip
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture
+def base(hub, world):
+    """The base model under a name that others can use, and its card."""
+    (folder := world.root / "published-base").mkdir(exist_ok=True)
+    for file in Path(world.model).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "README.md").write_text("---\nlicense: bsd-3-clause\n---\n")
+    hub.add("tiny/clip", folder)
+    return "tiny/clip"
+
+
+def held(hub, repo_id: str) -> dict[str, bytes]:
+    return {path: content for path, content in hub.files(repo_id).items() if path != ".gitattributes"}
+
+
+def run_card(text: str, **namespace: Any) -> dict[str, Any]:
+    """Every Python block of a card, one after another, as a reader would paste them."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "card", "exec"), namespace)
+    return namespace
+
+
+def pictures(size: int = 32) -> torch.Tensor:
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def features(model: nn.Module) -> torch.Tensor:
+    """Of the same pictures and texts, whatever the model is wrapped in."""
+    model.eval()
+    with torch.no_grad():
+        ids = torch.tensor([[3, 9, 12, 1]])
+        out = model.get_image_features(pixel_values=pictures()), model.get_text_features(input_ids=ids)
+    return torch.cat([getattr(o, "pooler_output", o) for o in out])
+
+
+def tells(files: dict[str, bytes], *words: str) -> list[str]:
+    """The files that hold one of the words, in their text, their pictures' headers or their tensors' names."""
+    return [path for path, content in files.items() if any(word.encode() in content for word in words)]
+
+
+@pytest.fixture
+def pushed(hub, world, base):
+    path, _ = world.run()
+    done = publish(path, "me/three", licence="mit", languages=["en"], base_model=base)
+    return path, done, held(hub, "me/three")
+
+
+def test_the_repository_holds_this_and_nothing_else(pushed, hub, world):
+    path, done, files = pushed
+    assert set(files) == {"README.md", "figures/curves.png", *LEDGER, *ADAPTER}
+    assert done.files == len(files)
+    assert hub.repos["me/three"].messages[done.commit] == "3 tasks, with keeplora"
+    assert tells(files, str(world.root), str(Path.home()), str(path), TOKEN) == []
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny/clip"
+    assert Image.open(io.BytesIO(files["figures/curves.png"])).size[0] > 400
+
+
+def test_the_ledger_is_the_run_s_but_for_the_path_of_its_base(pushed, tmp_path):
+    path, _, files = pushed
+    there = {k: load(v) for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors")}
+    flat = {f"{k.split('/')[-2]}/{name}": t for k, tensors in there.items() for name, t in tensors.items()}
+    assert same_tensors(flat, ledger_tensors(path))
+    head, mine = (json.loads(x) for x in (files["ledger/ledger.json"], (path / "ledger/ledger.json").read_bytes()))
+    assert head["base"] == {**mine["base"], "name": "tiny/clip"}
+    assert {k: v for k, v in head.items() if k not in ("base", "seal")} == {
+        k: v for k, v in mine.items() if k not in ("base", "seal")
+    }
+    for i, name in enumerate(TASKS, 1):
+        record, own = (json.loads(x) for x in (files[f"ledger/{i:04d}-{name}/record.json"],
+                                               (path / f"ledger/{i:04d}-{name}/record.json").read_bytes()))  # fmt: skip
+        assert record["info"] == {**own["info"], "model": "tiny/clip"}
+        assert record["layers"] == own["layers"]
+
+
+def test_a_ledger_without_paths_is_copied_byte_for_byte(hub, tmp_path):
+    learner = learn(learn(ContinualLearner(make_net(), config(), base_name="me/net"), "a", 1), "b", 2)
+    learner.save_pretrained(tmp_path / "saved")
+    publish(tmp_path / "saved", "me/net-learned")
+    mine = {p.relative_to(tmp_path / "saved").as_posix(): p.read_bytes() for p in (tmp_path / "saved/ledger").rglob("*.*")}
+    mine = {k: v for k, v in mine.items() if (tmp_path / "saved" / k).is_file()}
+    assert {k: v for k, v in held(hub, "me/net-learned").items() if k.startswith("ledger/")} == mine
+
+
+def test_the_card_s_code_runs_and_opens_the_trained_model(pushed, hub):
+    path, _, files = pushed
+    trained = features(TrainedModel(path, device="cpu").family.model)
+    out = run_card(files["README.md"].decode())
+    torch.testing.assert_close(features(out["model"]), trained, atol=1e-5, rtol=1e-4)  # stock PEFT
+    torch.testing.assert_close(features(out["learner"].model), trained, atol=1e-6, rtol=1e-5)
+    assert [record.name for record in out["learner"].records] == list(TASKS)
+    fresh = load_model("tiny/clip").model
+    assert not torch.allclose(features(fresh), trained, atol=1e-4)
+
+
+def test_learning_goes_on_from_the_hub_as_it_would_here(pushed):
+    path, _, _ = pushed
+    local = TrainedModel(path, device="cpu").learner
+    remote = ContinualLearner.from_pretrained("me/three", load_model("tiny/clip").model)
+    generator = torch.Generator().manual_seed(1)
+    pixels, ids = torch.randn(6, 3, 32, 32, generator=generator), torch.tensor([[3, 9, 1], [3, 12, 1], [3, 20, 1]])
+    batches = [({"pixel_values": pixels, "input_ids": ids}, torch.tensor([0, 1, 2, 0, 1, 2]))]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(**batch[0]).logits_per_image, batch[1])
+
+    for learner in (local, remote):
+        with learner.task("next", batches, loss) as model:
+            train(model, batches, loss=loss)
+    mine, theirs = local.records[-1], remote.records[-1]
+    assert mine.factors.keys() == theirs.factors.keys()
+    assert all(torch.equal(f.A, theirs.factors[n].A) and torch.equal(f.B, theirs.factors[n].B) for n, f in mine.factors.items())
+    assert all(torch.equal(U, remote.U[name]) for name, U in local.U.items())
+    assert remote.audit().passed
+
+
+def test_a_ledger_on_the_hub_is_not_appended_to(pushed):
+    with pytest.raises(LedgerError, match="me/three is on the hub: to append to it, save_pretrained"):
+        ContinualLearner.from_pretrained("me/three", load_model("tiny/clip").model, append=True)
+
+
+def test_a_revision_is_opened(pushed, hub, world):
+    _, done, _ = pushed
+    repo = hub.repos["me/three"]
+    repo.commit("main", {k: v for k, v in hub.files("me/three").items() if not k.startswith("ledger/")})
+    with pytest.raises(HubError, match=r"holds no ledger/\*"):
+        ContinualLearner.from_pretrained("me/three", load_model("tiny/clip").model)
+    learner = ContinualLearner.from_pretrained("me/three", load_model("tiny/clip").model, revision=done.commit)
+    assert len(learner.records) == 3
+
+
+def test_another_base_is_refused(pushed, hub, tmp_path):
+    model = load_model("tiny/clip").model
+    with torch.no_grad():
+        model.vision_model.encoder.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    with pytest.raises(LedgerError, match=r"belongs to another base model \(tiny/clip\)"):
+        ContinualLearner.from_pretrained("me/three", model)
+
+
+def test_the_card_s_head_is_what_the_hub_reads(pushed):
+    _, _, files = pushed
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.base_model, data.library_name, data.license, data.language) == ("tiny/clip", "peft", "mit", ["en"])
+    assert data.pipeline_tag == "zero-shot-image-classification"
+    found = {e.dataset_name: (e.metric_type, e.metric_value, e.metric_name) for e in data.eval_results or []}
+    results = json.loads((pushed[0] / "results.json").read_text())
+    assert found == {
+        name: ("accuracy", round(value, 2), f"accuracy in percent after 3 tasks, n = {results['test_counts'][name]}")
+        for name, value in zip(TASKS, results["accuracy"][-1], strict=True)
+    }
+    assert "| the base model, tiny/clip | bsd-3-clause |" in files["README.md"].decode()
+
+
+def test_pushing_again_after_a_task_was_taken_back(pushed, hub, world, tmp_path):
+    import shutil
+
+    path = world.copied(pushed[0], tmp_path / "run")
+    shutil.rmtree(path / "ledger/0003-dots")
+    publish(path, "me/three", base_model="tiny/clip")
+    files = held(hub, "me/three")
+    assert {k for k in files if "0003" in k} == set()
+    card = files["README.md"].decode()
+    assert "(removed or rolled back): dots" in card
+    assert [e.dataset_name for e in ModelCard(card).data.eval_results or []] == ["paint", "stripes"]
+    assert len(ContinualLearner.from_pretrained("me/three", load_model("tiny/clip").model).records) == 2
+
+
+def test_merged_and_single_adapters(hub, world, base):
+    from peft import PeftModel
+    from transformers import CLIPModel
+
+    path, _ = world.run()
+    publish(path, "me/all", base_model=base, merged=True, adapters=True)
+    files = held(hub, "me/all")
+    assert {k.split("/")[1] for k in files if k.startswith("adapters/")} == {f"{i:04d}-{n}" for i, n in enumerate(TASKS, 1)}
+    assert tells(files, str(world.root), str(Path.home())) == []
+    out = run_card(files["README.md"].decode())
+    trained = features(TrainedModel(path, device="cpu").family.model)
+    torch.testing.assert_close(features(out["merged"]), trained, atol=1e-5, rtol=1e-4)
+    one = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), "me/all", subfolder="adapters/0002-stripes")
+    W = one.base_model.model.vision_model.encoder.layers[1].self_attn.q_proj
+    record = TrainedModel(path, device="cpu").learner.records[1].factors["vision_model.encoder.layers.1.self_attn.q_proj"]
+    torch.testing.assert_close(W.get_delta_weight("default"), record.delta, atol=1e-6, rtol=1e-5)
+
+
+# ---- other methods and models -----------------------------------------------------------------------------------------
+
+
+def test_whole_weights_have_no_adapter_and_say_so(hub, world, base):
+    path, _ = world.run(method="full-ft")
+    publish(path, "me/whole", base_model=base, merged=True)
+    files = held(hub, "me/whole")
+    assert not ADAPTER & set(files)
+    card = files["README.md"].decode()
+    assert "There is no adapter for `peft` here: the method leaves whole weights" in card
+    assert "This method protects no subspace" in card
+    assert ModelCard(card).data.library_name == "keeplora"
+    out = run_card(card)
+    trained = features(TrainedModel(path, device="cpu").family.model)
+    torch.testing.assert_close(features(out["merged"]), trained, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features(out["learner"].model), trained, atol=1e-6, rtol=1e-5)
+    assert type(out["learner"]).__name__ == "FullFinetuning" or type(out["learner"]) is not ContinualLearner
+
+
+def test_pictures_for_replay_stay_here(hub, world, base):
+    path, _ = world.run(method="replay")
+    publish(path, "me/replay", base_model=base)
+    files = held(hub, "me/replay")
+    names = {name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)}
+    assert any(name.startswith("extra/replay") for name in ledger_names(path))
+    assert not any("replay" in name for name in names)
+    card = files["README.md"].decode()
+    assert "Left out: what the method keeps of its training data (replay), so going on here does without it" in card
+    assert "samples of the training data**" not in card
+    out = run_card(card)
+    trained = features(TrainedModel(path, device="cpu").family.model)
+    torch.testing.assert_close(features(out["learner"].model), trained, atol=1e-6, rtol=1e-5)
+    assert out["learner"].memories() == []
+
+
+def ledger_names(run: Path) -> set[str]:
+    return {name for file in (run / "ledger").rglob("*.safetensors") for name in load_file(file)}
+
+
+def test_pictures_for_replay_go_along_where_that_is_said(hub, world, base):
+    path, _ = world.run(method="replay")
+    publish(path, "me/replay", base_model=base, with_samples=True)
+    files = held(hub, "me/replay")
+    names = {name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)}
+    assert names == ledger_names(path)
+    assert "**`ledger/` holds samples of the training data**" in files["README.md"].decode()
+
+
+def test_a_method_that_answers_with_its_training_data(hub, world):
+    path, _ = world.run(method="rail-dual")
+    with pytest.raises(HubError, match=r"task 'paint': the method answers with its training data \(rail/features\)"):
+        publish(path, "me/rail")
+    assert hub.repos == {}
+    publish(path, "me/rail", with_samples=True)
+    card = held(hub, "me/rail")["README.md"].decode()
+    assert "no adapter for `peft` here: the method answers through a regression beside the model" in card
+
+
+def test_nothing_learned_is_nothing_to_publish(hub, world):
+    path, _ = world.run(method="zero-shot")
+    with pytest.raises(HubError, match="nothing was learned yet"):
+        publish(path, "me/nothing")
+    assert hub.requests == []
+
+
+def test_a_generative_run(hub, tmp_path):
+    from generation_world import make_world
+    from transformers import LlavaForConditionalGeneration
+
+    path = tmp_path / "run"
+    Experiment({**make_world(tmp_path), "output": str(path)}, quiet=True).run()
+    hub.add("tiny/llava", tmp_path / "model")
+    publish(path, "me/asked", base_model="tiny/llava", merged=True)
+    files = held(hub, "me/asked")
+    assert not [k for k in files if k.split("/")[0] in ("predictions", "samples", "judgements.jsonl", "config.yaml")]
+    assert tells(files, str(tmp_path), "What colour is it?", "Is it red?") == []
+    card = files["README.md"].decode()
+    data = ModelCard(card).data
+    assert data.pipeline_tag == "image-text-to-text"
+    assert {(e.dataset_name, e.metric_type) for e in data.eval_results or []} == {("colours", "exact"), ("answers", "exact")}
+    assert "| MFN |" in card
+    assert "questions (exact)" in card
+    out = run_card(card)
+    model = TrainedModel(path, device="cpu")
+    name, A = next((n, f) for n, f in model.learner.records[0].factors.items())
+    W = model.family.model.get_submodule(name).weight
+    torch.testing.assert_close(out["learner"].model.get_submodule(name).weight, W, atol=1e-6, rtol=1e-5)
+    assert isinstance(out["merged"], LlavaForConditionalGeneration)
+    torch.testing.assert_close(out["merged"].get_submodule(name).weight, W, atol=1e-6, rtol=1e-5)
+    x = torch.randn(2, W.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            out["model"].base_model.model.get_submodule(name)(x), model.family.model.get_submodule(name)(x), atol=1e-5, rtol=1e-4
+        )  # fmt: skip
+
+
+# ---- people with a loop of their own -----------------------------------------------------------------------------------
+
+
+def test_a_learner_pushes_itself(hub):
+    learner = learn(learn(ContinualLearner(make_net(), config()), "a", 1), "b", 2)
+    x = next(iter(loader(seed=7)))[0]
+    with torch.no_grad():
+        expected = learner.model.eval()(x)
+    done = learner.push_to_hub("me/net", private=True, licence="apache-2.0")
+    assert hub.repos["me/net"].private
+    assert done.commit == hub.repos["me/net"].branches["main"]
+    again = ContinualLearner.from_pretrained("me/net", make_net())
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.eval()(x), expected, atol=1e-6, rtol=1e-5)
+    from peft import PeftModel
+
+    stock = PeftModel.from_pretrained(make_net(), "me/net").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(x), expected, atol=1e-5, rtol=1e-4)
+    card = held(hub, "me/net")["README.md"].decode()
+    assert "on the untouched base model, a `Net`" in card
+    assert "No results came with this ledger" in card
+    out = run_card(card, base=make_net())
+    assert len(out["learner"].records) == 2
+    learn(again, "c", 3)
+    assert again.audit().passed
+
+
+def test_modules_trained_in_full_go_into_the_adapter(hub):
+    from peft import PeftModel
+
+    learner = learn(ContinualLearner(make_net(), config(free_modules=["head"])), "a", 1)
+    x = next(iter(loader(seed=7)))[0]
+    with torch.no_grad():
+        expected = learner.model.eval()(x)
+    learner.push_to_hub("me/free")
+    stock = PeftModel.from_pretrained(make_net(), "me/free").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_modules_trained_in_full_need_the_learner(hub, tmp_path):
+    learn(ContinualLearner(make_net(), config(free_modules=["head"])), "a", 1).save_pretrained(tmp_path / "saved")
+    publish(tmp_path / "saved", "me/free")
+    files = held(hub, "me/free")
+    assert not ADAPTER & set(files)
+    assert "trains modules in full" in files["README.md"].decode()
+    assert len(ContinualLearner.from_pretrained("me/free", make_net()).records) == 1
+
+
+def test_the_learner_s_model_merged(hub, world):
+    model = load_model(world.model).model
+    targets = ["vision_model.encoder.layers.1.self_attn.q_proj"]
+    learner = ContinualLearner(model, config(target_modules=targets))
+    batches = [pictures()]
+
+    def loss(m, x):
+        out = m.get_image_features(pixel_values=x)
+        return getattr(out, "pooler_output", out).square().mean(-1)
+
+    with learner.task("a", batches, loss) as adapted:
+        train(adapted, batches, loss=lambda m, x: loss(m, x).mean())
+    learner.push_to_hub("me/merged", merged=True)
+    from transformers import CLIPModel
+
+    torch.testing.assert_close(features(CLIPModel.from_pretrained("me/merged", subfolder="merged")), features(model))
+
+
+def test_what_cannot_be_merged_says_why(hub, tmp_path, world):
+    learner = learn(ContinualLearner(make_net(), config()), "a", 1)
+    learner.save_pretrained(tmp_path / "saved")
+    for source, says in ((tmp_path / "saved", "has no base model at hand"), (learner, "has no base model at hand"),
+                         (world.run(method="rail-dual")[0], "--merged: the method answers through a regression")):  # fmt: skip
+        with pytest.raises(HubError, match=says):
+            publish(source, "me/x", merged=True, with_samples=True)
+    assert hub.repos == {}
+
+
+def test_tensors_that_nobody_vouches_for_stay_here(hub):
+    learner = ContinualLearner(make_net(), config(keep_covariance=True))
+    batches = loader(seed=1)
+    with learner.task("a", batches, loss_fn) as model:
+        train(model, batches)
+    learner.records[0].tensors["mine/memory"] = torch.ones(3)
+    learner.push_to_hub("me/net")
+    files = held(hub, "me/net")
+    names = set(load(files["ledger/0001-a/tensors.safetensors"]))
+    assert not any(name.startswith(("extra/", "covariance/")) for name in names)
+    card = files["README.md"].decode()
+    assert "training data (mine)" in card
+    assert "covariances" in card
+    learner.push_to_hub("me/net", with_samples=True)
+    names = set(load(held(hub, "me/net")["ledger/0001-a/tensors.safetensors"]))
+    assert "extra/mine/memory" in names
+    assert any(name.startswith("covariance/") for name in names)
+
+
+@pytest.mark.parametrize("secret", ["hf_abcdefghijklmnopqrstuvwxyz", "sk-proj-0123456789abcdef", TOKEN])
+def test_a_secret_in_the_ledger_stops_the_push(hub, secret):
+    learner = ContinualLearner(make_net(), config())
+    learn(learner, "a", 1, info={"note": f"key {secret}"})
+    with pytest.raises(HubError, match=r"ledger/0001-a/record.json would tell what looks like a token") as caught:
+        learner.push_to_hub("me/net")
+    assert secret not in str(caught.value)
+    assert hub.requests == []
+
+
+def test_a_path_that_hides_in_a_name_stops_the_push(hub):
+    learner = ContinualLearner(make_net(), config())
+    learn(learner, "a", 1, info={"classes": [f"see {Path.home()}"]})  # classes are the model's words and never touched
+    with pytest.raises(HubError, match=r"would tell a path of this machine"):
+        learner.push_to_hub("me/net")
+    assert hub.requests == []
+
+
+def test_bad_words(hub, world, tmp_path):
+    path, _ = world.run()
+    with pytest.raises(HubError, match="--base-model '/models/clip' is not a name on the hub"):
+        publish(path, "me/three", base_model="/models/clip")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(HubError, match="exists already"):
+        write_repository(path, tmp_path / "there", "me/three", Told())
+    with pytest.raises(LedgerError, match="is not a folder"):
+        publish(tmp_path / "nowhere", "me/three")
+    assert hub.requests == []
+
+
+def test_a_push_that_fails_leaves_nothing_behind(hub, world, tmp_path, monkeypatch):
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = sorted(p for p in world.run()[0].rglob("*"))
+    hub.owners.clear()
+    with pytest.raises(HubError, match="403"):
+        publish(world.run()[0], "me/three")
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(p for p in world.run()[0].rglob("*")) == before
+
+
+def test_the_embedded_model_has_a_loader_of_its_own(hub, tmp_path, monkeypatch, world):
+    from keeplora.models import assets
+
+    folder = make_tiny("embedded", tmp_path / "embedded")
+    monkeypatch.setattr(assets, "embedded_path", lambda: folder)
+    path = tmp_path / "run"
+    Experiment({**world.config(), "model": "embedded", "output": str(path)}, quiet=True).run()
+    publish(path, "me/embedded", merged=True)
+    card = held(hub, "me/embedded")["README.md"].decode()
+    assert ModelCard(card).data.base_model is None
+    assert 'load_model("embedded")' in card
+    out = run_card(card)
+    model = TrainedModel(path, device="cpu").family.model
+    with torch.no_grad():
+        expected = model.get_image_features(pictures(28))
+        for found in (out["model"], out["learner"].model, out["merged"]):
+            torch.testing.assert_close(found.eval().get_image_features(pictures(28)), expected, atol=1e-5, rtol=1e-4)
