@@ -49,7 +49,9 @@ class Repo:
     messages: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: dict[str, bytes], message: str = "") -> str:
-        told = json.dumps([branch, len(self.commits), sorted((k, hashlib.sha256(v).hexdigest()) for k, v in files.items())])
+        told = json.dumps(
+            [branch, len(self.commits), sorted((k, hashlib.sha256(v).hexdigest()) for k, v in files.items())]
+        )
         sha = hashlib.sha1(told.encode()).hexdigest()
         self.commits[sha], self.branches[branch], self.messages[sha] = files, sha, message
         return sha
@@ -135,7 +137,9 @@ class FakeHub:
             return
         body = self._body(handler)
         if fault is not None and isinstance(fault.status, int):
-            self._reply(handler, fault.status, {"error": fault.message}, {"X-Error-Code": fault.code} if fault.code else {})
+            self._reply(
+                handler, fault.status, {"error": fault.message}, {"X-Error-Code": fault.code} if fault.code else {}
+            )
             return
         with self._lock:
             status, content, headers = self._answer(handler, url.path, parse_qs(url.query), body)
@@ -181,7 +185,9 @@ class FakeHub:
             return self._batch(json.loads(body)) if known else (401, {"error": "who are you?"}, {})
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3], known)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|branch|preupload|commit)/([^/]+))?/?", path):
+        if match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|branch|preupload|commit)/([^/]+))?/?", path
+        ):
             return self._model(match[1], match[2] or "revision", match[3] or "main", query, body, known)
         return 404, {"error": f"no such path: {path}"}, {}
 
@@ -228,7 +234,10 @@ class FakeHub:
     def _batch(self, told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         objects = []
         for item in told["objects"]:
-            up = {"upload": {"href": f"{self.url}/lfs/upload/{item['oid']}"}, "verify": {"href": f"{self.url}/lfs/verify"}}
+            up = {
+                "upload": {"href": f"{self.url}/lfs/upload/{item['oid']}"},
+                "verify": {"href": f"{self.url}/lfs/verify"},
+            }
             objects.append({**item, **({} if item["oid"] in self.large else {"actions": up})})
         return 200, {"transfer": "basic", "objects": objects}, {}
 
@@ -269,7 +278,11 @@ class FakeHub:
         if what == "tree":
             return 200, [self._entry(path, content) for path, content in sorted(files.items())], {}
         if what == "preupload":
-            answer = 200, {"files": [self._mode(f["path"], files.get(f["path"])) for f in json.loads(body)["files"]]}, {}
+            answer = (
+                200,
+                {"files": [self._mode(f["path"], files.get(f["path"])) for f in json.loads(body)["files"]]},
+                {},
+            )
             self.between()
             return answer
         return self._commit(repo, repo_id, revision, body)
@@ -301,9 +314,8 @@ class FakeHub:
                 if value["oid"] not in self.large:
                     return 400, {"error": f"{value['path']} was not uploaded"}, {}
                 files[value["path"]] = self.large[value["oid"]]
-            elif line["key"] == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    return 404, {"error": "A file with this name doesn't exist"}, {"X-Error-Code": "EntryNotFound"}
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                return 404, {"error": "A file with this name doesn't exist"}, {"X-Error-Code": "EntryNotFound"}
         sha = repo.commit(branch, files, head["summary"])
         return 200, {"commitUrl": f"{self.url}/{repo_id}/commit/{sha}", "commitOid": sha, "pullRequestUrl": None}, {}
 

@@ -16,8 +16,10 @@ COMMIT = r"POST /api/models/me/pets/commit/"
 @pytest.fixture
 def folder(tmp_path):
     """What `keeplora.experiment.publish` would write, in miniature."""
-    return written(tmp_path / "folder", {"README.md": "---\nlicense: mit\n---\n# pets\n", "ledger/ledger.json": "{}",
-                                         "ledger/0001-pets/record.json": "{1}", "adapter_model.safetensors": "weights"})  # fmt: skip
+    texts = {"README.md": "---\nlicense: mit\n---\n# pets\n", "ledger/ledger.json": "{}"}
+    return written(
+        tmp_path / "folder", {**texts, "ledger/0001-pets/record.json": "{1}", "adapter_model.safetensors": "weights"}
+    )
 
 
 def written(root: Path, files: dict[str, str]) -> Path:
@@ -86,7 +88,9 @@ def test_private_is_never_published_where_all_can_read(hub, folder):
 
 
 def test_another_model_is_not_written_over(hub, folder, tmp_path):
-    hub.add("me/pets", written(tmp_path / "other", {"config.json": "{}", "model.safetensors": "theirs", "README.md": "x"}))
+    hub.add(
+        "me/pets", written(tmp_path / "other", {"config.json": "{}", "model.safetensors": "theirs", "README.md": "x"})
+    )
     text = refused(folder)
     assert "config.json, model.safetensors" in text
     assert "nothing was published" in text
@@ -141,7 +145,9 @@ def test_somebody_else_s_name(hub, folder):
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, "drop", "lose"])
-@pytest.mark.parametrize("where", [r"POST /api/repos/create", r"GET /api/models/me/pets/tree", r"PUT /lfs/upload", COMMIT])
+@pytest.mark.parametrize(
+    "where", [r"POST /api/repos/create", r"GET /api/models/me/pets/tree", r"PUT /lfs/upload", COMMIT]
+)
 def test_a_passing_fault_is_got_over(hub, folder, status, where):
     hub.faults.append(Fault(where, status, times=2))
     done = upload(folder, "me/pets")
@@ -237,7 +243,9 @@ def test_a_revision_is_its_own_copy(hub, folder):
     first = upload(folder, "me/pets").commit
     (folder / "ledger/ledger.json").write_text('{"more": 1}')
     upload(folder, "me/pets", revision="trial")
-    texts = [(local_folder("me/pets", ["ledger/*"], r) / "ledger/ledger.json").read_text() for r in (None, "trial", first)]
+    texts = [
+        (local_folder("me/pets", ["ledger/*"], r) / "ledger/ledger.json").read_text() for r in (None, "trial", first)
+    ]
     assert texts == ["{}", '{"more": 1}', "{}"]
 
 

@@ -113,7 +113,9 @@ def test_a_ledger_without_paths_is_copied_byte_for_byte(hub, tmp_path):
     learner = learn(learn(ContinualLearner(make_net(), config(), base_name="me/net"), "a", 1), "b", 2)
     learner.save_pretrained(tmp_path / "saved")
     publish(tmp_path / "saved", "me/net-learned")
-    mine = {p.relative_to(tmp_path / "saved").as_posix(): p.read_bytes() for p in (tmp_path / "saved/ledger").rglob("*.*")}
+    mine = {
+        p.relative_to(tmp_path / "saved").as_posix(): p.read_bytes() for p in (tmp_path / "saved/ledger").rglob("*.*")
+    }
     mine = {k: v for k, v in mine.items() if (tmp_path / "saved" / k).is_file()}
     assert {k: v for k, v in held(hub, "me/net-learned").items() if k.startswith("ledger/")} == mine
 
@@ -145,7 +147,9 @@ def test_learning_goes_on_from_the_hub_as_it_would_here(pushed):
             train(model, batches, loss=loss)
     mine, theirs = local.records[-1], remote.records[-1]
     assert mine.factors.keys() == theirs.factors.keys()
-    assert all(torch.equal(f.A, theirs.factors[n].A) and torch.equal(f.B, theirs.factors[n].B) for n, f in mine.factors.items())
+    assert all(
+        torch.equal(f.A, theirs.factors[n].A) and torch.equal(f.B, theirs.factors[n].B) for n, f in mine.factors.items()
+    )
     assert all(torch.equal(U, remote.U[name]) for name, U in local.U.items())
     assert remote.audit().passed
 
@@ -208,14 +212,18 @@ def test_merged_and_single_adapters(hub, world, base):
     path, _ = world.run()
     publish(path, "me/all", base_model=base, merged=True, adapters=True)
     files = held(hub, "me/all")
-    assert {k.split("/")[1] for k in files if k.startswith("adapters/")} == {f"{i:04d}-{n}" for i, n in enumerate(TASKS, 1)}
+    assert {k.split("/")[1] for k in files if k.startswith("adapters/")} == {
+        f"{i:04d}-{n}" for i, n in enumerate(TASKS, 1)
+    }
     assert tells(files, str(world.root), str(Path.home())) == []
     out = run_card(files["README.md"].decode())
     trained = features(TrainedModel(path, device="cpu").family.model)
     torch.testing.assert_close(features(out["merged"]), trained, atol=1e-5, rtol=1e-4)
     one = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), "me/all", subfolder="adapters/0002-stripes")
     W = one.base_model.model.vision_model.encoder.layers[1].self_attn.q_proj
-    record = TrainedModel(path, device="cpu").learner.records[1].factors["vision_model.encoder.layers.1.self_attn.q_proj"]
+    record = (
+        TrainedModel(path, device="cpu").learner.records[1].factors["vision_model.encoder.layers.1.self_attn.q_proj"]
+    )
     torch.testing.assert_close(W.get_delta_weight("default"), record.delta, atol=1e-6, rtol=1e-5)
 
 
@@ -235,14 +243,16 @@ def test_whole_weights_have_no_adapter_and_say_so(hub, world, base):
     trained = features(TrainedModel(path, device="cpu").family.model)
     torch.testing.assert_close(features(out["merged"]), trained, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(features(out["learner"].model), trained, atol=1e-6, rtol=1e-5)
-    assert type(out["learner"]).__name__ == "FullFinetuning" or type(out["learner"]) is not ContinualLearner
+    assert not out["learner"].protects
 
 
 def test_pictures_for_replay_stay_here(hub, world, base):
     path, _ = world.run(method="replay")
     publish(path, "me/replay", base_model=base)
     files = held(hub, "me/replay")
-    names = {name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)}
+    names = {
+        name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)
+    }
     assert any(name.startswith("extra/replay") for name in ledger_names(path))
     assert not any("replay" in name for name in names)
     card = files["README.md"].decode()
@@ -262,7 +272,9 @@ def test_pictures_for_replay_go_along_where_that_is_said(hub, world, base):
     path, _ = world.run(method="replay")
     publish(path, "me/replay", base_model=base, with_samples=True)
     files = held(hub, "me/replay")
-    names = {name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)}
+    names = {
+        name for k, v in files.items() if k.startswith("ledger/") and k.endswith(".safetensors") for name in load(v)
+    }
     assert names == ledger_names(path)
     assert "**`ledger/` holds samples of the training data**" in files["README.md"].decode()
 
@@ -298,12 +310,15 @@ def test_a_generative_run(hub, tmp_path):
     card = files["README.md"].decode()
     data = ModelCard(card).data
     assert data.pipeline_tag == "image-text-to-text"
-    assert {(e.dataset_name, e.metric_type) for e in data.eval_results or []} == {("colours", "exact"), ("answers", "exact")}
+    assert {(e.dataset_name, e.metric_type) for e in data.eval_results or []} == {
+        ("colours", "exact"),
+        ("answers", "exact"),
+    }
     assert "| MFN |" in card
     assert "questions (exact)" in card
     out = run_card(card)
     model = TrainedModel(path, device="cpu")
-    name, A = next((n, f) for n, f in model.learner.records[0].factors.items())
+    name = next(iter(model.learner.records[0].factors))
     W = model.family.model.get_submodule(name).weight
     torch.testing.assert_close(out["learner"].model.get_submodule(name).weight, W, atol=1e-6, rtol=1e-5)
     assert isinstance(out["merged"], LlavaForConditionalGeneration)

@@ -52,10 +52,17 @@ def push(
         raise ConfigError("--output goes with --dry-run, which writes the repository into a folder and uploads nothing")
     check_repo_id(repo_id)
     if not dry_run:
-        done = publish(
-            directory, repo_id, private=private or None, revision=revision, licence=license, languages=language or (),
-            base_model=base_model, title=title, merged=merged, adapters=adapters, with_samples=with_samples, message=message,
-        )  # fmt: skip
+        try:
+            done = publish(
+                directory, repo_id, private=private or None, revision=revision, licence=license, languages=language or (),
+                base_model=base_model, title=title, merged=merged, adapters=adapters, with_samples=with_samples,
+                message=message,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            typer.echo(
+                "Interrupted. The hub shows what it showed before or the whole; push again to be sure.", err=True
+            )
+            raise typer.Exit(130) from None
         typer.echo(f"{done.url}\n{done.files} files, {size(done.bytes)}, commit {done.commit}")
         return
     told = Told(license, tuple(language or ()), base_model, title)

@@ -22,7 +22,7 @@ from keeplora.tuner.persistence import open_ledger
 from keeplora.yaml_text import read_yaml
 
 LEARNED_LAST = "learned with the last task, jointly"
-MODEL_ARGUMENTS = ("revision", "image_size", "dtype", "quantize", "max_length")
+MODEL_ARGUMENTS = ("image_size", "quantize", "max_length", "trust_remote_code")
 """Settings of a run's model that opening it again must be given."""
 
 
@@ -117,13 +117,15 @@ def base_of(source: Source, told: Told, pipeline: str | None, online: bool) -> B
     name = told.base_model or portable_name(head["name"] or head["class"], source.base_dir)
     own = told.base_model is None and name in OWN
     hub_id = name if is_repo_id(name) and not own else None
-    arguments = {key: source.settings.get(key) for key in MODEL_ARGUMENTS}
-    given = {key: value for key, value in arguments.items() if value not in (None, "auto")}
+    revision = None if told.base_model else source.settings.get("revision") or head.get("revision")
+    dtype = _dtype(source, pipeline)
+    arguments = {"revision": revision, "dtype": dtype, **{key: source.settings.get(key) for key in MODEL_ARGUMENTS}}
+    given = {key: value for key, value in arguments.items() if value}
     opened = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in given.items())]).replace("'", '"')
     load = Opening(("from keeplora.models import load_model",), (f"base = load_model({opened}).model",))
-    stock = load if own else _stock(name, head["class"], source)
+    stock = load if own else _stock(name, revision, dtype, head["class"], source)
     return Base(
-        name=name, cls=head["class"], hash=head["hash"], hub_id=hub_id, revision=given.get("revision"),
+        name=name, cls=head["class"], hash=head["hash"], hub_id=hub_id, revision=revision,
         licence=_licence(source, name, hub_id, online), stock=stock, own=load if source.config or own else stock,
         module=_module(head["class"]),
     )  # fmt: skip
@@ -140,16 +142,27 @@ def _module(cls: str) -> str:
     return EmbeddedDualEncoder.__module__ if cls == EmbeddedDualEncoder.__name__ else ""
 
 
-def _stock(name: str, cls: str, source: Source) -> Opening | None:
+def _dtype(source: Source, pipeline: str | None) -> str | None:
+    """ "bf16" or "fp32" where a generative run has to say it, for its hash is of the weights as they were held; else None."""
+    asked = source.settings.get("dtype")
+    if asked in ("bf16", "fp32") or not source.config or not (pipeline or "").endswith("text-to-text"):
+        return asked if asked in ("bf16", "fp32") else None
+    # "auto": as published (half, for nearly all of them) where there was a GPU to run on, else fp32, as it is by default.
+    environment = source.run.environment if source.run is not None else {}
+    gpus = (environment.get("torch") or {}).get("gpus")
+    return "bf16" if gpus and source.config.get("device") != "cpu" else None
+
+
+def _stock(name: str, revision: str | None, dtype: str | None, cls: str, source: Source) -> Opening | None:
     """How transformers opens the base; None where it is no class of theirs, or was quantised."""
     if _module(cls) != "transformers" or source.settings.get("quantize"):
         return None
     imports, arguments = [f"from transformers import {cls}"], [f'"{name}"']
-    if revision := source.settings.get("revision"):
+    if revision:
         arguments.append(f'revision="{revision}"')
     if source.config:  # runs say it when they open a model; whoever has a loop of their own took transformers' default
         imports.append("import torch")
-        arguments.append(f"dtype=torch.{'bfloat16' if source.settings.get('dtype') == 'bf16' else 'float32'}")
+        arguments.append(f"dtype=torch.{'bfloat16' if dtype == 'bf16' else 'float32'}")
     return Opening(tuple(imports), (f"base = {cls}.from_pretrained({', '.join(arguments)})",))
 
 

@@ -144,7 +144,7 @@ def check_clean(folder: Path, machine: Iterable[str | os.PathLike[str]], secrets
         text = file.read_text(encoding="utf-8", errors="replace")
         where = file.relative_to(folder).as_posix()
         for path in told:
-            if len(path) > 1 and re.search(rf"{re.escape(path.rstrip('/'))}(?![\w.-])", text):
+            if len(path) > 1 and re.search(rf"(?<![\w/]){re.escape(path.rstrip('/'))}(?![\w.-])", text):
                 raise HubError(f"{where} would tell a path of this machine ({path}): nothing was published")
         if _SECRET.search(text) or any(secret in text for secret in hidden):
             raise HubError(f"{where} would tell what looks like a token or key: nothing was published")

@@ -123,11 +123,9 @@ def write_card(
 ) -> str:  # fmt: skip
     """The model card alone, written to ``path`` where one is given; what it lists is what `publish` puts there by default."""
     with _opened(source) as found:
-        adapter = bool(concatenated(found.records)) and not found.learner.unmergeable
-        figure = found.run is not None and bool(found.run.accuracy)
-        why = "" if adapter else _why_no_adapter(found)
-        facts = collect(found, repo_id, told or Told(), Contents(adapter, figure=figure, why_no_adapter=why))
-        text = render_card(facts)
+        adapter = _has_adapter(found)
+        contents = Contents(adapter, why_no_adapter="" if adapter else _why_no_adapter(found))
+        text = render_card(collect(found, repo_id, told or Told(), contents))
     if path is not None:
         atomic_write_text(path, text)
     return text
@@ -143,6 +141,13 @@ def _opened(source: str | os.PathLike[str] | ContinualLearner) -> Iterator[Sourc
         yield dataclasses.replace(open_source(path), learner=type(source), live=source)
 
 
+def _has_adapter(source: Source) -> bool:
+    """Whether one adapter holds what was learned, and can be written: whole modules in it need the model at hand."""
+    at_hand = source.live is not None or source.run is not None
+    whole = any(record.full for record in source.records)
+    return not source.learner.unmergeable and bool(concatenated(source.records)) and (at_hand or not whole)
+
+
 def _why_no_adapter(source: Source) -> str:
     """Words that follow "the method"."""
     if source.learner.unmergeable:
@@ -154,14 +159,13 @@ def _why_no_adapter(source: Source) -> str:
 
 def _weights(source: Source, folder: Path, base_name: str, merged: bool, adapters: bool) -> Contents:
     """The adapter at the root, single tasks' and the merged model where they are asked for and can be made."""
-    factors = {} if source.learner.unmergeable else concatenated(source.records)
+    adapter = _has_adapter(source)
     whole = any(record.full for record in source.records)  # free modules, beside factors
-    learner = source.live or (_trained(source) if source.run is not None and factors and whole else None)
-    adapter = bool(factors) and (not whole or learner is not None)
+    learner = source.live or (_trained(source) if adapter and whole else None)
     if adapter:
         free = free_weights(learner, source.records) if learner is not None else None
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = write_peft_adapter(Path(scratch, "adapter"), factors, base_name, free)
+            made = write_peft_adapter(Path(scratch, "adapter"), concatenated(source.records), base_name, free)
             for file in made.iterdir():
                 file.rename(folder / file.name)
     tasks = []
@@ -211,4 +215,4 @@ def _machine(source: Source) -> list[str]:
     folders = [str(source.config[key]) for key in keys if source.config.get(key)] + [str(source.path.resolve())]
     model = str(source.ledger.head["base"]["name"] or "")
     folders += [model] if os.path.isabs(model) else []
-    return [str(Path.home()), os.getcwd(), *(folder for folder in folders if os.path.isabs(folder))]
+    return [str(Path.home()), os.getcwd(), *filter(os.path.isabs, folders)]
