@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keeplora.errors import KeepLoraError
-from keeplora.experiment.portable import portable_name, without_paths
+from keeplora.experiment.portable import history, portable_name, without_paths
 from keeplora.hub import is_repo_id
 from keeplora.math import factor_leak
 from keeplora.report.card import Base, CardFacts, Contents, Leak, Opening, Room, TaskFacts
@@ -38,12 +38,17 @@ class Told:
 
 @dataclass(frozen=True)
 class Source:
-    """A ledger with what lies around it. ``learner`` is the class that opens it; ``model`` the trained model where the
-    learner itself is at hand."""
+    """A ledger with what lies around it.
+
+    Attributes:
+        records: the tasks in force. history: those whose directions are in U, one that was taken out maybe among them.
+        learner: the class that opens it. live: the learner itself, where it is at hand.
+    """
 
     path: Path
     ledger: Ledger
     records: list[TaskRecord]
+    history: list[TaskRecord]
     run: Run | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     learner: type[ContinualLearner] = ContinualLearner
@@ -67,7 +72,7 @@ def open_source(path: str | Path) -> Source:
     """
     path = Path(path).expanduser()
     ledger = open_ledger(path)
-    run, config, learner = None, {}, ContinualLearner
+    run, config, learner = None, {}, _class_of(ledger)
     if (path / "config.yaml").is_file():
         from keeplora.methods import get_method
 
@@ -76,7 +81,21 @@ def open_source(path: str | Path) -> Source:
         if not isinstance(config, dict) or not isinstance(config.get("method"), str):
             raise KeepLoraError(f"{path / 'config.yaml'} is damaged: it names no method; restore it from a copy")
         learner = get_method(config["method"]).learner
-    return Source(path, ledger, ledger.records(), run if run and run.results else None, config, learner)
+    kept = history(ledger)
+    records = [each.record for each in kept if each.active]
+    past = [each.record for each in kept]
+    return Source(path, ledger, records, past, run if run and run.results else None, config, learner)
+
+
+def _class_of(ledger: Ledger) -> type[ContinualLearner]:
+    """The class that wrote the ledger, where it says so and is one of the registered methods'."""
+    name = (ledger.head.get("learner") or {}).get("class")
+    if name in (None, ContinualLearner.__name__):
+        return ContinualLearner
+    from keeplora.methods import get_method, method_names
+
+    found = (get_method(method).learner for method in method_names())
+    return next((learner for learner in found if learner.__name__ == name), ContinualLearner)
 
 
 def collect(source: Source, repo_id: str, told: Told, contents: Contents, online: bool = False) -> CardFacts:
@@ -96,7 +115,7 @@ def collect(source: Source, repo_id: str, told: Told, contents: Contents, online
         tasks=tuple(_task(record, source) for record in records),
         method=_method(source), learner=_opener(source.learner), serves_task=not source.learner.accumulates,
         pipeline_tag=pipeline, licence=told.licence, languages=told.languages,
-        rooms=tuple(rooms(head["targets"], bases, records)), fullest=fullest(head["targets"], bases, records),
+        rooms=tuple(rooms(head["targets"], bases, source.history)), fullest=fullest(head["targets"], bases, source.history),
         protection=_protection(head["config"]),
         memory="gradients in place of features" if head["config"].get("memory") == "gradients" else "their features",
         leak=_leak(source, bases) if bases else None,
@@ -297,7 +316,7 @@ def _leak(source: Source, bases: Mapping[str, Tensor]) -> Leak:
     worst = Leak(0.0, "", "")
     for name, U0 in bases.items():
         U = U0
-        for record in source.records:
+        for record in source.history:
             if (f := record.factors.get(name)) is not None and (leak := factor_leak(f.B, f.A, U)) > worst.factors:
                 worst = Leak(leak, name, record.name)
             if name in record.basis:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +97,55 @@ def portable_records(
     return out, left_out
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A task whose directions are in U: in force, or taken out while later ones rely on it. ``metrics`` are those that the
+    ledger keeps beside it."""
+
+    record: TaskRecord
+    active: bool = True
+    metrics: Mapping[str, Any] | None = None
+
+
+def history(ledger: Ledger) -> list[Kept]:
+    """The tasks whose directions are in U, in order. The one place that knows both versions of the format."""
+    chained: Any = ledger
+    if not hasattr(ledger, "chain"):  # version 0: every record is in force
+        return [Kept(record) for record in ledger.records()]
+    state, entries = chained.state(), chained.entries()
+    return [Kept(chained.record(i), i in state.active, entries[i - 1].metrics()) for i in state.history]
+
+
 def write_portable(ledger: Ledger, target: Path, base_name: str, with_samples: bool = False) -> list[str]:
     """The ledger as it may be published, into the new folder ``target``; returns what was left out.
 
     Where nothing has to be left out the files are copied as they are, hashes and all; else they are written and sealed
-    anew, from the tasks that are in force.
+    anew, from the tasks that are in force. Of a task that was taken out, its directions alone go along, and those only
+    where later tasks rely on them.
     """
-    records = ledger.records()
-    clean, left_out = portable_records(records, base_name, with_samples)
+    kept = history(ledger)
+    clean, left_out = portable_records([each.record for each in kept], base_name, with_samples)
     base = {**ledger.head["base"], "name": base_name}
-    if not left_out and base == ledger.head["base"] and len(records) == len(ledger.folders()):
+    whole = len(kept) == len(ledger.folders()) and all(each.active for each in kept)
+    if not left_out and base == ledger.head["base"] and whole:
         _copy(ledger, target)
         return []
     head = ledger.head
-    new = Ledger.create(
-        target,
-        base=base,
-        targets=head["targets"],
-        config=head["config"],
-        bases=ledger.bases(),
-        versions=head["versions"],
-    )
-    for record in clean:
-        new.append(record)
+    told = {"learner": head["learner"]} if "learner" in head else {}
+    new: Any = Ledger.create(
+        target, base=base, targets=head["targets"], config=head["config"], bases=ledger.bases(),
+        versions=head["versions"], **told,
+    )  # fmt: skip
+    out = []
+    for i, (record, each) in enumerate(zip(clean, kept, strict=True), 1):
+        new.append(record, **({} if each.active else {"purged": True}))
+        if each.metrics is not None:
+            new.write_metrics(i, each.metrics)
+        if not each.active:
+            out.append(i)
+    for i in out:
+        new.remove(i)
+        new.purge(i)
     return left_out
 
 

@@ -172,7 +172,7 @@ def _weights(source: Source, folder: Path, base_name: str, merged: bool, adapter
     for i, record in enumerate(source.records, 1):
         if adapters and record.factors and not (record.full and learner is None):
             free = free_weights(learner, [record]) if learner is not None else None
-            tasks.append(f"{i:04d}-{slug(record.name)}")
+            tasks.append(f"{getattr(record, 'entry', 0) or i:04d}-{slug(record.name)}")
             write_peft_adapter(folder / ADAPTERS_FOLDER / tasks[-1], record.factors, base_name, free)
     if merged:
         _write_merged(source, folder / "merged")
