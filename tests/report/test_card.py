@@ -145,9 +145,18 @@ def test_fates_and_what_came_and_went():
     tasks = (TaskFacts("a"), TaskFacts("b", fate="undone: it was not accepted"))
     text = render_card(facts(tasks=tasks, gone=("old",), newer=("c",), method="KeepLoRA++"))
     assert "KeepLoRA++: 1 task learned one after another on" in text
-    assert "(removed or rolled back): old" in text
+    assert "(removed or rolled back since): old" in text
     assert "not among the numbers below: c" in text
+    assert "Taken out again" not in text
+    assert "Taken out again: x, y." in render_card(facts(removed=("x", "y")))
     assert table(section(text, "What it learned"))[2][7] == "undone: it was not accepted"
+
+
+def test_when_each_task_was_learned():
+    told = TaskFacts("a", when="2026-06-20T10:00:12+00:00")
+    rows = table(section(render_card(facts(tasks=(told, TaskFacts("b")))), "What it learned"))
+    assert [len(row) for row in rows] == [11, 11, 11]
+    assert [row[8] for row in rows] == ["learned at", "2026-06-20 10:00 UTC", "–"]
 
 
 def test_room_and_leaks():

@@ -119,7 +119,8 @@ def collect(source: Source, repo_id: str, told: Told, contents: Contents, online
         protection=_protection(head["config"]),
         memory="gradients in place of features" if head["config"].get("memory") == "gradients" else "their features",
         leak=_leak(source, bases) if bases else None,
-        gone=tuple(name for name in measured if name not in names),
+        removed=(removed := tuple(record.name for record in source.history if record.name not in names)),
+        gone=tuple(name for name in measured if name not in (*names, *removed)),
         newer=tuple(name for name in names if run is not None and name not in measured),
         versions=head.get("versions") or {}, run=run, contents=contents,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from keeplora.report.compare import signed, untouched
 from keeplora.report.kinds import IN_POINTS
 from keeplora.report.plots import SOFT, draw_curves
 from keeplora.report.runs import Run
-from keeplora.report.tables import count, size
+from keeplora.report.tables import count, moment, size
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_COLUMNS = 12
@@ -150,7 +150,8 @@ class Contents:
 @dataclass(frozen=True)
 class CardFacts:
     """All that a card says. ``learner`` is the import line and the name of the class that opens the ledger;
-    ``protection`` pairs of a setting and its value; ``run`` is there where results are."""
+    ``protection`` pairs of a setting and its value; ``removed`` tasks whose directions alone are here; ``gone`` measured ones
+    that the ledger has no more, ``newer`` ones that it has and nobody measured; ``run`` is there where results are."""
 
     repo_id: str
     title: str
@@ -167,6 +168,7 @@ class CardFacts:
     protection: tuple[tuple[str, str], ...] = ()
     memory: str = ""
     leak: Leak | None = None
+    removed: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
     newer: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -288,7 +290,7 @@ def render_card(facts: CardFacts) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=False, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"cell": cell, "count": count, "size": size}
+    environment.filters |= {"cell": cell, "count": count, "moment": moment, "size": size}
     body = environment.get_template("card.md.j2").render(
         facts=facts, base=facts.base, contents=facts.contents, run=facts.run, scores=matrix(facts),
         metrics=metric_rows(facts.run) if facts.run is not None else [], figure=FIGURE,

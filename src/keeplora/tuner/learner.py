@@ -389,9 +389,7 @@ class ContinualLearner:
             directory: a folder, or "owner/name" on the hub. append: write further tasks into the same ledger, a folder's.
             revision: branch, tag or commit on the hub.
         """
-        ledger = open_ledger(directory, revision)
-        if append and not Path(directory).is_dir():
-            raise LedgerError(f"{directory} is on the hub: to append to it, save_pretrained() it into a folder first")
+        ledger = open_ledger(directory, revision, append=append)
         learner = cls(model, KeepLoraConfig(**ledger.head["config"]), base_name=ledger.head["base"]["name"])
         apply_records(learner, ledger)
         learner._recall(learner.records)
