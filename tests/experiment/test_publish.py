@@ -18,9 +18,10 @@ from torch import nn
 
 from keeplora import ContinualLearner, Experiment, TrainedModel, publish
 from keeplora.errors import HubError, LedgerError
-from keeplora.experiment.card_facts import Told
+from keeplora.experiment.card_facts import Told, collect, open_source
 from keeplora.experiment.publish import write_repository
 from keeplora.models import load_model
+from keeplora.report.card import Contents
 from keeplora.tuner.ledger import Ledger
 from tests.cli.tiny_world import TASKS, ledger_tensors, same_tensors
 from tests.fake_hub import TOKEN
@@ -190,6 +191,33 @@ def test_the_card_s_head_is_what_the_hub_reads(pushed):
         for name, value in zip(TASKS, results["accuracy"][-1], strict=True)
     }
     assert "| the base model, tiny/clip | bsd-3-clause |" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("method", ["keeplora++", "lora"])
+def test_room_and_leak_are_what_the_learner_says(world, method):
+    path, results = world.run(method=method)
+    learner = TrainedModel(path, device="cpu").learner
+    facts = collect(open_source(path), "me/three", Told(), Contents())
+    if method == "lora":
+        assert (facts.rooms, facts.fullest, facts.leak) == ((), None, None)
+        return
+    used = {t.name: learner.U[t.name].shape[1] for t in learner.targets}
+    assert {room.name: room.used for room in facts.rooms} == {
+        tower: sum(used[t.name] for t in learner.targets if t.tower == tower)
+        for tower in {t.tower for t in learner.targets}
+    }
+    assert {room.name: room.of for room in facts.rooms} == {
+        tower: sum(t.n_in for t in learner.targets if t.tower == tower) for tower in {t.tower for t in learner.targets}
+    }
+    assert sum(room.start for room in facts.rooms) == sum(U.shape[1] for U in learner.start_bases().values())
+    assert facts.fullest is not None
+    assert facts.fullest.left / facts.fullest.of == min((t.n_in - used[t.name]) / t.n_in for t in learner.targets)
+    audit = learner.audit()
+    assert facts.leak is not None
+    assert facts.leak.factors == pytest.approx(audit.factor_leak_max, rel=1e-6)
+    row = max(audit.rows, key=lambda row: row.factor_leak)
+    assert (facts.leak.layer, facts.leak.task) == (row.layer, row.task)
+    assert facts.leak.weights == max(row["weight_leak"] for row in results["audit"]["rows"])
 
 
 def test_pushing_again_after_a_task_was_taken_back(pushed, hub, world, tmp_path):
