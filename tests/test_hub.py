@@ -260,6 +260,20 @@ def test_without_a_network_the_last_copy_serves(hub, folder, monkeypatch):
         local_folder("me/cats", ["ledger/*"])
 
 
+@pytest.mark.parametrize("fault", ["drop", 500])
+def test_a_fetch_that_fails_leaves_no_copy(hub, folder, fault):
+    from keeplora.files import cache_dir
+
+    upload(folder, "me/pets")
+    hub.faults.append(Fault(r"(GET|HEAD) /me/pets/resolve/.*/ledger/0001", fault, times=999))
+    with pytest.raises(HubError, match="no folder is called 'me/pets', and the hub") as caught:
+        local_folder("me/pets", ["ledger/*"])
+    assert "\n" not in str(caught.value)
+    assert not list(cache_dir().rglob("ledger.json"))
+    hub.faults.clear()
+    assert (local_folder("me/pets", ["ledger/*"]) / "ledger/0001-pets/record.json").is_file()
+
+
 def test_what_cannot_be_fetched(hub, folder, tmp_path):
     upload(folder, "me/pets", private=True)
     hub.add("you/plain", written(tmp_path / "plain", {"config.json": "{}"}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -187,7 +186,7 @@ def _trained(source: Source) -> ContinualLearner:
 
 
 def _write_merged(source: Source, target: Path) -> None:
-    """The whole model with every task in its weights, its configuration without the name it was opened by."""
+    """The whole model with every task in its weights."""
     if source.learner.unmergeable:
         raise HubError(f"--merged: the method {source.learner.unmergeable}")
     if source.config:
@@ -202,11 +201,6 @@ def _write_merged(source: Source, target: Path) -> None:
         raise HubError(
             f"--merged: {source.path} has no base model at hand; publish the run directory or the learner itself"
         )
-    for file in target.glob("*.json"):  # transformers notes the folder that a part was opened from
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(value, dict) and {"_name_or_path", "name_or_path"} & set(value):
-            kept = {key: entry for key, entry in value.items() if key not in ("_name_or_path", "name_or_path")}
-            atomic_write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def _machine(source: Source) -> list[str]:

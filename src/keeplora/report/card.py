@@ -255,13 +255,19 @@ def matrix(facts: CardFacts) -> dict[str, Any] | None:
         [*row, *(run.probe_accuracy[i] if i < len(run.probe_accuracy) else [])] for i, row in enumerate(run.accuracy)
     ]
     if len(sets) <= MOST_COLUMNS:
-        return {"head": ["", *heads], "rows": [[m, *map(number, row)] for m, row in zip(moments, rows, strict=False)]}
+        table = [[m, *map(number, row)] for m, row in zip(moments, rows, strict=False)]
+        return {
+            "told": "Row by row, the untouched model and the model after each task",
+            "head": ["", *heads],
+            "rows": table,
+        }
     table = []
     for j, head in enumerate(heads):
         column = [row[j] for row in rows]
         learned = column[j + 1] if j < run.done else None
         table.append([head, number(column[0]), number(learned), number(column[-1])])
-    return {"head": ["", "untouched model", "right after it was learned", "at the end"], "rows": table}
+    head = ["", "untouched model", "right after it was learned", f"after {run.done} tasks"]
+    return {"told": "Row by row, one set at three moments", "head": head, "rows": table}
 
 
 def metric_rows(run: Run) -> list[list[str]]:
