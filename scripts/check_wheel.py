@@ -42,6 +42,7 @@ DATA = (
     "keeplora/suites/vqa/provenance.json",
     "keeplora/experiment/presets/*.yaml",
     "keeplora/report/templates/answers.html.j2",
+    "keeplora/report/templates/card.md.j2",
     "keeplora/report/templates/report.html.j2",
     "keeplora/report/templates/style.css",
     "keeplora/report/templates/study.html.j2",

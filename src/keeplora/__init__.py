@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keeplora.errors import KeepLoraError
     from keeplora.experiment import Experiment, TrainedModel
+    from keeplora.experiment.publish import publish
     from keeplora.tuner import ContinualLearner, KeepLoraConfig
 
 __version__ = "0.1.0"
-__all__ = ["ContinualLearner", "Experiment", "KeepLoraConfig", "KeepLoraError", "TrainedModel", "__version__"]
+__all__ = [
+    "ContinualLearner", "Experiment", "KeepLoraConfig", "KeepLoraError", "TrainedModel", "__version__", "publish",
+]  # fmt: skip
 
 _HOMES = {
     "ContinualLearner": "keeplora.tuner", "KeepLoraConfig": "keeplora.tuner", "KeepLoraError": "keeplora.errors",
     "Experiment": "keeplora.experiment", "TrainedModel": "keeplora.experiment",
+    "publish": "keeplora.experiment.publish",
 }  # fmt: skip
 
 

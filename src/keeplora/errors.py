@@ -31,6 +31,10 @@ class LedgerError(KeepLoraError):
     """A ledger that is damaged, of another model, or of a later format."""
 
 
+class HubError(KeepLoraError):
+    """Something that was to be written to or read from the Hugging Face hub, and could not be."""
+
+
 class CapacityError(KeepLoraError):
     """No direction is left for a new task in any target."""
 

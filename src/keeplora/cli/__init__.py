@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keeplora.cli import assets, audit, compare, export, ledger, methods, predict, report, resume, run, suites, tune
+from keeplora.cli import assets, audit, compare, export, ledger, methods, predict, push, report, resume, run, suites, tune
 from keeplora.errors import KeepLoraError, file_error
 
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.
@@ -39,6 +39,8 @@ app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
+app.command("push")(push.push)
+app.command("card")(push.card)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)

@@ -54,7 +54,8 @@ class TrainedModel:
         self.path = expand(path)
         if not (self.path / "config.yaml").is_file():
             raise KeepLoraError(
-                f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
+                f"{self.path} is not a run directory (no config.yaml); give the folder that `keeplora run` printed (a "
+                "repository on the hub is opened in Python, by the lines on its card)"
             )
         self.config: ExperimentConfig = load_config(RunDirectory(self.path).read_config())
         self.family = open_model(self.config, choose_device(device))

@@ -35,7 +35,7 @@ def _dash(index: int) -> Any:
     return (0, tuple(float(p) for p in pattern.split())) if pattern else "-"
 
 
-def _curves(axes: Any, run: Run, title: str) -> None:
+def draw_curves(axes: Any, run: Run, title: str) -> None:
     """One method: a line per task from the moment it is learned, faint before it."""
     moments = range(len(run.accuracy))
     for j, name in enumerate(run.tasks):
@@ -112,7 +112,7 @@ def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.Path
     for k, entry in enumerate(panels):
         first = figure.add_subplot(grid[0, k], sharey=first) if first is not None else figure.add_subplot(grid[0, k])
         if entry.run is not None:
-            _curves(first, entry.run, entry.label)
+            draw_curves(first, entry.run, entry.label)
         if k == 0:
             first.set_ylim(0, top)
             first.set_ylabel(f"{kind.quantity} on the {kind.items} (%)", fontsize=9, color=SOFT)

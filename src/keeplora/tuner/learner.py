@@ -383,16 +383,24 @@ class ContinualLearner(TaskHistory):
         """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
         return save_learner(self, directory)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish what was learned as a repository on the hub; ``options`` are `keeplora.publish`'s."""
+        # Upwards, for whoever has only the learner; pyproject.toml allows this one.
+        from keeplora.experiment.publish import publish
+
+        return publish(self, repo_id, **options)
+
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False
+        cls, directory: str | os.PathLike[str], model: nn.Module, *, append: bool = False, revision: str | None = None
     ) -> ContinualLearner:
         """Open a saved learner on the untouched base ``model``.
 
         Args:
-            append: write further tasks into the same ledger.
+            directory: a folder, or "owner/name" on the hub. append: write further tasks into the same ledger, a folder's.
+            revision: branch, tag or commit on the hub.
         """
-        ledger = open_ledger(directory)
+        ledger = open_ledger(directory, revision, append=append)
         base = ledger.head["base"]
         learner = cls(model, ledger_config(ledger), base_name=str(base.get("name") or ""))
         learner.base_revision = base.get("revision")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
+from keeplora.hub import local_folder
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.chain import TASK
 from keeplora.tuner.config import KeepLoraConfig
@@ -195,9 +196,11 @@ def _is_module(model: nn.Module, name: str) -> bool:
     return leaf in model.get_submodule(parent)._modules
 
 
-def open_ledger(directory: str | os.PathLike[str]) -> Ledger:
-    """The ledger in ``directory`` (a saved learner, a run directory, or the ledger's own folder)."""
-    directory = Path(directory)
+def open_ledger(directory: str | os.PathLike[str], revision: str | None = None, *, append: bool = False) -> Ledger:
+    """The ledger in ``directory`` (a saved learner, a run directory, the ledger's own folder, or "owner/name" on the hub)."""
+    name, directory = directory, local_folder(directory, [f"{LEDGER_FOLDER}/*"], revision)
+    if append and directory != Path(name).expanduser():
+        raise LedgerError(f"{name} is on the hub: to append to it, save_pretrained() it into a folder first")
     if not directory.is_dir():
         raise LedgerError(f"{directory} is not a folder: give the folder that save_pretrained or a run wrote")
     return Ledger.open(directory / LEDGER_FOLDER if (directory / LEDGER_FOLDER).is_dir() else directory)
