@@ -1,0 +1,49 @@
+"""Leaks of the factors: of every task's update into U₀ and into what each earlier task had protected. Measured once each."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from keeplora.math import factor_leaks
+from keeplora.tuner.leaks.state import LayerState, as_factors
+
+if TYPE_CHECKING:
+    from keeplora.tuner.learner import ContinualLearner
+
+Key = tuple[str, ...]
+_known: weakref.WeakKeyDictionary[ContinualLearner, dict[Key, list[float]]] = weakref.WeakKeyDictionary()
+
+
+def digest(X: Tensor) -> str:
+    """A fingerprint of a tensor's values and shape."""
+    data = X.detach().cpu().contiguous()
+    return hashlib.blake2b(repr(tuple(data.shape)).encode() + data.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def leaks_by_basis(learner: ContinualLearner, states: dict[str, LayerState]) -> dict[tuple[str, int], list[float]]:
+    """For each layer and task (its place in the history): leaks into U₀ and into each earlier task's increment.
+
+    A task's factors and the directions before it stay what they are, so a figure is worked out once and then remembered,
+    by the bytes it depends on: factors or bases that were changed since are measured again.
+    """
+    known = _known.get(learner, {})
+    used: dict[Key, list[float]] = {}
+    out: dict[tuple[str, int], list[float]] = {}
+    for name, state in states.items():
+        blocks: list[str] = []
+        for i, update in enumerate(state.updates):
+            start = sum(state.widths[:i])
+            blocks.append(digest(state.U[:, start : start + state.widths[i]]))
+            if update is None:
+                continue
+            f = as_factors(update)
+            key = (digest(f.A), digest(f.B), *blocks)
+            if key not in used:
+                used[key] = known[key] if key in known else factor_leaks(f.B, f.A, state.U, state.widths[: i + 1])
+            out[name, i] = used[key]
+    _known[learner] = used
+    return out
