@@ -71,17 +71,17 @@ def _put(groups: dict[str, tuple[list[float], list[float]]], label: str, leak: A
 
 
 def short_names(names: Sequence[str], most: int) -> list[str]:
-    """The names without the parts that all of them begin with, cut from the left.
+    """The names without the parts that all of them begin with; a long one keeps its first letters, the tower's, and its end.
 
-    >>> short_names(["model.layers.0.q", "model.layers.1.q"], 30), short_names(["a.rather.long.name"], 9)
-    (['0.q', '1.q'], ['…ong.name'])
+    >>> short_names(["model.layers.0.q", "model.layers.1.q"], 30), short_names(["vision.encoder.3.query"], 16)
+    (['0.q', '1.q'], ['visi…der.3.query'])
     """
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     short = [".".join(p[shared:]) for p in parts]
-    return [name if len(name) <= most else f"…{name[-most + 1 :]}" for name in short]
+    return [name if len(name) <= most else f"{name[:4]}…{name[5 - most :]}" for name in short]
 
 
 def leak_level(leak: float) -> int:
@@ -117,7 +117,7 @@ def _heat(layers: Sequence[str], tasks: Sequence[str], grid: Grid) -> Markup:
     left, above = 150.0, 16.0
     tall = min(14.0, max(2.5, 420 / len(layers)))
     wide = (WIDTH - left - 4) / len(tasks)
-    every = math.ceil(9.5 / tall)
+    every = math.ceil(11 / tall)
     names = short_names(layers, 26)
     titled = len(layers) * len(tasks) <= TITLED
     step = math.ceil(len(tasks) / 14)
@@ -160,7 +160,7 @@ def _strips(found: Sequence[Precision]) -> Markup:
         body.append(f'<g class="s{i % 8}">')
         for k, leak in enumerate(one.leaks):
             x = middle - shift + 0.24 * slot * ((k * 0.618034) % 1.0 - 0.5)
-            body.append(f'<circle cx="{x:.1f}" cy="{y_of(leak):.1f}" r="2.2" class="mark" fill-opacity="0.75"/>')
+            body.append(f'<circle cx="{x:.1f}" cy="{y_of(leak):.1f}" r="2" class="fill" fill-opacity="0.6"/>')
         body.append("</g>")
         for k, floor in enumerate(one.floors):
             x, y = middle + shift + 0.24 * slot * ((k * 0.618034) % 1.0 - 0.5), y_of(floor)

@@ -79,9 +79,7 @@ def _grid(
     from numpy import array, ma, nan
 
     values = array([[nan if v is None else max(v, LEAST) for v in row] for row in grid], dtype=float)
-    colours = LinearSegmentedColormap.from_list("leak", HEAT["light"])
-    colours.set_over(OVER)
-    colours.set_bad(NONE)
+    colours = LinearSegmentedColormap.from_list("leak", HEAT["light"]).with_extremes(over=OVER, bad=NONE)
     shown = axes.imshow(
         ma.masked_invalid(values), aspect="auto", interpolation="nearest", cmap=colours, norm=LogNorm(LEAST, LIMIT)
     )

@@ -29,8 +29,8 @@ SHOWN = 24
 NAME = 47
 MARKS = {OK: ("✓", "green"), FLOOR: ("≈", "yellow"), ABOVE: ("✗", "bold red")}
 KEY: tuple[str, ...] = (
-    "Each figure is the worst over tasks and bases. ✓ within 1e-5; ≈ above it, but no more than twice the floor, which is what",
-    "rounding to the dtype leaks by itself; ✗ above both.",
+    "Each figure is the worst over tasks and bases. ✓ within 1e-5; ≈ above it, but no more than twice the floor, which is",
+    "what rounding to the dtype leaks by itself; ✗ above both.",
 )
 
 
