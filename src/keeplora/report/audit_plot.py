@@ -143,7 +143,7 @@ def _strips(axes: Any, found: Sequence[Precision]) -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(-0.02, -0.14), ncols=2, frameon=False, fontsize=8, labelcolor=SOFT,
+        loc="upper left", bbox_to_anchor=(-0.02, -0.13), ncols=1, frameon=False, fontsize=8, labelcolor=SOFT,
         handletextpad=0.3, columnspacing=1.2,
     )  # fmt: skip
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
-import pytest
 from rich.console import Console
 
 from keeplora.tuner.leaks.rows import Audit, BackwardRow, ExportRow, LeakRow, judge
@@ -41,7 +41,7 @@ def test_two_hundred_layers_fit_and_the_worst_come_first():
     assert len(named) == 2 * SHOWN
     assert named[0].startswith(LAYERS[150])
     assert named[1].startswith(LAYERS[77])
-    assert "176 more layers are not shown, none of them worse (--all shows them)." in lines
+    assert "176 more layers are not shown, none with a worse mark (--all shows them)." in lines
     assert "A note." in lines
     assert (
         f"✗ the factors of task pets in {LAYERS[150]} leak 3.0e-04, most of it into what the weight basis U₀ protects."
@@ -86,13 +86,35 @@ def test_a_layer_whose_export_is_out_of_bounds_comes_before_larger_factor_leaks(
     assert "5.0e-01/1e-02 ✗" in first
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_names_that_are_too_long_keep_their_end(every):
+def test_names_that_are_too_long_keep_their_end():
     long = "model." + "very_long_part." * 6 + "q_proj"
-    text = audit_text(Audit([LeakRow(long, "a", 1e-8, 0.0, 0.0, (1e-8,))], (), (None,)), every)
-    assert "…" in text
-    assert "very_long_part.q_proj" in text
+    whole = wide_audit()
+    rows = [dataclasses.replace(row, layer=long) for row in whole.rows[:2]]
+    exports = tuple(dataclasses.replace(row, layer=long) for row in whole.exports[:8])
+    text = audit_text(Audit(rows, (), whole.bases, exports, (dataclasses.replace(whole.backward[0], layer=long),)))
+    leaks, stability = [line for line in text.splitlines() if line.startswith("…") and "very_long_part.q_proj" in line]
+    assert leaks.split()[1:] == [
+        "1.0e-08",
+        "✓",
+        "2.0e-01/2e-01",
+        "≈",
+        "2.0e-06/2e-06",
+        "✓",
+        "3.0e-02/3e-02",
+        "≈",
+        "1.0e-08",
+        "✓",
+    ]
+    assert stability.split()[1:] == ["2e-01/4e-01", "2e-06/4e-06", "3e-02/6e-02", "1e-08/2e-08", "1.0e-02", "0.50", "✓"]
     assert widest(text) <= WIDTH
+
+
+def test_weights_that_rounding_does_not_explain_are_named():
+    bad = [ExportRow("saved", "bf16", "q", basis, leak, 0.01) for basis, leak in ((None, 0.2), ("pets", 0.5))]
+    text = audit_text(Audit([LeakRow("q", "signs", 1e-8, 0.0, 0.0, (1e-8,))], (), (None,), tuple(bad)))
+    said = "✗ the saved weights of q leak 5.0e-01 into what task pets protects, above the rounding floor of 1e-02: "
+    assert said + "something besides the tasks of the ledger is in them." in text
+    assert text.count("something besides") == 1
 
 
 def test_names_are_not_markup():

@@ -6,6 +6,7 @@ import hashlib
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from keeplora.math import factor_leaks
@@ -21,7 +22,9 @@ _known: weakref.WeakKeyDictionary[ContinualLearner, dict[Key, list[float]]] = we
 def digest(X: Tensor) -> str:
     """A fingerprint of a tensor's values and shape."""
     data = X.detach().cpu().contiguous()
-    return hashlib.blake2b(repr(tuple(data.shape)).encode() + data.numpy().tobytes(), digest_size=16).hexdigest()
+    found = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+    found.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def leaks_by_basis(learner: ContinualLearner, states: dict[str, LayerState]) -> dict[tuple[str, int], list[float]]:

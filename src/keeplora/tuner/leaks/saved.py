@@ -63,7 +63,7 @@ class SavedExport:
     """
 
     def __init__(self, folder: str | Path, targets: Sequence[Target]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if not self.folder.is_dir():
             raise KeepLoraError(f"{self.folder} is not a folder: give the folder that `keeplora export` wrote")
         self._config: dict[str, Any] = {}

@@ -68,7 +68,7 @@ def closing_lines(audit: Audit, every_layer: bool = False) -> list[str]:
     lines = [*KEY]
     hidden = len(_layers(audit)) - SHOWN
     if hidden > 0 and not every_layer:
-        lines.append(f"{hidden} more layers are not shown, none of them worse (--all shows them).")
+        lines.append(f"{hidden} more layers are not shown, none with a worse mark (--all shows them).")
     bad = sorted((r for r in audit.rows if r.factor_leak > FACTOR_LIMIT), key=lambda r: -r.factor_leak)
     for row in bad[:5]:
         parts = [(v or 0.0, n) for v, n in zip(row.by_basis, audit.bases, strict=False)]
@@ -76,12 +76,32 @@ def closing_lines(audit: Audit, every_layer: bool = False) -> list[str]:
         lines.append(f"✗ the factors of task {row.task} in {row.layer} leak {row.factor_leak:.1e}{into}.")
     if len(bad) > 5:
         lines.append(f"✗ and {len(bad) - 5} more factor leaks above 1e-5.")
+    lines += [
+        f"✗ {_export(row)} of {row.layer} leak {row.leak:.1e} into what {_basis(row.basis)} protects, above the rounding "
+        f"floor{f' of {row.floor:.0e}' if row.floor is not None else ''}: something besides the tasks of the ledger is in them."
+        for row in _unexplained(audit)[:5]
+    ]
     broken = [row for row in audit.backward if row.holds is False]
     for row in broken[:5]:
         lines.append(
             f"✗ {row.layer}: tasks after {row.task} changed its answers by {row.harm:.1e}, above the bound of {row.bound:.1e}."
         )
     return lines
+
+
+def _unexplained(audit: Audit) -> list[ExportRow]:
+    """The worst row of each layer and export that leaks more than rounding explains."""
+    worst: dict[tuple[str, str], ExportRow] = {}
+    for row in audit.exports:
+        if judge(row.leak, row.floor) == ABOVE:
+            other = worst.setdefault((row.export, row.layer), row)
+            if (row.leak or 0.0) > (other.leak or 0.0):
+                worst[row.export, row.layer] = row
+    return sorted(worst.values(), key=lambda row: -(row.leak or 0.0))
+
+
+def _export(row: ExportRow) -> str:
+    return {"running": "the running weights", "saved": "the saved weights"}.get(row.export, f"the {row.export} weights")
 
 
 def _basis(name: str | None) -> str:
