@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from keeplora import ContinualLearner
 from keeplora.errors import KeepLoraError
 from keeplora.tuner.leaks.rows import judge
+from keeplora.tuner.leaks.saved import SavedExport
 from keeplora.tuner.persistence import concatenated, write_peft_adapter
 from tests.tuner.blocks import make_net
 from tests.tuner.leaks.learned import LAYER, three_tasks
@@ -188,6 +189,26 @@ def test_a_tower_that_looks_alike_is_told_by_the_rest_of_its_name(tmp_path):
     assert _nearest(language, candidates) == candidates[:1]
     assert _nearest(vision, candidates) == candidates[1:2]
     assert len(_nearest(["model", "layers", "3", "self_attn", "q_proj", "weight"], candidates)) != 1
+
+
+@pytest.mark.parametrize("kind", ["llava", "video-llava", "gemma3", "qwen3-vl"])
+def test_what_transformers_renames_is_found_again(tmp_path, kind):
+    """Every target's own weight, bit for bit, though all but one of these families are saved under other names."""
+    from keeplora import KeepLoraConfig
+    from keeplora.models import load_model
+    from keeplora.tuner.targets import resolve_targets
+    from tests.models.tiny_generative import tiny
+
+    family = load_model(tiny(kind, tmp_path / "in"))
+    out = family.save_pretrained(tmp_path / "out")
+    linears = r".*\.(q_proj|k_proj|up_proj|fc1|qkv|linear_1)"
+    targets = resolve_targets(family.model, KeepLoraConfig(r=2, target_modules=linears))
+    saved = SavedExport(out, targets)
+    assert len(targets) >= 6
+    for t in targets:
+        assert torch.equal(saved.weight(t), family.model.get_submodule(t.name).weight), t.name
+    renamed = [t.name for t in targets if f"{t.name}.weight" not in load_file(out / "model.safetensors")]
+    assert bool(renamed) == (kind != "qwen3-vl")
 
 
 def refused(learner, path, sentence):
