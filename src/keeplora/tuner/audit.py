@@ -67,7 +67,7 @@ def audit_learner(learner: ContinualLearner, detail: str = "quick", saved: str |
         for record in learner.records:
             i = position(learner.history, record)
             leaks = by_basis.get((t.name, i), [])
-            shown = tuple(leak if width else None for leak, width in zip(leaks, state.widths, strict=False))
+            shown = tuple(leak if width else None for leak, width in zip(leaks, state.found_by(i)[1], strict=False))
             total = sum(leak**2 for leak in leaks) ** 0.5
             rows.append(LeakRow(t.name, record.name, total, weights, floor, shown))
     exports: list[ExportRow] = []

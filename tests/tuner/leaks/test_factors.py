@@ -80,10 +80,10 @@ def test_what_was_changed_since_is_measured_again(calls):
     assert learner.audit() != before
     assert calls == [2]
     calls.clear()
-    assert learner._U is not None
-    learner._U[LAYER] = learner._U[LAYER].flip(0)  # the same numbers in each column, in another order
+    first = learner.records[0].basis[LAYER]
+    learner.records[0].basis[LAYER] = first.flip(0)  # the same numbers in each column, in another order
     assert not learner.audit().passed
-    assert calls == [1, 2, 3]
+    assert calls == [2, 3]
 
 
 def test_two_learners_do_not_share_figures(learner):
@@ -149,3 +149,41 @@ def test_a_task_that_left_a_layer_alone_has_no_figures():
     (row,) = [r for r in learner.audit().rows if (r.layer, r.task) == (LAYER, "b")]
     assert (row.factor_leak, row.by_basis) == (0.0, ())
     assert torch.isfinite(torch.tensor([r.factor_leak for r in learner.audit().rows])).all()
+
+
+def with_budget():
+    """Three tasks; as task b ended, a memory budget took the first of task a's columns out of force, and c learned after."""
+    learner = three_tasks(keep_covariance=True)
+    first = learner.records[0].basis[LAYER]
+    width = first.shape[1] + learner.records[1].basis[LAYER].shape[1]
+    kept = torch.ones(width, dtype=torch.bool)
+    kept[0] = False
+    learner.records[1].kept = {LAYER: kept}  # type: ignore[attr-defined]
+    f = learner.records[2].factors[LAYER]
+    learner.records[2].factors[LAYER] = dataclasses.replace(f, A=f.A + first[:, :1].T)
+    return learner, first
+
+
+def test_directions_out_of_force_are_no_leak():
+    learner, first = with_budget()
+    audit = learner.audit("full")
+    assert audit.passed
+    assert all(r.leak is None or r.leak <= 1e-5 for r in audit.exports if r.export in ("running", "adapter"))
+    (row,) = [r for r in audit.rows if (r.layer, r.task) == (LAYER, "c")]
+    assert (row.by_basis[1] is None) == (first.shape[1] == 1)
+    assert row.factor_leak <= 1e-5
+    # Had they still counted, it would have been one.
+    del learner.records[1].kept
+    assert not learner.audit().passed
+
+
+def test_the_bound_takes_what_is_still_explained():
+    learner, _ = with_budget()
+    C, U = learner.records[0].covariance[LAYER].double(), learner.records[0].basis[LAYER].double()
+    shares = (U * (C @ U)).sum(0) / C.trace()
+    before = {(r.layer, r.task): r for r in learner.audit("full").backward}[LAYER, "a"]
+    learner.records[0].values = {LAYER: shares.float()}  # type: ignore[attr-defined]
+    after = {(r.layer, r.task): r for r in learner.audit("full").backward}[LAYER, "a"]
+    assert after.explained == pytest.approx(before.explained - float(shares[0]), rel=1e-5)
+    assert after.bound > before.bound
+    assert after.holds

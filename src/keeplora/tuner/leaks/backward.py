@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from keeplora.math import backward_harm, product_norm
 from keeplora.tuner.leaks.rows import BackwardRow
 from keeplora.tuner.leaks.state import LayerState
+from keeplora.tuner.ledger import TaskRecord
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -26,7 +27,7 @@ def backward_rows(learner: ContinualLearner, states: dict[str, LayerState]) -> l
             f = state.later_factors(t)
             if f is None or name not in record.explained or name not in record.trace:
                 continue
-            explained, trace = record.explained[name], record.trace[name]
+            explained, trace = _explained(record, state), record.trace[name]
             norm = product_norm(f.B, f.A)
             bound = norm**2 * (1.0 - explained) * trace
             harm = tightness = holds = None
@@ -37,3 +38,14 @@ def backward_rows(learner: ContinualLearner, states: dict[str, LayerState]) -> l
                 tightness = harm / bound if bound > noise else None
             rows.append(BackwardRow(name, record.name, explained, bound, harm, tightness, holds))
     return rows
+
+
+def _explained(record: TaskRecord, state: LayerState) -> float:
+    """ε_t, less what fell out of force before the last of the later updates: the columns are orthonormal, so shares add up."""
+    explained = record.explained[state.name]
+    values = getattr(record, "values", {}).get(state.name)  # only where a memory budget may take columns away
+    if values is None:
+        return explained
+    last = max(i for i, update in enumerate(state.updates) if update is not None)
+    counted = state.in_force[last][state.widths[0] :][: len(values)]
+    return max(0.0, explained - float(values[~counted].sum()))

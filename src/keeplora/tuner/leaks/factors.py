@@ -37,16 +37,14 @@ def leaks_by_basis(learner: ContinualLearner, states: dict[str, LayerState]) -> 
     used: dict[Key, list[float]] = {}
     out: dict[tuple[str, int], list[float]] = {}
     for name, state in states.items():
-        blocks: list[str] = []
         for i, update in enumerate(state.updates):
-            start = sum(state.widths[:i])
-            blocks.append(digest(state.U[:, start : start + state.widths[i]]))
             if update is None:
                 continue
             f = as_factors(update)
-            key = (digest(f.A), digest(f.B), *blocks)
+            U, widths = state.found_by(i)
+            key = (digest(f.A), digest(f.B), *(digest(V) for V in U.split(widths, dim=1)))
             if key not in used:
-                used[key] = known[key] if key in known else factor_leaks(f.B, f.A, state.U, state.widths[: i + 1])
+                used[key] = known[key] if key in known else factor_leaks(f.B, f.A, U, widths)
             out[name, i] = used[key]
     _known[learner] = used
     return out

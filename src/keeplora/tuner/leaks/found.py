@@ -60,7 +60,7 @@ def _key(state: LayerState, names: list[str | None]) -> tuple[str, ...]:
     halves = [
         half for update in state.updates if update is not None for half in (as_factors(update).A, as_factors(update).B)
     ]
-    return (str(names), digest(state.U[:, : state.widths[0]]), *(digest(half) for half in halves))
+    return (str(names), digest(state.guarded(0)[0]) if halves else "", *(digest(half) for half in halves))
 
 
 def saved_rows(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,19 +23,35 @@ class LayerState:
     """One target.
 
     Attributes:
-        U: (in, k), [U₀, V₁, V₂, …]. widths: columns of each block, U₀ first, then one entry per task of the history.
+        U: (in, k), [U₀, V₁, V₂, …], every column that was ever added. widths: columns of each block, U₀ first, then one
+            entry per task of the history.
+        in_force: per moment (before the first task, after it, …), which of the columns so far counted; a memory budget may
+            take some out of force, and none comes back.
         updates: ΔW of each task of the history; None where it did not move the layer, or was taken out of the weights.
     """
 
     name: str
     U: Tensor
     widths: tuple[int, ...]
+    in_force: tuple[Tensor, ...]
     updates: tuple[Update | None, ...]
 
-    @property
-    def ends(self) -> list[int]:
-        """Columns of U as it was before the first task, after it, after the second, …"""
-        return list(accumulate(self.widths))
+    def found_by(self, i: int) -> tuple[Tensor, list[int]]:
+        """(U, columns of each of its blocks) as the task with index ``i`` found it."""
+        return self._columns(self.in_force[i], i + 1)
+
+    def guarded(self, t: int) -> tuple[Tensor, int]:
+        """(U as it was at moment ``t``, columns of its last block), less what fell out of force before the last update."""
+        last = max(i for i, update in enumerate(self.updates) if update is not None)
+        U, widths = self._columns(self.in_force[max(t, last)], t + 1)
+        return U, widths[-1]
+
+    def _columns(self, mask: Tensor, blocks: int) -> tuple[Tensor, list[int]]:
+        """The columns of the first ``blocks`` blocks that count, and how many of each do."""
+        widths = self.widths[:blocks]
+        mask = mask[: sum(widths)]
+        U = self.U[:, : len(mask)]
+        return U if bool(mask.all()) else U[:, mask], [int(part.sum()) for part in mask.split(list(widths))]
 
     def later(self, t: int) -> list[Update]:
         """The updates since moment ``t``: 0 is before the first task."""
@@ -80,13 +95,20 @@ def layer_states(
     """
     history = learner.history
     held = {position(history, record): record for record in learner.records if kept(record)}
-    starts = {name: U.shape[1] for name, U in learner.start_bases().items()}
     out = {}
-    for t in learner.targets:
-        widths = [starts[t.name]]
-        widths += [r.basis[t.name].shape[1] if t.name in r.basis else 0 for r in history]
-        updates = tuple(held[i].updates.get(t.name) if i in held else None for i in range(len(history)))
-        out[t.name] = LayerState(t.name, learner.U[t.name], tuple(widths), updates)
+    for name, U0 in learner.start_bases().items():
+        blocks, masks = [U0], [torch.ones(U0.shape[1], dtype=torch.bool)]
+        for record in history:
+            blocks.append(record.basis[name] if name in record.basis else U0[:, :0])
+            mask = torch.cat([masks[-1], torch.ones(blocks[-1].shape[1], dtype=torch.bool)])
+            if (
+                counted := getattr(record, "kept", {}).get(name)
+            ) is not None:  # only where a memory budget took some away
+                mask[U0.shape[1] :] &= counted.to(torch.bool)
+            masks.append(mask)
+        updates = tuple(held[i].updates.get(name) if i in held else None for i in range(len(history)))
+        widths = tuple(block.shape[1] for block in blocks)
+        out[name] = LayerState(name, torch.cat(blocks, dim=1), widths, tuple(masks), updates)
     return out
 
 

@@ -55,7 +55,6 @@ def merged_rows(
     moments = depth.moments(state)
     if not moments:
         return []
-    U = state.U.to(torch.float64)
     last = _last(state)
     final = _rounded(W0, last, dtype)
     ours = final if W is None else W.detach().cpu().to(torch.float64)
@@ -63,19 +62,20 @@ def merged_rows(
     answers = _Answers(state, W0) if depth.stability else None
     rows = []
     for t, total in enumerate(state.sums()):  # one sum at a time: each is as large as the weight
-        if t not in moments or not (depth.stability or state.widths[t]):
+        if t not in moments:
             continue
-        end = state.ends[t]
-        start = 0 if depth.stability else end - state.widths[t]
+        U, width = state.guarded(t)
+        if not (depth.stability or width):
+            continue
+        U = (U if depth.stability else _tail(U, width)).to(torch.float64)
         now = _rounded(W0, total, dtype)
         D, change = ours - now, _minus(last, total)
         if not torch.isfinite(D).all():
             rows.append(ExportRow(export, dtype_name(dtype), state.name, names[t], None, None))
             continue
-        DU = D @ U[:, start:end]
-        error = DU if as_rounded else (final - now) @ U[:, start:end]
-        error = error - change @ U[:, start:end]
-        width = state.widths[t]
+        DU = D @ U
+        error = DU if as_rounded else (final - now) @ U
+        error = error - change @ U
         random = worst = None
         if answers is not None:
             random, worst = forward_change(DU, answers.at(t))
@@ -100,20 +100,20 @@ def adapter_rows(
     answers = _Answers(state, W0) if depth.stability else None
     rows = []
     for t in depth.moments(state):
-        if not (depth.stability or state.widths[t]):
+        U, width = state.guarded(t)
+        if not (depth.stability or width):
             continue
         f = state.later_factors(t)
         assert f is not None
         rounded = Factors(f.A.to(dtype), f.B.to(dtype), 1.0)
-        floor = None if dtype == torch.float32 else _adapter_leak(rounded, state, t)
+        floor = None if dtype == torch.float32 else _adapter_leak(rounded, _tail(U, width))
         if held is not None:  # what it holds, less what had been learned until then
             before = concatenate([as_factors(u) for u in state.updates[:t] if u is not None])
             rounded = held if before is None else _without(held, Factors(before.A.to(dtype), before.B.to(dtype), 1.0))
         random = worst = None
         if answers is not None:
-            U = state.U[:, : state.ends[t]].to(torch.float64)
             random, worst = forward_change(_product(rounded, U), answers.at(t))
-        leak = _adapter_leak(rounded, state, t)
+        leak = _adapter_leak(rounded, _tail(U, width))
         rows.append(
             ExportRow(
                 export,
@@ -134,13 +134,14 @@ class _Answers:
 
     def __init__(self, state: LayerState, W0: Tensor) -> None:
         self.state = state
-        self._base = W0.to(torch.float64) @ state.U.to(torch.float64)
+        self._base = W0.to(torch.float64)
 
     def at(self, t: int) -> Tensor:
         """(out, k) with U as it was at moment ``t``."""
-        end = self.state.ends[t]
-        U = self.state.U[:, :end]
-        return self._base[:, :end] + sum(_product(as_factors(u), U) for u in self.state.updates[:t] if u is not None)
+        U, _ = self.state.guarded(t)
+        return self._base @ U.to(torch.float64) + sum(
+            _product(as_factors(u), U) for u in self.state.updates[:t] if u is not None
+        )
 
 
 def _without(held: Factors, before: Factors) -> Factors:
@@ -152,11 +153,8 @@ def _product(f: Factors, U: Tensor) -> Tensor:
     return f.s * (f.B.to(torch.float64) @ (f.A.to(torch.float64) @ U.to(torch.float64)))
 
 
-def _adapter_leak(f: Factors, state: LayerState, t: int) -> float | None:
-    V = state.U[:, state.ends[t] - state.widths[t] : state.ends[t]]
-    if V.shape[1] == 0:
-        return None
-    return factor_leak(f.B, f.A, V)
+def _adapter_leak(f: Factors, V: Tensor) -> float | None:
+    return factor_leak(f.B, f.A, V) if V.shape[1] else None
 
 
 def _last(state: LayerState) -> Tensor | float:
