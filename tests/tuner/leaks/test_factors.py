@@ -181,7 +181,9 @@ def test_the_bound_takes_what_is_still_explained():
     learner, _ = with_budget()
     C, U = learner.records[0].covariance[LAYER].double(), learner.records[0].basis[LAYER].double()
     shares = (U * (C @ U)).sum(0) / C.trace()
+    learner.records[0].values = {}  # type: ignore[attr-defined]
     before = {(r.layer, r.task): r for r in learner.audit("full").backward}[LAYER, "a"]
+    assert before.explained == learner.records[0].explained[LAYER]
     learner.records[0].values = {LAYER: shares.float()}  # type: ignore[attr-defined]
     after = {(r.layer, r.task): r for r in learner.audit("full").backward}[LAYER, "a"]
     assert after.explained == pytest.approx(before.explained - float(shares[0]), rel=1e-5)
