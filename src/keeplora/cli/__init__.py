@@ -10,7 +10,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keeplora.cli import assets, audit, compare, export, ledger, methods, predict, push, report, resume, run, suites, tune
+from keeplora.cli import (
+    assets,
+    audit,
+    compare,
+    export,
+    ledger,
+    methods,
+    predict,
+    push,
+    report,
+    resume,
+    run,
+    suites,
+    tune,
+)
 from keeplora.errors import KeepLoraError, file_error
 
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.

@@ -1,12 +1,15 @@
 """The method as pure functions of tensors; imports torch and nothing of ours."""
 
-from keeplora.math.factor import (
+from keeplora.math.factor import layer_alpha, lora_delta, residual_factor
+from keeplora.math.leak import (
     backward_bound,
+    backward_harm,
     factor_leak,
-    layer_alpha,
-    lora_delta,
-    residual_factor,
+    factor_leaks,
+    forward_change,
+    product_norm,
     rounding_floor,
+    spectral_norm,
     weight_leak,
 )
 from keeplora.math.scales import SCHEDULES, layer_scales
@@ -24,17 +27,22 @@ __all__ = [
     "SCHEDULES",
     "append_directions",
     "backward_bound",
+    "backward_harm",
     "explained_share",
     "extend_basis",
     "extend_basis_with_gradient",
     "factor_leak",
+    "factor_leaks",
+    "forward_change",
     "layer_alpha",
     "layer_scales",
     "lora_delta",
     "orthonormality_error",
+    "product_norm",
     "project_out",
     "residual_factor",
     "rounding_floor",
+    "spectral_norm",
     "weight_basis",
     "weight_leak",
 ]

@@ -1,4 +1,4 @@
-"""The fixed factor A of a new task (M2–M4), its scaling (M6), and the numbers that prove it stays in the residual."""
+"""The fixed factor A of a new task (M2–M4), its scaling (M6) and its update (M7)."""
 
 from __future__ import annotations
 
@@ -71,33 +71,3 @@ def layer_alpha(layer_scale: float, lora_alpha: float, r: int, r_layer: int) -> 
 def lora_delta(s: float, B: Tensor, A: Tensor) -> Tensor:
     """ΔW = s · B A in float32, (out, in) (M7)."""
     return s * (B.to(torch.float32) @ A.to(torch.float32))
-
-
-def factor_leak(B: Tensor, A: Tensor, U: Tensor) -> float:
-    """‖B A U‖_F / ‖B A‖_F: the share of an update that acts on protected inputs, from the factors; 0 when B A = 0."""
-    BA = B.detach().to(torch.float64) @ A.detach().to(torch.float64)
-    norm = float(BA.norm())
-    return float((BA @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
-
-
-def weight_leak(W: Tensor, W0: Tensor, U: Tensor) -> float:
-    """‖(W − W₀) U‖_F / ‖W − W₀‖_F of weights as they are stored, rounding included; 0 when nothing moved."""
-    D = W.detach().to(torch.float64) - W0.detach().to(torch.float64)
-    norm = float(D.norm())
-    return float((D @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
-
-
-def rounding_floor(W0: Tensor, delta: Tensor, U: Tensor, dtype: torch.dtype) -> float:
-    """The leak that rounding W₀ + ΔW once to ``dtype`` causes by itself, ‖(round(W) − W) U‖_F / ‖ΔW‖_F."""
-    exact = W0.detach().to(torch.float64) + delta.detach().to(torch.float64)
-    norm = float(delta.detach().to(torch.float64).norm())
-    error = exact.to(dtype).to(torch.float64) - exact
-    return float((error @ U.detach().to(torch.float64)).norm()) / norm if norm > 0 else 0.0
-
-
-def backward_bound(s: float, B: Tensor, explained: float, trace: float) -> float:
-    """Upper bound s² ‖B‖₂² (1 − ε_t) tr C_t on Σ_x ‖s B A x‖² over the inputs of C_t, for a later task's B and A."""
-    if B.numel() == 0:
-        return 0.0
-    norm = float(torch.linalg.matrix_norm(B.detach().to(torch.float64), 2))
-    return s * s * norm * norm * (1.0 - explained) * trace

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.files import atomic_write_text
-from keeplora.report import answers, compare, figures, palette, tables
+from keeplora.report import answers, audit_charts, compare, figures, palette, tables
 from keeplora.report.charts import part_opacity, swatch
 from keeplora.report.runs import Run, load_others, load_run
 
@@ -116,6 +116,7 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "cost_facts": _cost_facts(run),
         "task_table": tables.task_table(run) if run.tasks_info else None,
         "audit": audit,
+        "audit_figures": audit_charts.leak_figures(audit),
         "audit_table": tables.audit_table(run) if audit.get("rows") else None,
         "warnings": _warnings(run),
         "data": tables.data_table(run) if run.sets else None,

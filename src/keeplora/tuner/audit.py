@@ -2,140 +2,84 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from keeplora.errors import KeepLoraError
-from keeplora.math import factor_leak, rounding_floor, weight_leak
+from keeplora.math import weight_leak
+from keeplora.tuner.leaks.backward import backward_rows
+from keeplora.tuner.leaks.factors import leaks_by_basis
+from keeplora.tuner.leaks.found import merged_and_adapter_rows, saved_rows
+from keeplora.tuner.leaks.notes import learner_notes, range_notes
+from keeplora.tuner.leaks.rows import FACTOR_LIMIT, Audit, ExportRow, LeakRow
+from keeplora.tuner.leaks.state import layer_states, position
+from keeplora.tuner.leaks.table import TableText, as_text
+from keeplora.tuner.leaks.weights import Depth, merged_rows
 from keeplora.tuner.quantised import quantisation
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
 
-FACTOR_LIMIT = 1e-5
+__all__ = ["DETAILS", "FACTOR_LIMIT", "Audit", "LeakRow", "audit_learner", "layer_rows", "summary_table"]
+
+DETAILS = ("quick", "exports", "full")
 
 
-@dataclass(frozen=True)
-class LeakRow:
-    """One layer and task.
-
-    Attributes:
-        factor_leak: ‖B A U‖_F / ‖B A‖_F against U as it was when the task began; asserted ≤ 1e-5 for KeepLoRA.
-        weight_leak: ‖(W − W₀) U₀‖_F / ‖W − W₀‖_F of the running weights after all tasks, against M1's basis; the same
-            for all tasks of a layer. None where the base is quantised: its weights never move.
-        weight_floor: what rounding W₀ + Σ sBA once to the running dtype leaks by itself.
-    """
-
-    layer: str
-    task: str
-    factor_leak: float
-    weight_leak: float | None
-    weight_floor: float | None
-
-
-class TableText(str):
-    """A table as text that an interactive session shows as it is, not as a quoted string."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-@dataclass(frozen=True, repr=False)
-class Audit:
-    """All rows; printing it, or ending an interactive line with it, shows them as a table."""
-
-    rows: list[LeakRow]
-    notes: tuple[str, ...] = ()
-    """What the rows leave out, and why; one sentence each."""
-
-    @property
-    def factor_leak_max(self) -> float:
-        """The worst factor leak over layers and tasks; 0 without tasks."""
-        return max((row.factor_leak for row in self.rows), default=0.0)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every factor leak is within METHOD.md's 1e-5."""
-        return self.factor_leak_max <= FACTOR_LIMIT
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "factor_leak_max": self.factor_leak_max, "rows": [asdict(row) for row in self.rows], "notes": list(self.notes),
-        }  # fmt: skip
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        layers: dict[str, list[LeakRow]] = {}
-        for row in self.rows:
-            layers.setdefault(row.layer, []).append(row)
-        table = Table(box=box.SIMPLE_HEAD, title="Leak audit: share of the updates that acts on protected inputs")
-        for header in ("layer", "factors, worst task (limit 1e-5)", "weights", "rounding floor of the dtype"):
-            table.add_column(header, justify="left" if header == "layer" else "right")
-        for layer, rows in layers.items():
-            worst = max(row.factor_leak for row in rows)
-            last = rows[-1]
-            table.add_row(layer, f"{worst:.1e}", *(_number(v) for v in (last.weight_leak, last.weight_floor)))
-        return _render(table, self.notes)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1e}"
-
-
-def _render(table: Table, notes: Sequence[str] = ()) -> TableText:
-    stream = io.StringIO()
-    Console(file=stream, width=130, color_system=None).print(table)
-    return TableText(stream.getvalue() + "".join(f"{note}\n" for note in notes))
-
-
-def audit_learner(learner: ContinualLearner) -> Audit:
+def audit_learner(learner: ContinualLearner, detail: str = "quick", saved: str | Path | None = None) -> Audit:
     """Audit every layer and task of a learner that protects subspaces.
 
+    Args:
+        detail: "quick": the factors into U₀ and into every earlier task's increment, and the running weights into U₀.
+            "exports": beside them what the merged fp32, bf16 and fp16 weights and the adapter leak into U₀. "full": each of
+            those into every task's increment, forward stability on random and worst-case inputs, and the backward bound.
+        saved: a folder that `keeplora export` wrote, an adapter or a merged checkpoint, to audit in place of the exports.
+
     Raises:
-        KeepLoraError: the method protects none.
+        KeepLoraError: the method protects no subspace; ``saved`` is no export of this learner's model.
     """
     if not learner.protects:
         raise KeepLoraError(
             f"{type(learner).__name__} protects no subspace, so there is nothing to audit; audit a method that does "
             "(keeplora++, keeplora, inflora)"
         )
+    if detail not in DETAILS:
+        raise KeepLoraError(f"detail must be one of {', '.join(DETAILS)}, not {detail!r}")
+    states = layer_states(learner)
+    names: list[str | None] = [None, *(record.name for record in learner.history)]
+    depth = Depth(every_basis=detail == "full", stability=detail == "full")
+    by_basis = leaks_by_basis(learner, states)
     rows: list[LeakRow] = []
-    notes: list[str] = []
-    bases = learner.start_bases()
-    history, active = learner.history, {record.entry for record in learner.records}
-    quantised = {t.name for t in learner.targets if quantisation(learner.store.module(t.name)) is not None}
-    if quantised:
-        notes.append(
-            f"{len(quantised)} of {len(learner.targets)} layers are quantised: past tasks run beside them as an adapter and "
-            "are never merged, so a leak of the weights does not apply there."
-        )
-    if learner.free.modules:
-        notes.append(f"Not audited, since they train in full and are not protected: {', '.join(learner.free.modules)}.")
+    running: list[ExportRow] = []
     for t in learner.targets:
-        U0 = bases[t.name]
-        weights = floor = None
-        if t.name not in quantised:
-            W, W0 = learner.store.module(t.name).weight, learner.store.W0[t.name]
-            delta = learner.store.delta.get(t.name)
-            weights = weight_leak(W.cpu(), W0, U0)
-            floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
-        k = U0.shape[1]
-        for record in history:
-            if record.entry in active:
-                f = record.factors.get(t.name)
-                leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
-                rows.append(LeakRow(t.name, record.name, leak, weights, floor))
-            k += record.basis[t.name].shape[1] if t.name in record.basis else 0
-    return Audit(rows, tuple(notes))
+        state, weights, floor = states[t.name], None, None
+        module = learner.store.module(t.name)
+        if quantisation(module) is None:
+            W0, W = learner.store.W0[t.name], module.weight
+            found = merged_rows(state, names, W0, W.dtype, depth, export="running", W=W)
+            running += found
+            if found and found[0].basis is None:
+                weights, floor = found[0].leak or 0.0, found[0].floor or 0.0
+            else:  # nothing was learned here: whatever moved, a task did not
+                weights, floor = weight_leak(W.cpu(), W0, state.U[:, : state.widths[0]]), 0.0
+        for record in learner.records:
+            i = position(learner.history, record)
+            leaks = by_basis.get((t.name, i), [])
+            shown = tuple(leak if width else None for leak, width in zip(leaks, state.found_by(i)[1], strict=False))
+            total = sum(leak**2 for leak in leaks) ** 0.5
+            rows.append(LeakRow(t.name, record.name, total, weights, floor, shown))
+    exports: list[ExportRow] = []
+    notes = learner_notes(learner, states, detail)
+    if saved is not None:
+        more, told = saved_rows(learner, saved, names, depth)
+        exports, notes = [*running, *more], [*notes, *told]
+    elif detail != "quick":
+        exports = [*running, *merged_and_adapter_rows(learner, states, names, depth)]
+    notes += range_notes(exports)
+    backward = backward_rows(learner, states) if detail == "full" else []
+    return Audit(rows, tuple(notes), tuple(names), tuple(exports), tuple(backward))
 
 
 def layer_rows(learner: ContinualLearner, tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -181,4 +125,4 @@ def summary_table(learner: ContinualLearner) -> TableText:
             t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
             f"{used.get(t.name, 0)}/{t.n_in}",
         )  # fmt: skip
-    return _render(table, notes)
+    return as_text(table, notes)

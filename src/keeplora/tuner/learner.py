@@ -375,9 +375,12 @@ class ContinualLearner(TaskHistory):
         """Targets by tower and depth with scales, ranks and dimensions used; shown as a table in an interactive session."""
         return summary_table(self)
 
-    def audit(self) -> Audit:
-        """Leaks per layer and task, factors and weights (METHOD.md point 6); `KeepLoraError` if nothing is protected."""
-        return audit_learner(self)
+    def audit(self, detail: str = "quick", saved: str | Path | None = None) -> Audit:
+        """Leaks per layer and task, factors and weights (METHOD.md point 6); `KeepLoraError` if nothing is protected.
+
+        ``detail`` and ``saved`` ask for more, see `keeplora.tuner.audit.audit_learner`.
+        """
+        return audit_learner(self, detail, saved)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
