@@ -135,7 +135,7 @@ def test_a_run_that_dies_again_and_again_ends_with_the_same_bits(world, tmp_path
 
 
 def test_a_signal_in_validation_keeps_the_epoch(world, tmp_path, monkeypatch):
-    changes = settings("lora", **VALIDATED)
+    changes = settings("lora", **{**VALIDATED, "training": {"epochs": 3, "checkpoint_steps": 5}})
     straight, _ = world.run(**changes)
     path = tmp_path / "run"
 
