@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from keeplora.experiment import runner as runner_module
 from keeplora.experiment import training as training_module
 from keeplora.experiment.checkpoint import seal
 from keeplora.experiment.interrupt import listening
+from keeplora.experiment.kinds.classification import Classification
 from keeplora.experiment.objective import TaskObjective
 from keeplora.files import sha256_file
 from keeplora.tuner import ContinualLearner
@@ -135,7 +137,7 @@ def test_a_run_that_dies_again_and_again_ends_with_the_same_bits(world, tmp_path
 
 
 def test_a_signal_in_validation_keeps_the_epoch(world, tmp_path, monkeypatch):
-    changes = settings("lora", **VALIDATED)
+    changes = settings("lora", **{**VALIDATED, "training": {"epochs": 3, "checkpoint_steps": 5}})
     straight, _ = world.run(**changes)
     path = tmp_path / "run"
 
@@ -201,6 +203,17 @@ def test_what_accept_measured_before_the_task_is_not_measured_again(world, tmp_p
     Experiment.resume(path, quiet=True)
     assert len(asked) == 1  # after the task alone
     assert_same(path, straight)
+
+
+def test_what_the_statistics_warned_of_is_still_told_and_once(world, tmp_path, monkeypatch):
+    def prepare_head(self, objective, data, training):
+        warnings.warn_explicit(f"{objective.task.name} is narrow", UserWarning, "keeplora/statistics.py", 1)
+
+    monkeypatch.setattr(Classification, "prepare_head", prepare_head)
+    path = tmp_path / "run"
+    dies(world.config(**settings("lora")), path, PAINT + 5, "kill")
+    results = Experiment.resume(path, quiet=True)
+    assert results["warnings"] == ["paint is narrow", "stripes is narrow"]
 
 
 def test_no_checkpoint_is_written_where_none_is_asked_for(world, tmp_path):
