@@ -285,7 +285,7 @@ def test_diff(world, cli, run):
         assert row["difference"] == pytest.approx(float(f.delta.norm()) if f else 0.0, rel=1e-4, abs=1e-9)
         assert 0 <= row["relative"] <= 2
     text = cli("ledger", "diff", straight, run).out
-    assert "the same base model, 3 entries in common" in text.replace("\n", "")
+    assert "the same base model, 3 entries in common" in " ".join(text.split())
     other = told(cli("ledger", "diff", straight, world.run(method="lora")[0], "--json"))
     assert (other["same_base"], other["common"]) == (True, 0)
 
