@@ -213,12 +213,18 @@ def test_formats_match_a_run(here):
         "## results.json": json.loads((run / "results.json").read_text()),
         "### ledger.json": json.loads((run / "ledger/ledger.json").read_text()),
         "### record.json": json.loads((record / "record.json").read_text()),
+        "### HEAD.json": json.loads((run / "ledger/HEAD.json").read_text()),
+        "### metrics.json": {
+            **(sidecar := json.loads((record / "metrics.json").read_text())),
+            "metrics": dict.fromkeys(sidecar["metrics"]),
+        },
     }
     for heading, value in held.items():
         documented, found = section(text, heading), keys_of(value)
         if heading == "### record.json":  # the training settings are config.yaml's
             found -= set(value["info"]["training"]) | {"event", "task"} | keys_of(value["info"]["epochs"])
             found |= {"explained", "trace", "used", "rank", "s"}
+            found -= keys_of(value["config"])  # ledger.json's
         if heading == "## results.json":
             found -= {"epoch", "loss", "train_accuracy", "validation_accuracy", "lr"}
             found -= {"statistics", "training", "evaluation"}  # "seconds (as above)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from keeplora import ContinualLearner
 from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.tuner import Ledger
+from keeplora.tuner.audit import layer_rows
 from tests.tuner.blocks import config, learn, loader, loss_fn, make_net, same, train, weights
 
 NAMES = ("a", "b", "c", "d")
@@ -254,3 +256,51 @@ def test_a_loaded_learner_can_be_saved_with_all_that_it_has_behind_it(tmp_path):
     with pytest.raises(LedgerError, match="purged"):
         second.restore("b")
     assert Ledger.open(saved / "ledger").entries()[1].metrics() == {"tasks": {"b": 50.0}}
+
+
+def test_the_audit_counts_the_directions_of_removed_tasks():
+    """c's factor is made to act on what b protected: it was in U when c was learned, whether or not b is active now."""
+    learner = learned(3)
+    learner.remove("b")
+    layer = next(n for n, V in learner.history[1].basis.items() if V.shape[1] and n in learner.records[1].factors)
+    f, V = learner.records[1].factors[layer], learner.history[1].basis[layer]
+    learner.records[1].factors[layer] = dataclasses.replace(f, A=f.A + 0.1 * V[:, :1].T)
+    audit = learner.audit()
+    assert not audit.passed
+    (row,) = [row for row in audit.rows if row.factor_leak > 1e-5]
+    assert (row.layer, row.task) == (layer, "c")
+    rows = next(row for row in layer_rows(learner) if row["layer"] == layer)
+    assert len(rows["used"]) == 4
+    assert rows["used"][-1] == learner.U[layer].shape[1]
+
+
+def test_beside_a_quantised_base_the_adapter_holds_the_others_alone():
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
+    from keeplora.tuner.adapter_store import PAST
+    from tests.tuner import llama
+
+    learner = ContinualLearner(llama.load("4bit"), llama.config(), base_name="tiny")
+    for i, name in enumerate(("a", "b", "c")):
+        llama.learn(learner, name, i)
+    a, _, c = learner.records
+    learner.remove("b")
+    for name in llama.LAYERS:
+        past = getattr(learner.model.get_submodule(name), PAST)
+        parts = [r.factors[name] for r in (a, c) if name in r.factors]
+        assert torch.equal(past.A, torch.cat([f.A for f in parts]))
+        assert torch.equal(past.B, torch.cat([f.s * f.B for f in parts], dim=1))
+    learner.rollback(0)
+    assert not [n for n, _ in learner.model.named_modules() if n.endswith(PAST)]
+
+
+def test_a_ledger_that_somebody_else_changed_is_not_written_to(tmp_path):
+    learner = learned(2, tmp_path / "ledger")
+    before = weights(learner.model)
+    Ledger.open(tmp_path / "ledger").remove("a")
+    with pytest.raises(LedgerError, match=r"has 3 entries, but had 2 .*; open the learner anew"):
+        learner.remove("b")
+    with pytest.raises(LedgerError, match="open the learner anew"):
+        learn(learner, "c", 3)
+    assert same(weights(learner.model), before)
+    assert [r.name for r in learner.records] == ["a", "b"]
+    assert len(Ledger.open(tmp_path / "ledger").entries()) == 3

@@ -86,6 +86,7 @@ class LedgerPlace:
             )
         with self._locked() as directory:
             results = directory.read_results() if directory is not None else None
+            before = self.ledger.state().active
             if results:
                 _keep_rows(self.ledger, results)
             if operation == "purge":
@@ -98,6 +99,8 @@ class LedgerPlace:
             else:
                 state = getattr(self.ledger, operation)(task)
             if directory is not None:
+                if results and state.active != before:
+                    results["audit"] = None  # of other weights; `keeplora audit` and a resumed run measure it anew
                 _follow(directory, self.ledger, results)
         return state
 
@@ -191,12 +194,14 @@ def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | N
     at = _in_force(ledger)
     order = results["tasks"] if results else [e["name"] for e in directory.read_data() if e.get("kind") == "task"]
     done = next((i for i, name in enumerate(order) if name not in at), len(order))
+    status = directory.read_status()
     try:
         settled_count(at, order, directory.path)
-        error = None if done == len(order) else "tasks were taken back; go on with `keeplora resume`"
+        error = status.get("error") if status.get("tasks_done") == done else None
+        error = error or "not all tasks are learned; go on with `keeplora resume`"
     except KeepLoraError as found:
         error = str(found)
-    directory.set_status(state="interrupted" if error else "finished", tasks_done=done, error=error)
+    directory.set_status(state="interrupted", tasks_done=done, error=error)
     if not results:
         return
     columns, entries, chain = Columns.from_results(results), ledger.entries(), ledger.chain()
@@ -214,12 +219,13 @@ def _follow(directory: RunDirectory, ledger: Ledger, results: dict[str, Any] | N
     results |= {
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "metrics": summary(scores.tasks, scores.probes),
         "tasks_info": [task_info(name, info) for name, info in infos],
-        "removed": [n for n in chain.names(chain.state.removed) if at[n] in chain.state.removed],
+        "removed": list(dict.fromkeys(n for n in chain.names(chain.state.removed) if at[n] in chain.state.removed)),
         "layers": [_layer(layer, [entries[i - 1].value["layers"] for i in tasks], [
             i in chain.state.history for i in tasks]) for layer in results["layers"]],
-        "audit": None,  # of other weights; `keeplora audit` and a resumed run measure it anew
     }  # fmt: skip
     directory.write_results(results)
+    if done == len(order) == len(scores.tasks) - 1:
+        directory.set_status(state="finished", error=None)
     if scores.tasks:
         add_missing_events(directory, scores, infos, columns)
         directory.cut_events(len(scores.tasks) - 1)

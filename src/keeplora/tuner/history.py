@@ -132,6 +132,7 @@ class TaskHistory:
         """The task joins the active ones, on disk first where there is a ledger."""
         record.config, record.versions, record.time = self.config.to_dict(), versions(), now()
         if self._ledger is not None:
+            self._check_in_step(self._ledger)
             self._ledger.append(record)
         self._chain.add(Step(TASK, record.name))
         record.entry = len(self._chain)
@@ -169,6 +170,13 @@ class TaskHistory:
                 f"{where}: a task was taken out of it, but this method {self.irremovable}; restore that task"
             )
 
+    def _check_in_step(self, ledger: Ledger) -> None:
+        if (found := len(ledger.folders())) != len(self._chain):
+            raise LedgerError(
+                f"{ledger.path} has {found} entries, but had {len(self._chain)} when this learner last wrote or read it: "
+                "something else changed it; open the learner anew"
+            )
+
     def _apply(self, step: Step) -> None:
         """An operation: on the weights, on U, then in the ledger; all of it or nothing."""
         if self._open is not None:
@@ -183,6 +191,7 @@ class TaskHistory:
             if self.accumulates:
                 self.store.restore(all_updates(records))
             if self._ledger is not None:
+                self._check_in_step(self._ledger)
                 self._ledger.enter(step)
         except BaseException:
             self.store.restore(before)
@@ -197,6 +206,6 @@ class TaskHistory:
         """What a ledger says of the method, for those who read it without one."""
         told: Any = type(self)
         return {
-            "class": told.__name__, "protects": told.protects, "trains_A": told.trains_A,
+            "class": told.__name__, "protects": told.protects, "trains_a": told.trains_A,
             "accumulates": told.accumulates, "irremovable": told.irremovable, "unmergeable": told.unmergeable,
         }  # fmt: skip

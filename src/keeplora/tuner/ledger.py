@@ -41,7 +41,7 @@ from keeplora.tuner.ledger_files import (
     refuse_link,
     write_sealed,
 )
-from keeplora.tuner.records import TaskRecord, group, read_record, slug
+from keeplora.tuner.records import TaskRecord, check_layers, group, read_record, slug
 
 __all__ = ["FORMAT", "VERSION", "Entry", "Ledger", "TaskRecord", "now", "slug"]
 
@@ -377,8 +377,12 @@ def _step(value: Mapping[str, Any], file: Path) -> Step:
     if kind not in KINDS:
         raise LedgerError(f"{file} is an entry of kind {kind!r}, which this keeplora does not know: upgrade keeplora")
     need(value, file, name=str)
+    for key, wanted in (("time", str), ("versions", dict), ("config", dict)):  # version 0 has none of them
+        if value.get(key) is not None:
+            need(value, file, **{key: wanted})
     if kind == TASK:
         need(value, file, layers=dict, info=dict, tensors_sha256=str)
+        check_layers(value["layers"], file)
         return replace(Step(TASK, value["name"]), purged=bool(value.get("purged", False)))
     need(value, file, subject=int)
     return Step(kind, value["name"], value["subject"])

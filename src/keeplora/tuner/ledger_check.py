@@ -114,7 +114,7 @@ def _of_task(
             rows.append(float((AAt / c - torch.eye(len(A), dtype=torch.float64)).abs().max()))
             leaks.append(float(AU.abs().max()) / c**0.5 if AU.numel() else 0.0)
             relative.append(float(AU.norm()) / float(A.norm()))
-    if ledger.told.get("trains_A") is False:
+    if ledger.told.get("trains_a") is False:
         yield Check("rows of A: max |AAᵀ/c − I|", where, max(rows, default=0.0), ORTHONORMAL)
         yield Check("A against U as it was: max |A U|", where, max(leaks, default=0.0), LEAK)
     else:  # also version 0, which does not say whether A was trained

@@ -100,6 +100,23 @@ def group(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {key[len(kind) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{kind}/")}
 
 
+def check_layers(layers: Mapping[str, Any], file: Path) -> None:
+    """`LedgerError` unless every entry of a record's ``layers`` holds numbers of the right kind."""
+    for name, told in layers.items():
+        if not isinstance(told, dict):
+            raise _bad("the entry", name, file)
+        for key in ("s", "explained", "trace"):
+            if told.get(key) is not None and not _finite(told[key]):
+                raise _bad(f"{key} = {told[key]!r:.60}", name, file)
+        for key in ("rank", "used"):
+            if told.get(key) is not None and (type(told[key]) is not int or told[key] < 0):
+                raise _bad(f"{key} = {told[key]!r:.60}", name, file)
+
+
+def _bad(what: str, name: str, file: Path) -> LedgerError:
+    return LedgerError(f"{file}: {what} of layer {name!r:.80} cannot be used; restore the ledger from a copy")
+
+
 def read_record(
     value: Mapping[str, Any], tensors: Mapping[str, Tensor], targets: Mapping[str, tuple[int, int]], where: Path,
     *, purged: bool = False,
@@ -114,18 +131,7 @@ def read_record(
     """
     file = where / "record.json"
 
-    def bad(what: str, name: str) -> LedgerError:
-        return LedgerError(f"{file}: {what} of layer {name!r} cannot be used; restore the ledger from a copy")
-
     layers = value["layers"]
-    for name, told in layers.items():
-        if not isinstance(told, dict):
-            raise bad("the entry", name)
-        for key in ("s", "explained", "trace"):
-            if told.get(key) is not None and not _finite(told[key]):
-                raise bad(f"{key} = {told[key]!r}", name)
-        if not isinstance(told.get("rank", 0), int) or not isinstance(told.get("used") or 0, int):
-            raise bad("the rank or the number of columns used", name)
     A, B, basis = group(tensors, "A"), group(tensors, "B"), group(tensors, "basis")
     for kind, found in (("A", A), ("B", B), ("basis", basis), ("covariance", group(tensors, "covariance"))):
         for name, tensor in found.items():
@@ -140,7 +146,7 @@ def read_record(
         if not purged and (A[name].shape[0] if name in A else 0) != rank:
             raise LedgerError(f"{where}: layer {name!r} has rank {rank} in {file.name}, and another in its tensors")
         if name in A and (A[name].shape[0] != B[name].shape[1] or told.get("s") is None):
-            raise bad("the factors' rank or their scale s", name)
+            raise _bad("the factors' rank or their scale s", name, file)
     full = group(tensors, "delta")
     for name, tensor in full.items():
         _check_tensor("delta", name, tensor, targets, where)
