@@ -23,9 +23,10 @@ from keeplora.experiment.checkpoint import seal
 from keeplora.experiment.interrupt import listening
 from keeplora.experiment.objective import TaskObjective
 from keeplora.files import sha256_file
+from keeplora.tuner import ContinualLearner
 from tests.cli.test_resume import events_without_times
 from tests.cli.tiny_world import events_of, ledger_tensors, record_of, results_of, same_tensors, status_of
-from tests.experiment.deaths import counted_steps, dies, in_child
+from tests.experiment.deaths import DEAD, counted_steps, dies, in_child
 
 PAINT, STRIPES = 8, 6
 """Steps of the two tasks: 30 and 20 pictures, batches of 8, two epochs."""
@@ -163,6 +164,30 @@ def test_a_signal_in_validation_keeps_the_epoch(world, tmp_path, monkeypatch):
     assert_same(path, straight)
 
 
+def test_a_death_while_the_task_is_merged_repeats_no_step(world, tmp_path, monkeypatch):
+    changes = settings("keeplora++", **VALIDATED)
+    straight, _ = world.run(**changes)
+    path = tmp_path / "run"
+
+    def work():
+        inner = ContinualLearner._protect
+
+        def protect(self, task, record):
+            if task.name == "stripes":
+                os._exit(DEAD)
+            inner(self, task, record)
+
+        ContinualLearner._protect = protect
+        Experiment({**world.config(**changes), "output": str(path)}, quiet=True).run()
+
+    assert in_child(work) == DEAD
+    assert state_of(path)["loop"]["done"] is True
+    with counted_steps(monkeypatch) as taken:
+        Experiment.resume(path, quiet=True)
+    assert taken == []
+    assert_same(path, straight)
+
+
 def test_what_accept_measured_before_the_task_is_not_measured_again(world, tmp_path, monkeypatch):
     changes = settings(
         "lora", validation=0.2, accept={"max_drop": 100, "action": "warn"}, probes=world.config()["probes"]
@@ -242,7 +267,12 @@ def _other_shape(folder: Path) -> None:
     reseal(folder, change)
 
 
+def _beyond(folder: Path) -> None:
+    reseal(folder, lambda state, tensors: state["loop"].update(epoch=9))
+
+
 MISFITS = {
+    "a place beyond the end": (_beyond, "it stands at epoch 9, step 1, which this task does not have"),
     "one bit": (_flip, "tensors.safetensors is damaged"),
     "not a number": (_nan, r"optimizer/\S+ holds NaN or infinity"),
     "no statistics": (_without("learner/"), "it is not complete"),

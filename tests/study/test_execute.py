@@ -159,9 +159,10 @@ def test_ctrl_c_interrupts_the_cells_and_keeps_their_state(tmp_path: Path, numbe
 
     presser = threading.Thread(target=press)
     presser.start()
-    with pytest.raises(StudyInterrupted):
+    with pytest.raises(StudyInterrupted) as stopped:
         study.executor.run()
     presser.join()
+    assert stopped.value.signal == number
     assert study.states() == ["interrupted", "interrupted", "pending", "pending"]
     assert not any(is_being_written(folder) for folder in folders)
     told = [RunDirectory(folder).read_status()["state"] for folder in folders]

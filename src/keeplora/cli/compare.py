@@ -114,9 +114,9 @@ def _run(plan: StudyPlan, whole: bool, quiet: bool) -> None:
     go_on = f"keeplora compare --output {shlex.quote(str(plan.output))}"
     try:
         outcome = run_study(plan, keys=keys, quiet=quiet or None)
-    except StudyInterrupted:
+    except StudyInterrupted as stopped:
         typer.echo(f"Interrupted. What is finished is kept; go on with `{go_on}`.", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + stopped.signal) from None
     _show(outcome.study, outcome.report)
     if outcome.failed:
         n = len(outcome.failed)

@@ -66,9 +66,9 @@ def tune(
 
     try:
         outcome = search(plan, say)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         say(f"Interrupted. Trials that ended are kept in {plan.output}; repeat the command to go on.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + getattr(stopped, "signal", 2)) from None
     console = Console()
     if not console.is_terminal:
         console.width = 120

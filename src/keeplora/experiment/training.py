@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keeplora.errors import TrainingError
-from keeplora.experiment.checkpoint import Keeper, Snapshot
+from keeplora.experiment.checkpoint import CheckpointError, Keeper, Snapshot
 from keeplora.experiment.config import TrainingConfig
 from keeplora.experiment.interrupt import STOP
 from keeplora.experiment.kinds.base import TrainingObjective
@@ -97,7 +97,8 @@ class _Loop:
         self.scheduler = make_scheduler(self.optimizer, self.config, self.epochs * len(self.batches))
         if self.keeper is not None and self.keeper.saved is not None:
             self._go_on(self.keeper.saved)
-            self.keeper.saved = None  # its tensors need not be held any longer
+            self.keeper.saved[0].clear()  # its tensors need not be held any longer
+            self.keeper.saved = None
         self.gradients = Gradients(
             self.objective, self.batches, self.hooks, limit=self.state.limit, tell=self._tell_limit
         )
@@ -119,6 +120,8 @@ class _Loop:
 
     def _go_on(self, saved: Snapshot) -> None:
         state = self.state = restore(saved, self.names, self.parameters, self.optimizer)
+        if not (1 <= state.epoch <= self.epochs + 1 and 0 <= state.step <= len(self.batches)):
+            raise CheckpointError(f"it stands at epoch {state.epoch}, step {state.step}, which this task does not have")
         resume_schedule(self.scheduler, self._steps())
         self.batches.fast_forward(state.epoch - 1, state.step)
         self.progress.line(
@@ -169,7 +172,7 @@ class _Loop:
             samples = self.batches.where(batch)[:3]
             check_gradients(self.names, self.parameters, config.grad_clip, where, samples)
         except TrainingError as error:
-            raise TrainingError(f"{error}; {self._remedy()}") from None
+            raise TrainingError(f"{error}; no weight has taken it in; {self._remedy()}") from None
         self.optimizer.step()
         self.hooks.after_step()
         sums.lr = float(self.optimizer.param_groups[0]["lr"])  # the rate of this step, not of the one that is set next
@@ -186,7 +189,10 @@ class _Loop:
         if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):
             self._look_at_size()
         if self.keeper is not None:
-            self.keeper.after_step(self._steps(), self._snapshot)
+            try:
+                self.keeper.after_step(self._steps(), self._snapshot)
+            except FloatingPointError as error:  # the step itself led there, from a gradient that was finite
+                raise TrainingError(f"{error}; {self._remedy()}") from None
         STOP.check()
 
     def _accuracy(self) -> float | None:
@@ -197,7 +203,7 @@ class _Loop:
         """What to do about a loss or gradient that is not finite."""
         rate = f"{self.rate / 10:g}"
         return (
-            "no weight has taken it in, and nothing after the task's last checkpoint is kept; lower the rate and go on, for "
+            "nothing after the task's last checkpoint is kept; lower the rate and go on, for "
             f"example `keeplora resume RUN -o training.learning_rate={rate}`, or set training.grad_clip"
         )
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from keeplora.experiment.interrupt import Interrupted
 from keeplora.study.plan import CellKey, StudyPlan
 from keeplora.study.progress import StudyProgress
 from keeplora.study.resources import Slots
@@ -35,7 +36,15 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class StudyInterrupted(Exception):
-    """Ctrl-C, or SIGTERM: the runs were interrupted and the state is kept."""
+    """Ctrl-C, or SIGTERM: the runs were interrupted and the state is kept.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
 
 
 @dataclass
@@ -51,8 +60,8 @@ class _Job:
 def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM (a scheduler's time limit) is heard as Ctrl-C, so that the cells' state is kept."""
 
-    def raise_interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def raise_interrupt(number: int, *_: object) -> None:
+        raise Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -155,9 +164,9 @@ class Executor:
                         record = self._finish(job)
                         if record.state == "failed":
                             failed.append(record)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stopped:
                 self._interrupt()
-                raise StudyInterrupted from None
+                raise StudyInterrupted(getattr(stopped, "signal", signal.SIGINT)) from None
             except BaseException:
                 self._interrupt()
                 raise
