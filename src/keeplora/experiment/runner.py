@@ -191,10 +191,8 @@ class _Run:
                 elif done == rows:  # killed between the ledger's record and its scores
                     self._log_epochs(done)
                     self._score_last(done)
-                elif settled and any(
-                    settled[-1] is r for r in self.learner.records
-                ):  # killed, perhaps, before the ledger had the row
-                    self._keep_row(done, again=False)
+                elif settled and any(settled[-1] is r for r in self.learner.records):
+                    self._keep_row(done, again=False)  # killed, perhaps, before the ledger had it
                 for i in range(done + 1, len(self.setup.tasks) + 1):
                     task = self.setup.tasks[i - 1]
                     self.progress.task(task.name, i, len(self.setup.tasks))
