@@ -221,6 +221,15 @@ def test_a_run_cannot_put_its_script_into_the_report(fuzz_world: World, tmp_path
     assert "&lt;script&gt;" in (run / "report.html").read_text()
 
 
+def test_a_table_of_a_run_in_a_state_that_nobody_knows(fuzz_world: World, tmp_path: Path) -> None:
+    run = fuzz_world.copied(fuzz_world.run(method="lora")[0], tmp_path / "run")
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "fin\u0269shed"}))
+    answer = run_here(["compare", str(run), "--output", str(tmp_path / "study")])
+    assert answer.fault is None, answer
+    assert answer.code in (0, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -187,10 +187,8 @@ def cells_table(study: Study) -> Table:
 
 def missing_lines(study: Study, most: int = 12) -> list[str]:
     """The cells that are not in the tables, one line each, those that failed first and with their last words."""
-    found = sorted(
-        study.missing,
-        key=lambda cell: ("failed", "interrupted", "running").index(cell.state) if cell.state != "pending" else 3,
-    )
+    rank = {"failed": 0, "interrupted": 1, "running": 2}
+    found = sorted(study.missing, key=lambda cell: rank.get(cell.state, len(rank)))
     lines = []
     for cell in found[:most]:
         told = cell.error.strip().splitlines()

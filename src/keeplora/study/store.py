@@ -82,7 +82,7 @@ class _Cell(_Strict):
     method: _Name
     order: _Name
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    state: str = "pending"
+    state: Literal["pending", "running", "interrupted", "failed", "finished"] = "pending"
     attempts: int = 0
     seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
     error: str | None = None
