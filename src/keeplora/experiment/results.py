@@ -87,12 +87,14 @@ def build_results(
         **kind.results(),
         "metrics": summary(scores.tasks, scores.probes),
         "layers": layer_rows(learner) if learner.protects else [],
+        "capacity": learner.capacity().to_dict() if learner.protects else None,
         "tasks_info": [
             {
                 "name": record.name, "seconds": record.info["seconds"], "epochs": record.info.get("epochs", []),
                 "best_epoch": record.info.get("best_epoch"), "accepted": not record.info.get("undone", False),
                 "trained_parameters": record.info.get("trained_parameters", 0),
                 "rank_shrunk": record.info.get("rank_shrunk", []), "not_adapted": record.info.get("not_adapted", []),
+                "frozen": record.info.get("frozen", []),
             }
             for record in learner.records
         ],

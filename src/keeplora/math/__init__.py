@@ -1,5 +1,14 @@
 """The method as pure functions of tensors; imports torch and nothing of ours."""
 
+from keeplora.math.budget import Candidates, keep_most_valuable
+from keeplora.math.complement import (
+    Subspace,
+    complement,
+    held_bytes,
+    new_directions,
+    new_gradient_directions,
+    shares,
+)
 from keeplora.math.factor import (
     backward_bound,
     factor_leak,
@@ -22,19 +31,27 @@ from keeplora.math.subspace import (
 
 __all__ = [
     "SCHEDULES",
+    "Candidates",
+    "Subspace",
     "append_directions",
     "backward_bound",
+    "complement",
     "explained_share",
     "extend_basis",
     "extend_basis_with_gradient",
     "factor_leak",
+    "held_bytes",
+    "keep_most_valuable",
     "layer_alpha",
     "layer_scales",
     "lora_delta",
+    "new_directions",
+    "new_gradient_directions",
     "orthonormality_error",
     "project_out",
     "residual_factor",
     "rounding_floor",
+    "shares",
     "weight_basis",
     "weight_leak",
 ]

@@ -127,21 +127,20 @@ def audit_learner(learner: ContinualLearner) -> Audit:
             delta = learner.store.delta.get(t.name)
             weights = weight_leak(W.cpu(), W0, U0)
             floor = rounding_floor(W0, delta, U0, W.dtype) if delta is not None else 0.0
-        k = U0.shape[1]
+        found = {id(record): U for record, U in zip(learner.history, learner.U.before_each(t.name), strict=False)}
         for record in learner.records:
             f = record.factors.get(t.name)
-            leak = factor_leak(f.B, f.A, learner.U[t.name][:, :k]) if f is not None else 0.0
+            leak = factor_leak(f.B, f.A, found[id(record)]) if f is not None else 0.0
             rows.append(LeakRow(t.name, record.name, leak, weights, floor))
-            k += record.basis[t.name].shape[1] if t.name in record.basis else 0
     return Audit(rows, tuple(notes))
 
 
 def layer_rows(learner: ContinualLearner) -> list[dict[str, Any]]:
     """Per target, as JSON: where it sits, its scale, and columns of U (``used``) and ranks after each task."""
-    bases = learner.start_bases() if learner.records or learner._U is not None else {}
+    bases = learner.U.start_dims() if learner.records or learner._U is not None else {}
     rows = []
     for t in learner.targets:
-        start = bases[t.name].shape[1] if t.name in bases else 0
+        start = bases[t.name][1] if t.name in bases else 0
         used, ranks = [start], []
         for record in learner.records:
             used.append(record.used.get(t.name, used[-1]))
@@ -164,7 +163,7 @@ def summary_table(learner: ContinualLearner) -> TableText:
     notes = [str(cost)] if cost.layers else []
     if learner.free.modules:
         notes.append(f"trained in full, not protected: {', '.join(learner.free.modules)}")
-    used = {name: U.shape[1] for name, U in learner.U.items()}
+    used = learner.U.dims()
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
         short = t.name.removeprefix(t.tower).lstrip(".")

@@ -3,10 +3,11 @@
 Layout::
 
     ledger.json              format, version, base model (name, class, hash of target weights), targets, config, bases
-    base.safetensors         "basis/<layer>": U₀ (in, p), float32
+    base.safetensors         "basis/<layer>": U₀ (in, p), float32; or "complement/<layer>": (in, in − p), where that is smaller
     0001-<task>/record.json  what the task was: layers (s, rank, ε_t, tr C_t), classes, metrics, parent hash, ...
     0001-<task>/tensors.safetensors   "A/<layer>", "B/<layer>", "basis/<layer>" (new directions), "delta/<layer>"
-                             (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads)
+                             (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads), "values/<layer>"
+                             (what each direction protects), "kept/<layer>" (which are in force, where a budget took some)
 
 A record is written into a hidden folder and renamed, so it is there whole or not at all. ``parent`` is the SHA-256 of
 the previous record.json (of ledger.json for the first), each record names the SHA-256 of its tensors, and each JSON
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from keeplora.errors import LedgerError
 from keeplora.files import atomic_dir, atomic_write_json, sha256_file
+from keeplora.math import Subspace
 from keeplora.tuner.adapter import Factors
 
 FORMAT = "keeplora-ledger"
@@ -44,17 +46,21 @@ class TaskRecord:
             full name (free modules).
         basis: new protected directions per layer, (in, m). explained: ε_t per layer. trace: tr C_t per layer.
         used: columns of U per layer after the task. covariance: C_t per layer, if kept.
+        values: per layer, the share of tr C_t along every column that tasks have added up to this one, (Σ m,).
+        kept: per layer, which of those columns are in force, (Σ m,) bool; only where this task took older ones out.
         tensors: whatever else belongs to the task (class heads). info: JSON values (classes, templates, metrics, ...).
     """
 
     name: str
     factors: dict[str, Factors] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
-    basis: dict[str, Tensor] = field(default_factory=dict)
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
     explained: dict[str, float] = field(default_factory=dict)
     trace: dict[str, float] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     covariance: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -151,7 +157,7 @@ class Ledger:
 
     @classmethod
     def create(cls, path: str | Path, *, base: dict[str, Any], targets: list[dict[str, Any]], config: dict[str, Any],
-               bases: Mapping[str, Tensor], versions: dict[str, str]) -> Ledger:  # fmt: skip
+               bases: Mapping[str, Subspace], versions: dict[str, str]) -> Ledger:  # fmt: skip
         """Write ledger.json and base.safetensors into a new folder, whole or not at all."""
         path = Path(path)
         if path.exists():
@@ -162,7 +168,10 @@ class Ledger:
         }  # fmt: skip
         with atomic_dir(path) as part:
             file = part / "base.safetensors"
-            save_file({f"basis/{n}": U.contiguous() for n, U in bases.items()}, file)
+            save_file(
+                {f"{'complement' if S.by_complement else 'basis'}/{n}": S.held.contiguous() for n, S in bases.items()},
+                file,
+            )
             head["tensors_sha256"] = sha256_file(file)
             _write_sealed(part / "ledger.json", head)
         return cls(path, head)
@@ -175,9 +184,11 @@ class Ledger:
         _check_head(head, path / "ledger.json")
         return cls(path, head)
 
-    def bases(self) -> dict[str, Tensor]:
-        """U₀ per layer."""
-        return _group(_read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"]), "basis")
+    def bases(self) -> dict[str, Subspace]:
+        """U₀ per layer, by its smaller side."""
+        tensors = _read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"])
+        found = {name: Subspace.of(U) for name, U in _group(tensors, "basis").items()}
+        return found | {name: Subspace(N, True) for name, N in _group(tensors, "complement").items()}
 
     def folders(self) -> list[Path]:
         """Record folders in task order."""
@@ -196,6 +207,7 @@ class Ledger:
             tensors[f"A/{name}"], tensors[f"B/{name}"] = f.A, f.B
         for kind, group in (
             ("delta", record.full), ("basis", record.basis), ("covariance", record.covariance), ("extra", record.tensors),
+            ("values", record.values), ("kept", record.kept),
         ):  # fmt: skip
             tensors |= {f"{kind}/{name}": value for name, value in group.items()}
         target = self.path / f"{len(folders) + 1:04d}-{slug(record.name)}"
@@ -242,4 +254,5 @@ class Ledger:
             trace={n: v["trace"] for n, v in layers.items() if v["trace"] is not None},
             used={n: v["used"] for n, v in layers.items() if v["used"] is not None},
             covariance=_group(tensors, "covariance"), tensors=_group(tensors, "extra"), info=value["info"],
+            values=_group(tensors, "values"), kept=_group(tensors, "kept"),
         )  # fmt: skip

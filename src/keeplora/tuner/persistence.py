@@ -48,7 +48,7 @@ def create_ledger(learner: ContinualLearner, path: str | Path) -> Ledger:
         },
         targets=[asdict(t) for t in learner.targets],
         config=learner.config.to_dict(),
-        bases=learner.start_bases(),
+        bases=learner.U.start,
         versions=versions(),
     )  # fmt: skip
 
