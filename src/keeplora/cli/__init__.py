@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keeplora.cli import assets, audit, compare, export, methods, predict, report, resume, run, suites, tune
+from keeplora.cli import assets, audit, capacity, compare, export, methods, predict, report, resume, run, suites, tune
 from keeplora.errors import KeepLoraError
 
 # PEFT imports bitsandbytes wherever it is installed, which then advises to install a kernel that nothing here would use.
@@ -40,6 +40,7 @@ app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("audit")(audit.audit)
+app.command("capacity")(capacity.capacity)
 app.add_typer(methods.app, name="methods")
 app.add_typer(suites.app, name="suites")
 app.add_typer(assets.app, name="assets")

@@ -63,7 +63,9 @@ def _count(value: int | None) -> str:
 
 
 def tasks_that_fit(left: int, wanted: int, growth: int) -> int | None:
-    """How many tasks in a row find their rank free and leave room for what they add.
+    """How many tasks in a row still find their whole rank free; None: no end in sight.
+
+    What a task adds needs no room of its own: where it runs into the width, every dimension is protected.
 
     Args:
         left: dimensions that are not protected. wanted: the configured rank. growth: dimensions that each task adds.
@@ -71,10 +73,9 @@ def tasks_that_fit(left: int, wanted: int, growth: int) -> int | None:
     >>> tasks_that_fit(10, 2, 3), tasks_that_fit(10, 4, 3), tasks_that_fit(1, 2, 3), tasks_that_fit(10, 2, 0)
     (3, 3, 0, None)
     """
-    need = max(wanted, growth)
-    if left < need:
+    if left < wanted:
         return 0
-    return None if growth == 0 else (left - need) // growth + 1
+    return None if growth == 0 else (left - wanted) // growth + 1
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,21 @@ class LayerGauge:
         return self.used[-1] / self.width
 
     @property
+    def least(self) -> float | None:
+        """The smallest of the tasks' ε_t; None before the first."""
+        return min((share for share in self.explained if share is not None), default=None)
+
+    @property
     def forecast(self) -> Forecast:
         """How many more tasks like the recent ones fit."""
         if self.frozen:
             return Forecast(0, 0, 0, len(self.growth))
         if not self.growth:
             return Forecast(None, None, None, 0)
-        fits = [
+        likely, low, high = (
             tasks_that_fit(self.left, self.wanted, g) for g in (self.growth[-1], max(self.growth), min(self.growth))
-        ]
-        return Forecast(*fits, len(self.growth))
+        )
+        return Forecast(likely, low, high, len(self.growth))
 
     @property
     def state(self) -> str:
@@ -127,10 +133,9 @@ class LayerGauge:
             return "frozen"
         if self.left == 0:
             return "full"
-        likely = self.forecast.likely
-        if self.left < self.wanted or (likely == 0 and self.growth):
+        if self.left < self.wanted:
             return "tight"
-        return "last" if likely == 1 and self.growth else "free"
+        return "last" if self.forecast.likely == 1 else "free"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -184,6 +189,7 @@ class Capacity:
             "bytes": self.bytes, "max_basis_bytes": self.budget,
             "forecast": {name: self.until(share).to_dict() for name, share in MILESTONES.items()},
             "layers": [layer.to_dict() for layer in self.layers], "given_up": [dict(entry) for entry in self.given_up],
+            "notes": self.notes(),
         }  # fmt: skip
 
     def notes(self) -> list[str]:
@@ -200,23 +206,29 @@ class Capacity:
                 f"Tasks that still fit, if they are like the last: {first} until the first target is full, {half} until half "
                 f"are, {every} until all are (from {looked}; when_full: {self.policy})."
             )
-        for entry in self.given_up:
+        worst = sorted(self.given_up, key=lambda entry: entry["now"] - entry["before"])
+        for entry in worst[:SHOWN]:
             out.append(
                 f"Given up for the budget after {entry['after']!r}: {entry['layer']}, task {entry['task']!r}, "
                 f"{100 * entry['before']:.2f} % → {100 * entry['now']:.2f} %."
             )
+        if len(worst) > SHOWN:
+            out.append(f"{len(worst) - SHOWN} smaller losses of protection are in the JSON alone.")
         return out
 
     def table(self) -> Table:
-        """A row per target: a bar of what the weights (▒) and the tasks (█) protect, in colour where there is any."""
+        """A row per target: a bar of what the weights (▒) and the tasks (█) protect, in colour where there is any.
+
+        "least ε" is the smallest share of a task's energy that is protected now.
+        """
         table = Table(box=box.SIMPLE_HEAD, title="Capacity: protected input dimensions", title_justify="left")
-        for header in ("layer", "protected", "used", "left", "r", "state", "tasks that fit"):
-            table.add_column(header, justify="right" if header in ("used", "left", "r", "tasks that fit") else "left")
+        for header in ("layer", "protected", "used", "left", "r", "state", "tasks that fit", "least ε"):
+            table.add_column(header, justify="left" if header in ("layer", "protected", "state") else "right")
         for layer in self.layers:
             style = STYLES[layer.state]
             table.add_row(
                 Text(layer.layer), _bar(layer, style), f"{layer.used[-1]}/{layer.width}", str(layer.left), str(layer.wanted),
-                Text(layer.state, style=style), str(layer.forecast),
+                Text(layer.state, style=style), str(layer.forecast), _percent(layer.least),
             )  # fmt: skip
         return table
 
@@ -229,6 +241,7 @@ class Capacity:
         return TableText(stream.getvalue() + "".join(f"{note}\n" for note in self.notes()))
 
 
+SHOWN = 8
 MILESTONES = {"first": 0.0, "half": 0.5, "all": 1.0}
 STYLES = {"free": "green", "last": "yellow", "tight": "dark_orange", "full": "red", "frozen": "blue"}
 BAR = 20
@@ -240,6 +253,10 @@ def _bar(layer: LayerGauge, style: str) -> Text:
     start = min(start, now)
     bar = Text("▒" * start, style="dim")
     return bar.append("█" * (now - start), style=style).append("·" * (BAR - now), style="dim")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def size(n: int | None) -> str:
@@ -344,26 +361,28 @@ def frozen_targets(learner: ContinualLearner, name: str) -> frozenset[str]:
 
 
 def warn_before_full(learner: ContinualLearner) -> None:
-    """After a task: name the targets into which one more like it would not fit, once for each."""
+    """After a task: name the targets that have room for one more task like it, or for none; once for each."""
     history = learner.history
-    now = _tight(learner, history)
-    fresh = [layer for layer in now if layer.layer not in {x.layer for x in _tight(learner, history[:-1])}]
-    if not fresh:
+    states = {layer.layer: layer for layer in gauge(learner).layers}
+    start = {name: p for name, (_, p) in learner.U.start_dims().items()}
+    before = {x.layer: x.state for x in _gauge(learner.targets, start, history[:-1], learner.config).layers}
+    one = [x for x in states.values() if x.state == "last" and before[x.layer] == "free"]
+    none = [x for x in states.values() if x.state in ("tight", "full") and before[x.layer] in ("free", "last")]
+    if not one and not none:
         return
-    then = {
-        "shrink": "it will get a lower rank there, or none",
-        "freeze": "they will be frozen",
-        "raise": "it will be refused",
-    }[learner.config.when_full]
-    told = ", ".join(f"{x.layer} ({x.left} of {x.width} dimensions left)" for x in fresh[:3])
+    then = {"shrink": "rank goes down", "freeze": "target is frozen", "raise": "next task is refused"}
+    parts = [
+        f"{len(found)} of {len(learner.targets)} targets have {room}: {_names(found)}"
+        for found, room in ((none, "no room for another task like it"), (one, "room for one more task like it"))
+        if found
+    ]
     warnings.warn(
-        f"after task {history[-1].name!r} {len(fresh)} of {len(learner.targets)} targets have no room for another task like "
-        f"it: {told}{', …' if len(fresh) > 3 else ''}; {then}. `capacity()` shows all",
+        f"after task {history[-1].name!r} {'; '.join(parts)}. When full, the {then[learner.config.when_full]} (when_full: "
+        f"{learner.config.when_full}); `capacity()` shows all",
         stacklevel=3,
     )
 
 
-def _tight(learner: ContinualLearner, history: Sequence[TaskRecord]) -> list[LayerGauge]:
-    start = {name: p for name, (_, p) in learner.U.start_dims().items()}
-    found = _gauge(learner.targets, start, history, learner.config).layers
-    return [layer for layer in found if layer.state in ("tight", "full")]
+def _names(found: Sequence[LayerGauge]) -> str:
+    told = ", ".join(f"{x.layer} ({x.left} of {x.width} dimensions left)" for x in found[:3])
+    return f"{told}{', …' if len(found) > 3 else ''}"

@@ -89,6 +89,7 @@ class ContinualLearner:
         self._open: OpenTask | None = None
         self._ledger: Ledger | None = None
         if ledger is not None:
+            check_budget(self.U, config)
             self._ledger = create_ledger(self, ledger)
             self._leave_on_disk()
 
@@ -101,11 +102,8 @@ class ContinualLearner:
         `Bases.subspace` is what projections are made with: U, or where it passes half the width its complement.
         """
         if self._U is None:
-            energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets}
-            protected = energy if self.protects else {}
-            U = Bases({name: Subspace.of(weight_basis(self.store.W0[name], e)) for name, e in protected.items()})
-            check_budget(U, self.config)
-            self._U = U
+            energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
+            self._U = Bases.of({name: weight_basis(self.store.W0[name], share) for name, share in energy.items()})
         return self._U
 
     @property
@@ -163,6 +161,8 @@ class ContinualLearner:
             raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
         if any(record.name == name for record in self.records):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
+        if self.config.max_basis_bytes is not None:
+            check_budget(self.U, self.config)
         frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate)
         task = OpenTask(
@@ -212,13 +212,13 @@ class ContinualLearner:
             record.info.setdefault("statistics_seconds", round(task.statistics_seconds, 3))
             if (cost := self.store.serving_cost()).layers:
                 record.info["serving_cost"] = cost.to_dict()
-            if self._ledger is not None:
-                folder = self._ledger.append(record)
-                record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
+            folder = self._ledger.append(record) if self._ledger is not None else None
         except BaseException:
             self._undo(before, U_before)
             raise
         self.records.append(record)
+        if folder is not None:
+            record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
         self._open = None
         if self.protects:
             warn_before_full(self)

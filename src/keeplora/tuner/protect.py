@@ -53,14 +53,20 @@ def protect(learner: ContinualLearner, record: TaskRecord, source: Callable[[str
 
 
 def check_budget(U: Bases, config: KeepLoraConfig) -> None:
-    """`ConfigError` if U₀ alone is over the budget: what protects the pretrained knowledge is never dropped."""
+    """`ConfigError` if what is never dropped is over the budget: U₀, which protects the pretrained knowledge, and directions
+    of records that do not say what each is worth (format v0)."""
     budget = config.max_basis_bytes
-    if budget is None or (needed := sum(held_bytes(n, p) for n, p in U.start_dims().values())) <= budget:
+    if budget is None:
         return
-    raise ConfigError(
-        f"max_basis_bytes is {budget}, but the bases of the pretrained weights alone take {needed} bytes in {len(U)} targets; "
-        "raise it, or lower energy_weights (ε_w) so that less of the weights is protected"
-    )
+    start, dims, needed = U.start_dims(), U.dims(), 0
+    for name, (n, p) in start.items():
+        fixed = p + int((U.in_force(name) & ~_valued(U.records, name)).sum())
+        needed += min(held_bytes(n, fixed), held_bytes(n, dims[name]))
+    if needed > budget:
+        raise ConfigError(
+            f"max_basis_bytes is {budget}, but the bases of the pretrained weights alone take {needed} bytes in {len(U)} "
+            "targets; raise it, or lower energy_weights (ε_w) so that less of the weights is protected"
+        )
 
 
 def remaining_explained(history: Sequence[TaskRecord], name: str) -> list[float | None]:
@@ -87,14 +93,7 @@ def _fit(learner: ContinualLearner, record: TaskRecord, budget: int) -> None:
         movable[t.name] = free = _movable(learner, record, t.name)
         fixed = dims[t.name] + added_columns(record, t.name) - int(free.sum())
         layers.append(Candidates(t.n_in, fixed, _values(learner, record, t.name)[free]))
-    try:
-        chosen = keep_most_valuable(layers, budget)
-    except ValueError:
-        fixed = sum(layer.least for layer in layers)
-        raise ConfigError(
-            f"max_basis_bytes is {budget}, but what cannot be dropped (the bases of the pretrained weights, and directions of "
-            f"tasks whose records do not say what each is worth) takes {fixed} bytes; raise it"
-        ) from None
+    chosen = keep_most_valuable(layers, budget)  # what stays in any case fits: `check_budget` saw to it
     given_up: dict[str, dict[str, list[float]]] = {}
     for t, choice in zip(learner.targets, chosen, strict=True):
         if not bool(choice.all()):
@@ -106,11 +105,16 @@ def _fit(learner: ContinualLearner, record: TaskRecord, budget: int) -> None:
         _tell(record, given_up, budget)
 
 
+def _valued(records: Sequence[TaskRecord], name: str) -> Tensor:
+    """Which of a layer's columns come from a record that says what each is worth."""
+    parts = [torch.full((added_columns(r, name),), name in r.values) for r in records]
+    return torch.cat([*parts, torch.zeros(0, dtype=torch.bool)])
+
+
 def _movable(learner: ContinualLearner, record: TaskRecord, name: str) -> Tensor:
-    """Which columns may be dropped: those in force whose record says what each is worth (format v0 does not)."""
-    parts = [torch.full((added_columns(r, name),), name in r.values) for r in learner.U.records]
-    known = torch.cat([*parts, torch.zeros(0, dtype=torch.bool)])
-    return torch.cat([known & learner.U.in_force(name), torch.ones(added_columns(record, name), dtype=torch.bool)])
+    """Which columns may be dropped: the new ones, and of the old those in force whose worth is known."""
+    old = _valued(learner.U.records, name) & learner.U.in_force(name)
+    return torch.cat([old, torch.ones(added_columns(record, name), dtype=torch.bool)])
 
 
 def _values(learner: ContinualLearner, record: TaskRecord, name: str) -> Tensor:
