@@ -159,16 +159,16 @@ def test_a_ledger_that_goes_away_or_changes_under_the_learner_is_named(tmp_path)
     file, whole = folder / "tensors.safetensors", load_file(folder / "tensors.safetensors")
     name = learner.targets[0].name
     save_file({**whole, f"basis/{name}": whole[f"basis/{name}"][:, 1:].contiguous()}, file)
-    with pytest.raises(LedgerError, match="changed while it was in use.*another shape"):
+    with pytest.raises(LedgerError, match=r"changed while it was in use.*another shape"):
         learner.U.after(name, 1)
     shutil.rmtree(folder)
-    with pytest.raises(LedgerError, match="cannot be read.*must stay where it is"):
+    with pytest.raises(LedgerError, match=r"cannot be read.*must stay where it is"):
         learner.U.after(name, 1)
 
 
 def test_a_start_that_is_not_orthonormal_is_refused(tmp_path):
     learner = run(1)
-    with pytest.raises(LedgerError, match="the stored basis of .* is not orthonormal"):
+    with pytest.raises(LedgerError, match=r"the stored basis of .* is not orthonormal"):
         learner.restore_bases({n: 1.1 * U for n, U in learner.start_bases().items()}, learner.records)
 
 

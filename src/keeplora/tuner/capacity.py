@@ -223,7 +223,10 @@ class Capacity:
         """
         table = Table(box=box.SIMPLE_HEAD, title="Capacity: protected input dimensions", title_justify="left")
         for header in ("layer", "protected", "used", "left", "r", "state", "tasks that fit", "least ε"):
-            table.add_column(header, justify="left" if header in ("layer", "protected", "state") else "right")
+            left = header in ("layer", "protected", "state")
+            table.add_column(
+                header, justify="left" if left else "right", no_wrap=header == "protected", overflow="fold"
+            )
         for layer in self.layers:
             style = STYLES[layer.state]
             table.add_row(
@@ -321,8 +324,8 @@ def _gauge(
     given_up = [
         {"after": record.name, "layer": layer, "task": task, "before": was, "now": now}
         for record in history
-        for layer, tasks in record.info.get(GIVEN_UP, {}).items()
-        for task, (was, now) in tasks.items()
+        for layer, tasks in sorted(record.info.get(GIVEN_UP, {}).items())  # as JSON sorts them
+        for task, (was, now) in sorted(tasks.items())
     ]
     held = sum(held_bytes(layer.width, layer.used[-1]) for layer in layers)
     names = tuple(record.name for record in history)

@@ -164,6 +164,6 @@ def _tell(record: TaskRecord, given_up: dict[str, dict[str, list[float]]], budge
     warnings.warn(
         f"task {record.name!r}: the budget of {budget} bytes (max_basis_bytes) leaves no room for every direction; in "
         f"{len(given_up)} targets protection of {', '.join(map(repr, tasks[:3]))}{', …' if len(tasks) > 3 else ''} is given "
-        f"up, at most in {layer}, where {task!r} goes from {100 * was:.2f} % to {100 * now:.2f} %",
+        f"up, most of it in {layer}, where {task!r} goes from {100 * was:.2f} % to {100 * now:.2f} %",
         stacklevel=4,
     )
