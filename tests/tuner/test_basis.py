@@ -153,6 +153,19 @@ def test_a_task_that_is_undone_leaves_U_as_it_was(past_half, monkeypatch):
     assert past_half.U is before
 
 
+def test_a_task_that_sits_out_counts_among_those_behind_U():
+    learner = run(1)
+    learner.sit_out("sick", {})
+    learn(learner, 2)
+    assert [record.name for record in learner.U.records] == ["task 0", "sick", "task 2"]
+    for name, U in learner.U.items():
+        assert torch.equal(learner.U.after(name, 1), learner.U.after(name, 2))
+        assert torch.equal(learner.U.after(name, 3), U)
+    rows = learner.audit().rows
+    assert {row.task for row in rows} == {"task 0", "sick", "task 2"}
+    assert learner.audit().passed
+
+
 def test_a_ledger_that_goes_away_or_changes_under_the_learner_is_named(tmp_path):
     learner = run(2, ledger=tmp_path / "ledger")
     folder = tmp_path / "ledger/0001-task-0"

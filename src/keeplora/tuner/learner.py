@@ -246,6 +246,7 @@ class ContinualLearner:
         if self._ledger is not None:
             self._ledger.append(record)
         self.records.append(record)
+        self._U = self.U.extended(record)  # adds nothing, but U counts tasks
         return record
 
     def _require_open(self) -> OpenTask:
