@@ -156,6 +156,9 @@ def test_a_layer_freezes_where_its_rank_does_not_fit_and_not_before():
     expected = {t.name for t in learner.targets if left[t.name] < min(t.r, t.n_in, t.n_out)}
     assert frozen_targets(learner, "x") == expected
     assert smallest in expected
+    learn(learner, 1)  # room for a lower rank is left in them, and is not taken
+    assert set(learner.records[-1].info["frozen"]) == expected
+    assert not expected & set(learner.records[-1].factors)
 
 
 @pytest.mark.parametrize("method", ["gpm-lora", "inflora"])

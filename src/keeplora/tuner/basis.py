@@ -80,7 +80,7 @@ class StoredStart(Mapping[str, Subspace]):
 
     def __getitem__(self, name: str) -> Subspace:
         if name in self._complements:
-            return Subspace.of(self._complements[name])
+            return Subspace(self._complements[name], True)
         return Subspace.of(self._columns[name])
 
     def __iter__(self) -> Iterator[str]:
