@@ -91,7 +91,7 @@ class ContinualLearner:
         if ledger is not None:
             check_budget(self.U, config)
             self._ledger = create_ledger(self, ledger)
-            pass
+            self._leave_on_disk()
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
