@@ -217,13 +217,14 @@ def test_audit_answers_with_its_exit_status(world, cli, tmp_path, monkeypatch):
     assert len(json.loads(as_json.out)["rows"]) == 20 * 3
     # A factor that does leak: plain LoRA's would, so let the audit see bases that the factors never respected.
     from keeplora.tuner import ContinualLearner
+    from keeplora.tuner.basis import Bases
 
     original = ContinualLearner.restore_bases
 
     def turned(self, bases, records):
         original(self, bases, records)
         assert self._U is not None
-        self._U = {name: U.flip(0) for name, U in self._U.items()}
+        self._U = Bases(Bases.of({name: U.flip(0) for name, U in self._U.items()}).start, self._U.records)
 
     monkeypatch.setattr(ContinualLearner, "restore_bases", turned)
     bad = cli("audit", path)

@@ -235,8 +235,8 @@ def test_formats_match_a_run(here):
     layer = next(iter(held["### record.json"]["layers"].values()))
     assert set(layer) == {"explained", "trace", "used", "rank", "s"}
     kinds = {key.split("/")[0] for key in load_file(record / "tensors.safetensors")}
-    assert kinds == {"A", "B", "basis", "extra"}
-    assert all(f"`{kind}/" in text for kind in (*kinds, "delta", "covariance"))
+    assert kinds == {"A", "B", "basis", "extra", "values"}
+    assert all(f"`{kind}/" in text for kind in (*kinds, "delta", "covariance", "kept", "complement"))
     names = {path.name for path in run.iterdir()} - {"ledger"}
     tree = text.split("```")[1]
     assert all(name in tree for name in names), f"the tree in formats.md lacks one of {names}"

@@ -46,7 +46,7 @@ def test_weights_by_hand():
 
 def test_factors_and_statistics_by_hand():
     assert f.factor_bytes(TARGETS) == 4 * (TRAINED + FROZEN) == 4 * (160 + 164)
-    assert f.subspace_bytes(TARGETS, 1.0) == 4 * 2 * (6 * 16 + 36)
+    assert f.subspace_bytes(TARGETS, 1.0) == 0  # by its complement
     assert f.subspace_bytes(TARGETS, 0.5) == 2 * 2 * (6 * 16 + 36)
     assert f.gradient_bytes(TARGETS) == 8 * 2 * (16 + 8 + 8 + 16 + 24 + 24 + 24) + 4 * 24
     assert f.covariance_bytes(TARGETS) == 8 * 2 * (16 + 16 + 16 + 36) + 4 * 36
@@ -82,8 +82,8 @@ def test_memory_adds_up():
     assert (unprotected.gradients, unprotected.covariances) == (0, 0)
     assert unprotected.host == fp32.host - 2 * U - 8 * 36
     assert f.memory(TOY, TARGETS, replace(SETTINGS, gradients=True), ASSUME, "fp32").covariances == 0
-    many = Assumptions(tokens=10, answer_tokens=2, k=1.0)
-    assert f.memory(TOY, TARGETS, SETTINGS, many, "fp32").host == fp32.host + 2 * U
+    every = Assumptions(tokens=10, answer_tokens=2, k=1.0)
+    assert f.memory(TOY, TARGETS, SETTINGS, every, "fp32").host == fp32.host - 2 * U
 
 
 def test_operations_and_seconds_by_hand():

@@ -10,6 +10,7 @@ import torch
 from keeplora.errors import CapacityError, KeepLoraError
 from keeplora.methods import get_method
 from keeplora.tuner.adapter import ADAPTER
+from keeplora.tuner.basis import Bases
 from tests.methods.lifecycle import check_lifecycle, learn, make_learner, train
 from tests.tuner.blocks import TARGETS, loader, loss_fn, make_net, same, weights
 
@@ -95,14 +96,18 @@ def test_nothing_is_protected_before_the_first_task():
 def test_rank_shrinks_with_the_room_and_ends_in_an_error():
     net = make_net()
     learner = learn(gpm(net, energy_features=1.0), "one", seed=1)
-    for name, U in learner.U.items():  # one direction is left everywhere, then none
-        learner._U[name] = torch.linalg.qr(torch.cat([U, torch.eye(U.shape[0])], 1)).Q[:, : U.shape[0] - 1]
+    learner._U = Bases.of(  # one direction is left everywhere, then none
+        {
+            name: torch.linalg.qr(torch.cat([U, torch.eye(U.shape[0])], 1)).Q[:, : U.shape[0] - 1]
+            for name, U in learner.U.items()
+        }
+    )
     model = learner.start_task("two", loader(seed=2), loss_fn)
     assert {A.shape[0] for A in A_of(net, learner).values()} == {1}
     assert len(learner._open.info["rank_shrunk"]) == len(learner.targets)
     assert model is not None
     learner.abort_task()
-    learner._U = {name: torch.eye(U.shape[0]) for name, U in learner.U.items()}
+    learner._U = Bases.of({name: torch.eye(U.shape[0]) for name, U in learner.U.items()})
     with pytest.raises(CapacityError, match="task 'two' cannot be learned: no target has residual space left"):
         learner.start_task("two", loader(seed=2), loss_fn)
     assert learner._open is None

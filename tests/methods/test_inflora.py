@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from keeplora.errors import CapacityError, ConfigError, KeepLoraError
-from keeplora.math import project_out
+from keeplora.math import Subspace, complement, project_out
 from keeplora.methods import get_method
-from keeplora.methods.inflora import InfLoraOptions, interference_free_factor, smaller_side
+from keeplora.methods.inflora import InfLoraOptions, interference_free_factor
+from keeplora.tuner.basis import Bases
 from keeplora.tuner.observers import collect_features
 from tests.methods.lifecycle import check_lifecycle, learn, make_learner, train
 from tests.tuner.blocks import TARGETS, loader, loss_fn, make_net
@@ -49,17 +50,17 @@ def test_A_is_the_leading_part_of_the_projected_covariance(k):
     assert torch.allclose(A @ A.T, torch.eye(r) / 3, atol=1e-6)
     if k:
         assert float((A @ U.float()).abs().max()) < 1e-6
-    assert smaller_side(U)[1] == (k > 6)
-    assert smaller_side(U)[0].shape == (n, min(k, n - k))
 
 
 @pytest.mark.parametrize("k", [3, 9])
 def test_out_of_one_is_into_the_other(k):
     X, _ = covariance(12, seed=1)
     U = basis(12, k)
-    side, complement = smaller_side(U)
-    into = X @ side @ side.T
-    assert torch.allclose(into if complement else X - into, project_out(X, U), atol=1e-10)
+    _, C = covariance(12, seed=1)
+    by_columns, by_complement = Subspace(U.float()), Subspace(complement(U), True)
+    A, other = (interference_free_factor(C, S, 2) for S in (by_columns, by_complement))
+    assert torch.allclose(A.abs(), other.abs(), atol=1e-6)
+    assert torch.allclose(by_complement.project_out(X), project_out(X, U), atol=1e-5)
 
 
 def test_rank_ends_with_the_room_and_with_the_data():
@@ -123,7 +124,7 @@ def test_state_is_the_smaller_side():
     learner = learn(inflora(make_net()), "one", seed=1)
     sizes = [(U.shape[0], U.shape[1]) for U in learner.U.values()]
     assert learner.state_bytes() == sum(4 * n * min(k, n - k) for n, k in sizes)
-    learner._U = {name: torch.eye(U.shape[0])[:, :-1] for name, U in learner.U.items()}
+    learner._U = Bases.of({name: torch.eye(U.shape[0])[:, :-1] for name, U in learner.U.items()})
     assert learner.state_bytes() == sum(4 * n for n, _ in sizes)
 
 
@@ -137,7 +138,7 @@ def test_features_that_come_only_once_are_refused():
 def test_full_old_space_is_an_error_with_a_remedy():
     net = make_net()
     learner = inflora(net, eps_start=1.0, eps_end=1.0)
-    learner._U = {t.name: torch.eye(t.n_in) for t in learner.targets}
+    learner._U = Bases.of({t.name: torch.eye(t.n_in) for t in learner.targets})
     with pytest.raises(CapacityError, match=re.escape("set tuner.options.tasks to the number of tasks")):
         learner.start_task("one", loader(), loss_fn)
 

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from keeplora.cli import (
     assets,
     audit,
+    capacity,
     compare,
     export,
     ledger,
@@ -60,6 +61,7 @@ app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("audit")(audit.audit)
 app.add_typer(ledger.app, name="ledger")
+app.command("capacity")(capacity.capacity)
 app.add_typer(methods.app, name="methods")
 app.add_typer(suites.app, name="suites")
 app.add_typer(assets.app, name="assets")

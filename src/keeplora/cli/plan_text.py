@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from keeplora.experiment.plan import Footprint, Plan
 
-SHARES = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.1, 0.25, 0.5, 0.75)
 # What a row of the memory table is called, which field of `Memory` it shows, and the arithmetic in short.
 ROWS = (
     ("weights of the model", "base", "e P; 8bit Q + 4 rows, 4bit Q/2 + Q/16, and 2 (P - Q)"),

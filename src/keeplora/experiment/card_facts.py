@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.portable import history, portable_name, without_paths
 from keeplora.hub import is_repo_id
@@ -17,6 +14,7 @@ from keeplora.math import factor_leak
 from keeplora.report.card import Base, CardFacts, Contents, Leak, Opening, Room, TaskFacts
 from keeplora.report.runs import Run, load_run
 from keeplora.tuner import ContinualLearner, TaskRecord
+from keeplora.tuner.basis import Bases
 from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.persistence import open_ledger
 from keeplora.yaml_text import read_yaml
@@ -108,7 +106,7 @@ def collect(source: Source, repo_id: str, told: Told, contents: Contents, online
     run, head, records = source.run, source.ledger.head, source.records
     names = [record.name for record in records]
     measured = run.tasks[: run.done] if run is not None else []
-    bases = source.ledger.bases()
+    bases = Bases(source.ledger.bases(), source.history)
     pipeline = _pipeline(source)
     return CardFacts(
         repo_id=repo_id, title=told.title or repo_id.split("/")[-1], base=base_of(source, told, pipeline, online),
@@ -279,19 +277,18 @@ def _dataset(spec: Mapping[str, Any], source: Source) -> str | None:
 # ---- room and leaks ------------------------------------------------------------------------------------------------
 
 
-def _used(name: str, bases: Mapping[str, Tensor], records: Sequence[TaskRecord]) -> tuple[int, int]:
+def _used(name: str, bases: Bases, records: Sequence[TaskRecord]) -> tuple[int, int]:
     """Columns of U at the start and now. The one place that counts them."""
-    start = bases[name].shape[1] if name in bases else 0
+    start = bases.start[name].k if name in bases else 0
     return start, next((record.used[name] for record in reversed(records) if name in record.used), start)
 
 
-def rooms(
-    targets: Sequence[Mapping[str, Any]], bases: Mapping[str, Tensor], records: Sequence[TaskRecord]
-) -> list[Room]:
+def rooms(targets: Sequence[Mapping[str, Any]], bases: Bases, records: Sequence[TaskRecord]) -> list[Room]:
     """Dimensions of each tower, summed over its layers; empty where nothing is protected.
 
     >>> targets = [{"name": "q", "tower": "vision", "n_in": 8}, {"name": "k", "tower": "vision", "n_in": 8}]
-    >>> rooms(targets, {"q": torch.eye(8)[:, :2], "k": torch.eye(8)[:, :1]}, [TaskRecord("a", used={"q": 4, "k": 1})])
+    >>> U = Bases.of({"q": torch.eye(8)[:, :2], "k": torch.eye(8)[:, :1]})
+    >>> rooms(targets, U, [TaskRecord("a", used={"q": 4, "k": 1})])
     [Room(name='vision', used=5, of=16, start=3)]
     """
     towers: dict[str, list[Room]] = {}
@@ -304,24 +301,19 @@ def rooms(
     ]
 
 
-def fullest(
-    targets: Sequence[Mapping[str, Any]], bases: Mapping[str, Tensor], records: Sequence[TaskRecord]
-) -> Room | None:
+def fullest(targets: Sequence[Mapping[str, Any]], bases: Bases, records: Sequence[TaskRecord]) -> Room | None:
     """The layer of which the smallest share is left."""
     found = [Room(t["name"], _used(t["name"], bases, records)[1], t["n_in"]) for t in targets if bases]
     return min(found, key=lambda room: room.left / room.of, default=None)
 
 
-def _leak(source: Source, bases: Mapping[str, Tensor]) -> Leak:
+def _leak(source: Source, bases: Bases) -> Leak:
     """The worst over layers and tasks, from the factors and the bases as they were when each task came."""
     worst = Leak(0.0, "", "")
-    for name, U0 in bases.items():
-        U = U0
-        for record in source.history:
+    for name in bases:
+        for record, U in zip(source.history, bases.before_each(name), strict=True):
             if (f := record.factors.get(name)) is not None and (leak := factor_leak(f.B, f.A, U)) > worst.factors:
                 worst = Leak(leak, name, record.name)
-            if name in record.basis:
-                U = torch.cat([U, record.basis[name]], dim=1)
     rows = ((source.run.results.get("audit") or {}).get("rows") or []) if source.run is not None else []
     weights = max(
         (row for row in rows if row.get("weight_leak") is not None), key=lambda row: row["weight_leak"], default=None

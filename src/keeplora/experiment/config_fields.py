@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -50,6 +51,20 @@ def _layer_schedule(value: Any) -> Any:
     return value
 
 
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*([0-9]+(?:[.][0-9]+)?)\s*([a-z]*)\s*", value.lower())
+        if found is None or found[2] not in _UNITS:
+            raise ValueError("must be a number of bytes, or text such as 200MiB, 1.5GiB or 300MB")
+        value = int(float(found[1]) * _UNITS[found[2]])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("must be a number of bytes of at least 1, or text such as 200MiB, 1.5GiB or 300MB")
+    return value
+
+
 def _modules(value: Any) -> Any:
     if isinstance(value, str) and value:
         return value
@@ -69,6 +84,7 @@ def _validation(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[Any, BeforeValidator(_bytes)]
 Samples = Annotated[Any, BeforeValidator(_samples)]
 _LayerSchedule = Annotated[Any, BeforeValidator(_layer_schedule)]
 _Validation = Annotated[Any, BeforeValidator(_validation)]

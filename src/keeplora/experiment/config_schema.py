@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from keeplora.errors import did_you_mean
 from keeplora.experiment.config_fields import (
     DEFAULT_KEY,
+    Bytes,
     Count,
     CountPer,
     Modules,
@@ -83,7 +84,13 @@ class TunerConfig(Section):
     feature_samples: Samples | None = Field(
         default=None, description="cap on the samples of C: a number, a share of the task's data, or None for all"
     )
-
+    when_full: Literal["shrink", "freeze", "raise"] = Field(
+        default="shrink", description="what becomes of a target without room for its rank"
+    )
+    max_basis_bytes: Bytes | None = Field(
+        default=None,
+        description="most that the protected subspaces may take: bytes, or text such as 200MiB; None: no limit",
+    )
     keep_covariance: bool = Field(default=False, description="keep C of each task for exact audits")
     parts: PartsConfig = Field(default_factory=PartsConfig, description="which parts of a generative model learn")
     token_weights: TokenWeightsConfig = Field(

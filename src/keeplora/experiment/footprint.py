@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keeplora.experiment.assumptions import Assumptions
+from keeplora.math import held_bytes
 
 BASES = ("fp32", "bf16", "8bit", "4bit")
 BLOCK_4BIT = 64
@@ -116,8 +117,8 @@ def factor_bytes(targets: Sequence[Linear]) -> int:
 
 
 def subspace_bytes(targets: Sequence[Linear], share: float) -> int:
-    """U in float32 with k = share · in columns: Σ 4 in k. The bound is share = 1."""
-    return sum(4 * t.n_in * round(share * t.n_in) for t in targets)
+    """U in float32 with k = share · in columns, each by its smaller side: Σ 4 in min(k, in − k). The bound is share = 1/2."""
+    return sum(held_bytes(t.n_in, round(share * t.n_in)) for t in targets)
 
 
 def gradient_bytes(targets: Sequence[Linear]) -> int:

@@ -81,7 +81,7 @@ def build_results(
         for k in ("statistics", "training", "evaluation")
     }
     # What exports leak is told once, at the end: a product of each whole weight per precision.
-    detail = "exports" if len(learner.records) == len(tasks) else "quick"
+    detail = "exports" if len(settled) == len(tasks) else "quick"
     audit = learner.audit(detail) if learner.protects and learner.records else None
     sets = [*tasks, *probes]
     return {
@@ -94,6 +94,7 @@ def build_results(
         **kind.results(),
         "metrics": summary(scores.tasks, scores.probes),
         "layers": layer_rows(learner, [record.name for record in settled]) if learner.protects else [],
+        "capacity": learner.capacity().to_dict() if learner.protects else None,
         "tasks_info": [task_info(record.name, record.info) for record in settled],
         "removed": [record.name for record in learner.removed],
         "cost": {
@@ -129,6 +130,7 @@ def task_info(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
         "best_epoch": info.get("best_epoch"), "accepted": not info.get("undone", False),
         "trained_parameters": info.get("trained_parameters", 0),
         "rank_shrunk": info.get("rank_shrunk", []), "not_adapted": info.get("not_adapted", []),
+        "frozen": info.get("frozen", []),
     }  # fmt: skip
 
 

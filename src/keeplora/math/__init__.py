@@ -1,5 +1,14 @@
 """The method as pure functions of tensors; imports torch and nothing of ours."""
 
+from keeplora.math.budget import Candidates, keep_most_valuable
+from keeplora.math.complement import (
+    Subspace,
+    complement,
+    held_bytes,
+    new_directions,
+    new_gradient_directions,
+    shares,
+)
 from keeplora.math.factor import layer_alpha, lora_delta, residual_factor
 from keeplora.math.leak import (
     backward_bound,
@@ -25,24 +34,32 @@ from keeplora.math.subspace import (
 
 __all__ = [
     "SCHEDULES",
+    "Candidates",
+    "Subspace",
     "append_directions",
     "backward_bound",
     "backward_harm",
+    "complement",
     "explained_share",
     "extend_basis",
     "extend_basis_with_gradient",
     "factor_leak",
     "factor_leaks",
     "forward_change",
+    "held_bytes",
+    "keep_most_valuable",
     "layer_alpha",
     "layer_scales",
     "lora_delta",
+    "new_directions",
+    "new_gradient_directions",
     "orthonormality_error",
     "product_norm",
     "project_out",
     "residual_factor",
     "rounding_floor",
     "spectral_norm",
+    "shares",
     "weight_basis",
     "weight_leak",
 ]

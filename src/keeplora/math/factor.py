@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keeplora.math.subspace import EPS32, _matrix, fix_signs, project_out
+from keeplora.math.complement import Subspace
+from keeplora.math.subspace import EPS32, _matrix, fix_signs
 
 FACTOR_TOLERANCE = 1e-6
 """max |A U| that `residual_factor` guarantees (M4)."""
 
 
-def residual_factor(G: Tensor, U: Tensor, rank: int) -> Tensor:
+def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     """A: the top directions of the residual gradient Ĝ = G (I − U Uᵀ) (M3, M4).
 
     Args:
         G: (out, in), the new task's gradient at the merged weights.
-        U: (in, k) orthonormal, the protected subspace; k may be 0 or in.
+        U: (in, k) orthonormal, the protected subspace; k may be 0 or in. As a `Subspace` it may be held by its complement N:
+            Ĝ = (G N) Nᵀ then, and what is decomposed is (out, in − k).
         rank: r ≥ 1 as configured.
 
     Returns:
@@ -34,25 +36,30 @@ def residual_factor(G: Tensor, U: Tensor, rank: int) -> Tensor:
         raise ValueError(f"rank must be at least 1, got {rank}")
     G64 = _matrix("G", G)
     n_out, n_in = G64.shape
-    if U.shape[0] != n_in:
-        raise ValueError(f"G has {n_in} input dimensions but U has {U.shape[0]}")
-    U64 = U.detach().to(torch.float64)
-    limit = min(rank, n_out, n_in - U.shape[1])
+    S = U if isinstance(U, Subspace) else Subspace(U.detach())
+    if S.n_in != n_in:
+        raise ValueError(f"G has {n_in} input dimensions but U has {S.n_in}")
+    limit = min(rank, n_out, n_in - S.k)
     # ‖G‖₂ from the smaller Gram matrix: a tenth of another SVD's time, and only a tolerance is taken from it.
     gram = G64 @ G64.T if n_out <= n_in else G64.T @ G64
     norm = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) if G64.numel() else 0.0
     if limit <= 0 or norm == 0.0:
         return G64.new_zeros((0, n_in), dtype=torch.float32)
-    _, S, Yt = torch.linalg.svd(project_out(G64, U64), full_matrices=False)
-    r = min(limit, int((S > max(n_out, n_in) * EPS32 * norm).sum()))
-    V = Yt[:r].T
+    held = S.held.to(torch.float64)
+    _, sigma, Yt = torch.linalg.svd(G64 @ held if S.by_complement else S.project_out(G64), full_matrices=False)
+    r = min(limit, int((sigma > max(n_out, n_in) * EPS32 * norm).sum()))
+    V = held @ Yt[:r].T if S.by_complement else Yt[:r].T
     # One pass leaves A U at about ‖P G‖/‖Ĝ‖ · eps: 1e-2 in fp32 when the residual is 1e-5 of G. Twice removes it.
     for _ in range(2):
-        V = torch.linalg.qr(project_out(V.T, U64).T).Q if r else V
+        V = torch.linalg.qr(S.project_out(V.T).T).Q if r else V
     A = fix_signs(V).T.contiguous().to(torch.float32)
-    overlap = float((A.to(torch.float64) @ U64).abs().max()) if r and U.shape[1] else 0.0
-    if overlap > FACTOR_TOLERANCE:
-        raise ArithmeticError(f"A leaves the residual space: max |A U| = {overlap:.2e} > {FACTOR_TOLERANCE:.0e}")
+    A64 = A.to(torch.float64)
+    # max |A U|; of a complement the rows' norms ‖a P‖, which no entry of A U exceeds.
+    overlap = ((A64 - S.project_out(A64)).norm(dim=1) if S.by_complement else (A64 @ held).abs()).flatten()
+    if overlap.numel() and float(overlap.max()) > FACTOR_TOLERANCE:
+        raise ArithmeticError(
+            f"A leaves the residual space: max |A U| = {float(overlap.max()):.2e} > {FACTOR_TOLERANCE:.0e}"
+        )
     return A
 
 

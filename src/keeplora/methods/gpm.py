@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
-from keeplora.math import project_out
+from keeplora.math import Subspace
 from keeplora.methods.lora import SequentialLora
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.learner import OpenTask
@@ -33,15 +33,17 @@ class GpmLora(SequentialLora):
     """A and B train; after every step A is projected off the inputs of earlier tasks."""
 
     protects: ClassVar[bool] = True
-    _held: Sequence[tuple[nn.Parameter, Tensor]] = ()
+    _held: Sequence[tuple[nn.Parameter, Subspace]] = ()
     """A of the open task's layers, and U beside it on the same device."""
 
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
         A = {}
         for name, random in super()._initial_A(task).items():
-            U = self.U[name].to(torch.float64)
-            a = random[: U.shape[0] - U.shape[1]].to(torch.float64)
-            A[name] = project_out(project_out(a, U), U).to(torch.float32)
+            if name in task.frozen:
+                continue
+            U = self.U.subspace(name)
+            a = random[: U.n_in - U.k].to(torch.float64)
+            A[name] = U.project_out(U.project_out(a)).to(torch.float32)
         report_capacity(task, self.targets, A, "lower energy_features, or add targets")
         return A
 
@@ -51,7 +53,7 @@ class GpmLora(SequentialLora):
         held = []
         for name in task.adapter.targets:
             A, _ = task.adapter.weights(name)
-            held.append((A, self.U[name].to(A.device)))
+            held.append((A, self.U.subspace(name).to(A.device)))
         self._held = held
         task.when_released(lambda: setattr(self, "_held", ()))
         return model
@@ -60,12 +62,12 @@ class GpmLora(SequentialLora):
     def after_step(self) -> None:
         """A ← A (I − U Uᵀ)."""
         for A, U in self._held:
-            A.copy_(project_out(A, U))
+            A.copy_(U.project_out(A))
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         record = super()._detach(task)
         for name, f in record.factors.items():
-            leak, norm = float((f.A @ self.U[name]).norm()), float(f.A.norm())
+            leak, norm = float((f.A - self.U.subspace(name).project_out(f.A)).norm()), float(f.A.norm())
             if leak > LEAK_LIMIT * norm:
                 raise KeepLoraError(
                     f"A of {name} has {leak / norm:.1e} of its norm along protected inputs: it was trained without the "

@@ -5,7 +5,7 @@ of the old tasks' input space, divided by √3 and frozen; only B trains, from z
 space until it explains ε_t = ε_start + (ε_end − ε_start) · t / T of their energy, t = 0, 1, … counting tasks.
 
 DualGPM (Liang & Li, arXiv 2310.06652): of the old space and its orthogonal complement the one of fewer dimensions is worked
-with: projecting *out of* the one is projecting *into* the other (`smaller_side`). `state_bytes` counts that one.
+with: projecting *out of* the one is projecting *into* the other (`keeplora.math.Subspace`, as for every method here).
 
 Where ours differs. The projection is (I − P) C (I − P), the paper's Ĥ Ĥᵀ; the authors' code takes the left singular
 vectors of (I − P) C, which span the same space and rank it otherwise. Energy is a share of tr C, as in the paper; their
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from keeplora.errors import ConfigError, KeepLoraError
-from keeplora.math import append_directions, project_out
+from keeplora.math import Subspace, append_directions
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.learner import ContinualLearner, OpenTask
 from keeplora.tuner.ledger import TaskRecord
@@ -61,46 +61,28 @@ class InfLoraOptions:
         return self.eps_start + (self.eps_end - self.eps_start) * min(t, self.tasks) / self.tasks
 
 
-def smaller_side(U: Tensor) -> tuple[Tensor, bool]:
-    """(basis, False) if span(U) has at most half the dimensions, else (basis of its complement, True).
-
-    Args:
-        U: (in, k), orthonormal columns.
-
-    Returns:
-        (in, min(k, in − k)) float64.
-
-    >>> basis, complement = smaller_side(torch.eye(3)[:, :2])
-    >>> basis.abs().tolist(), complement
-    ([[0.0], [0.0], [1.0]], True)
-    """
-    n, k = U.shape
-    U64 = U.detach().to(torch.float64)
-    if k <= n - k:
-        return U64, False
-    return torch.linalg.qr(U64, mode="complete").Q[:, k:], True
-
-
-def interference_free_factor(C: Tensor, U: Tensor, rank: int) -> Tensor:
+def interference_free_factor(C: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     """A: the leading eigenvectors of (I − U Uᵀ) C (I − U Uᵀ) as rows, over √3.
 
     Args:
-        C: (in, in), Σ x xᵀ of the new task's inputs. U: (in, k) orthonormal, the old tasks' input space. rank: r ≥ 1.
+        C: (in, in), Σ x xᵀ of the new task's inputs. U: (in, k) orthonormal, the old tasks' input space, or that space by its
+            smaller side. rank: r ≥ 1.
 
     Returns:
         (r', in) float32 with A Aᵀ = I/3 and A U = 0; r' = min(r, in − k, numerical rank of what is left of C).
     """
-    basis, complement = smaller_side(U)
-    C64 = C.detach().to(torch.float64)
-    if complement:  # into: an eigenproblem of the complement's own, smaller size
+    S = U if isinstance(U, Subspace) else Subspace.of(U)
+    C64, basis = C.detach().to(torch.float64), S.held.to(torch.float64)
+    if S.by_complement:  # into: an eigenproblem of the complement's own, smaller size
         eigenvalues, vectors = torch.linalg.eigh(basis.T @ C64 @ basis)
         vectors = basis @ vectors
     else:  # out of
-        eigenvalues, vectors = torch.linalg.eigh(project_out(project_out(C64, basis).T, basis))
+        eigenvalues, vectors = torch.linalg.eigh(S.project_out(S.project_out(C64).T))
     eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     floor = C64.shape[0] * EPS32 * float(torch.linalg.eigvalsh(C64)[-1])
-    r = min(rank, U.shape[0] - U.shape[1], int((eigenvalues > floor).sum()))
-    return append_directions(U, vectors[:, :r])[:, U.shape[1] :].T.contiguous() / math.sqrt(3)
+    r = min(rank, S.n_in - S.k, int((eigenvalues > floor).sum()))
+    V = S.project_out(vectors[:, :r].T).T
+    return append_directions(torch.zeros(S.n_in, 0), V).T.contiguous() / math.sqrt(3)
 
 
 class InfLora(ContinualLearner):
@@ -118,8 +100,10 @@ class InfLora(ContinualLearner):
         features = task_features(self, task)
         A = {}
         for t in self.targets:
+            if t.name in task.frozen:
+                continue
             rank = min(t.r, t.n_out)  # a B with fewer rows than columns has nothing more to tell apart
-            A[t.name] = interference_free_factor(features.C(t.name).cpu(), self.U[t.name], rank)
+            A[t.name] = interference_free_factor(features.C(t.name).cpu(), self.U.subspace(t.name), rank)
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(
             task, self.targets, A,
@@ -134,11 +118,6 @@ class InfLora(ContinualLearner):
             super()._protect(task, record)
         finally:
             self.config = config
-
-    def state_bytes(self) -> int:
-        """Bytes of the smaller of U and its complement, which is all that DualGPM needs to go on."""
-        spared = sum((k - min(k, n - k)) * n * 4 for n, k in (U.shape for U in self.U.values()))
-        return super().state_bytes() - spared
 
 
 register(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
+from keeplora.tuner.basis import Bases
 from keeplora.tuner.branch import Branch, BranchLearner, attach_branches
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.learner import OpenTask
@@ -116,7 +117,7 @@ class MoeLora(BranchLearner):
         tensors = {f"{PREFIX}{key}/{name}": value for name, e in present.items() for key, value in e.items()}
         return TaskRecord(task.name, tensors=tensors)
 
-    def _undo(self, snapshot: Snapshot, U: dict[str, Tensor] | None) -> None:
+    def _undo(self, snapshot: Snapshot, U: Bases | None) -> None:
         super()._undo(snapshot, U)
         self._recall(self.records)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.files import atomic_write_text
-from keeplora.report import answers, audit_charts, compare, figures, palette, tables
+from keeplora.report import answers, audit_charts, capacity, compare, figures, palette, tables
 from keeplora.report.charts import part_opacity, swatch
 from keeplora.report.runs import Run, load_others, load_run
 
@@ -108,6 +108,9 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
         "metric_meanings": [(name, meaning) for _, name, _, meaning in run.kind.metrics],
         "capacity": figures.capacity(run),
         "capacity_parts": [(i, f"task {i}", f"{part_opacity(i, steps):.2f}") for i in range(1, steps)],
+        "fill": capacity.figures(run.results.get("capacity")),
+        "capacity_notes": (run.results.get("capacity") or {}).get("notes") or [],
+        "capacity_table": capacity.table(run.results.get("capacity")),
         "scales": figures.scales(run),
         "layers": tables.layer_table(run) if run.layers else None,
         "training": figures.training(run, records),

@@ -90,11 +90,11 @@ def layer_rows(learner: ContinualLearner, tasks: Sequence[str] | None = None) ->
         tasks: in this order, by default those of the history: what a removed one used is in use while a later one relies
             on it. One that is not in the history adds nothing.
     """
-    bases = learner.start_bases() if learner.history or learner._U is not None else {}
+    bases = learner.U.start_dims() if learner.history or learner._U is not None else {}
     found = {record.name: record for record in learner.history}
     rows = []
     for t in learner.targets:
-        start = bases[t.name].shape[1] if t.name in bases else 0
+        start = bases[t.name][1] if t.name in bases else 0
         used, ranks = [start], []
         for name in found if tasks is None else tasks:
             record = found.get(name)
@@ -118,7 +118,7 @@ def summary_table(learner: ContinualLearner) -> TableText:
     notes = [str(cost)] if cost.layers else []
     if learner.free.modules:
         notes.append(f"trained in full, not protected: {', '.join(learner.free.modules)}")
-    used = {name: U.shape[1] for name, U in learner.U.items()}
+    used = learner.U.dims()
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
         short = t.name.removeprefix(t.tower).lstrip(".")

@@ -13,6 +13,7 @@ ROLE_KEYS = ("vision", "text", "language", "default")
 """Keys of per-tower mappings that may name a tower the model lacks: they come from presets that serve many families."""
 
 MEMORIES = ("features", "gradients")
+WHEN_FULL = ("shrink", "freeze", "raise")
 
 
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
@@ -70,6 +71,17 @@ class KeepLoraConfig:
     feature_samples: int | None = _help(
         "Cap on the samples that the covariance C is taken over, stratified by class; None: all.", None
     )
+    when_full: str = _help(
+        "What becomes of a target whose residual space has no room for its rank: shrink (the rank goes down to what is left, "
+        "and where nothing is the target sits the task out), freeze (it is not adapted any more, from then on), or raise "
+        "(the task is refused before it starts).",
+        "shrink",
+    )
+    max_basis_bytes: int | None = _help(
+        "Most bytes that the protected subspaces may take in all, each by its smaller side; over it the directions that "
+        "protect least per byte are given up, and said so. None: no limit.",
+        None,
+    )
     keep_covariance: bool = _help(
         "Keep C_t of each task in its record, for exact audits; training never reads it.", False
     )
@@ -95,6 +107,14 @@ class KeepLoraConfig:
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")
         if self.memory not in MEMORIES:
             raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
+        if self.when_full not in WHEN_FULL:
+            raise ConfigError(
+                f"when_full: unknown policy {self.when_full!r}{did_you_mean(str(self.when_full), WHEN_FULL)}"
+            )
+        self._check(
+            "max_basis_bytes", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+            "be a number of bytes, at least 1, or None for no limit",
+        )  # fmt: skip
         for name in ("target_modules", "exclude_modules", "free_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from keeplora.errors import KeepLoraError, LedgerError
-from keeplora.math import orthonormality_error
+from keeplora.math import Subspace
+from keeplora.tuner.basis import Bases, StoredStart, StoredTensors
 from keeplora.tuner.chain import REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
 from keeplora.tuner.ledger import Ledger, TaskRecord, now
 from keeplora.tuner.persistence import all_updates, versions
@@ -39,13 +39,13 @@ class TaskHistory:
         self._outlines: dict[int, TaskRecord] = {}
         self._source: Ledger | None = None
         self._ledger: Ledger | None = None
-        self._U: dict[str, Tensor] | None = None
+        self._U: Bases | None = None
         self._open: OpenTask | None = None
 
     if TYPE_CHECKING:
 
         @property
-        def U(self) -> dict[str, Tensor]: ...
+        def U(self) -> Bases: ...
 
         def _recall(self, records: Sequence[TaskRecord]) -> None: ...
 
@@ -108,32 +108,39 @@ class TaskHistory:
 
     def start_bases(self) -> dict[str, Tensor]:
         """U₀ per target (M1)."""
-        U = self.U
-        history = self.history
-        grown = {t.name: sum(r.basis[t.name].shape[1] for r in history if t.name in r.basis) for t in self.targets}
-        return {name: U[name][:, : U[name].shape[1] - grown[name]] for name in U}
+        return {name: self.U.after(name, 0) for name in self.U}
 
-    def restore_bases(self, bases: Mapping[str, Tensor], records: Sequence[TaskRecord]) -> None:
-        """U = [U₀, increments of the records in order], as it was when they were learned."""
-        if not bases:
+    def restore_bases(self, start: Mapping[str, Subspace], records: Sequence[TaskRecord]) -> None:
+        """U = [U₀, increments of the records in order] without what went out of force, as it was when they were learned."""
+        if not start:
             return
-        U = {name: bases[name] for name in bases}
         for record in records:
-            for name, V in record.basis.items():
-                if name not in U:
-                    raise LedgerError(f"task {record.name!r} holds a basis of {name}, which has none at the start")
-                U[name] = torch.cat([U[name], V], dim=1)
-        for name, basis in U.items():
-            if (error := orthonormality_error(basis)) > 1e-5:
-                raise LedgerError(f"the stored basis of {name} is not orthonormal: max |UᵀU − I| = {error:.1e}")
-        self._U = U
+            if odd := [name for name in record.basis if name not in start]:
+                raise LedgerError(f"task {record.name!r} holds a basis of {odd[0]}, which has none at the start")
+        found = Bases(start, records)
+        found.check()
+        self._U = found
+
+    def _leave_on_disk(self) -> None:
+        """What U is made of is in the ledger: hold the smaller side of each subspace, and no column twice."""
+        if self._ledger is None or not self.protects:
+            return
+        folders = self._ledger.folders()
+        held = self.U.kept_on_disk(StoredStart(self._ledger.path / "base.safetensors"))
+        for record in held.records:
+            file = folders[record.entry - 1] / "tensors.safetensors"
+            if file.is_file():  # of a purged task the directions are elsewhere, and few
+                record.basis = StoredTensors(file, "basis")
+        self._U = held
 
     def _enter(self, record: TaskRecord) -> TaskRecord:
         """The task joins the active ones, on disk first where there is a ledger."""
         record.config, record.versions, record.time = self.config.to_dict(), versions(), now()
         if self._ledger is not None:
             self._check_in_step(self._ledger)
-            self._ledger.append(record)
+            folder = self._ledger.append(record)
+            if record.basis:
+                record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
         self._chain.add(Step(TASK, record.name))
         record.entry = len(self._chain)
         self._shelf[record.entry] = record
@@ -187,7 +194,7 @@ class TaskHistory:
         records = [shelf[i] for i in state.active]
         before, U = self.store.snapshot(), self._U
         try:
-            self.restore_bases(self.start_bases() if self.protects else {}, list(shelf.values()))
+            self.restore_bases(self.U.start if self.protects else {}, list(shelf.values()))
             if self.accumulates:
                 self.store.restore(all_updates(records))
             if self._ledger is not None:
@@ -200,6 +207,7 @@ class TaskHistory:
         self._chain.add(step)
         self._shelf |= shelf
         self.records = records
+        self._leave_on_disk()
         self._recall(records)
 
     def _told(self) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
-from keeplora.math import extend_basis, extend_basis_with_gradient, residual_factor, weight_basis
+from keeplora.math import residual_factor, weight_basis
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
+from keeplora.tuner.basis import Bases
+from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before_full
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
@@ -27,6 +28,7 @@ from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
+from keeplora.tuner.protect import check_budget, protect
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
@@ -91,17 +93,21 @@ class ContinualLearner(TaskHistory):
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
         if ledger is not None:
+            check_budget(self.U, config)
             self._ledger = create_ledger(self, ledger)
+            self._leave_on_disk()
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
     @property
-    def U(self) -> dict[str, Tensor]:
-        """The protected subspace of each target, (in, k) float32 on the CPU; starts as M1's basis of W₀."""
+    def U(self) -> Bases:
+        """The protected subspace of each target, (in, k) float32 on the CPU, made when asked for; starts as M1's basis of W₀.
+
+        `Bases.subspace` is what projections are made with: U, or where it passes half the width its complement.
+        """
         if self._U is None:
-            self._U = {}
-            for t in self.targets if self.protects else ():
-                self._U[t.name] = weight_basis(self.store.W0[t.name], self.config.for_tower("energy_weights", t.tower))
+            energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
+            self._U = Bases.of({name: weight_basis(self.store.W0[name], share) for name, share in energy.items()})
         return self._U
 
     # ---- tasks -------------------------------------------------------------------------------------------------
@@ -153,10 +159,13 @@ class ContinualLearner(TaskHistory):
             raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
         if any(record.name == name for record in self.records):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
+        if self.config.max_basis_bytes is not None:
+            check_budget(self.U, self.config)
+        frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            objective, reference, single_batches, info=dict(info or {}), saved=saved,
+            objective, reference, single_batches, frozen=frozen, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
             model = self._attach(task)
@@ -181,7 +190,7 @@ class ContinualLearner(TaskHistory):
         task.tensors.update({k: v.detach().cpu() for k, v in (tensors or {}).items()})
         task.info.update(info or {})
         before = self.store.snapshot()
-        U_before = dict(self._U) if self._U is not None else None
+        U_before = self._U
         try:
             record = self._detach(task)
             record.full = {**self.free.updates(task, self.store), **record.full}
@@ -208,12 +217,14 @@ class ContinualLearner(TaskHistory):
             self._undo(before, U_before)
             raise
         self._open = None
+        if self.protects:
+            warn_before_full(self)
         return record
 
     def abort_task(self) -> None:
         """Drop the open task: adapter, hooks and gradients go, weights are bit-identical to before it started."""
         self._require_open()
-        self._undo(self.store.snapshot(), dict(self._U) if self._U is not None else None)
+        self._undo(self.store.snapshot(), self._U)
 
     @contextlib.contextmanager
     def task(self, name: str, batches: Iterable[Any], loss_fn: LossFn, **kwargs: Any) -> Iterator[Any]:
@@ -228,15 +239,16 @@ class ContinualLearner(TaskHistory):
 
     def sit_out(self, name: str, info: Mapping[str, Any] | None = None) -> TaskRecord:
         """Enter a task that could not be learned (no capacity left) as a record without factors, so that counts agree."""
-        record = TaskRecord(name, used={n: U.shape[1] for n, U in self.U.items()}, info=dict(info or {}))
-        return self._enter(record)
+        record = self._enter(TaskRecord(name, used=self.U.dims(), info=dict(info or {})))
+        self._U = self.U.extended(record)  # adds nothing, but U counts tasks
+        return record
 
     def _require_open(self) -> OpenTask:
         if self._open is None:
             raise KeepLoraError("no task is open: call start_task() first")
         return self._open
 
-    def _undo(self, snapshot: Snapshot, U: dict[str, Tensor] | None) -> None:
+    def _undo(self, snapshot: Snapshot, U: Bases | None) -> None:
         task, self._open = self._open, None
         if task is not None:
             self._release(task)
@@ -304,9 +316,11 @@ class ContinualLearner(TaskHistory):
         return low_rank + self.free.numel()
 
     def state_bytes(self) -> int:
-        """Bytes that go from task to task beside the model itself: U, factors that are not merged, and what records keep."""
-        tensors = [*(self._U or {}).values(), *(t for r in self.records for t in r.tensors.values())]
-        return sum(t.numel() * t.element_size() for t in tensors) + self.store.serving_cost().bytes
+        """Bytes that go from task to task beside the model itself: U by its smaller side, factors that are not merged, and
+        what records keep."""
+        tensors = [t for r in self.records for t in r.tensors.values()]
+        kept = sum(t.numel() * t.element_size() for t in tensors) + (self._U.bytes if self._U is not None else 0)
+        return kept + self.store.serving_cost().bytes
 
     def serving_cost(self) -> ServingCost:
         """What the learned tasks cost at inference: nothing where they are merged, an adapter beside a quantised base."""
@@ -328,8 +342,9 @@ class ContinualLearner(TaskHistory):
         """A per target: the top directions of the residual gradient (M2–M4)."""
         started = time.perf_counter()
         batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
-        G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
-        A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U[t.name], t.r) for t in self.targets}
+        targets = [t for t in self.targets if t.name not in task.frozen]
+        G = collect_gradients(self.model, targets, self.store, batches, task.loss_fn, task.mask_fn)
+        A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U.subspace(t.name), t.r) for t in targets}
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
@@ -348,32 +363,23 @@ class ContinualLearner(TaskHistory):
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""
         config = self.config
-        U = self.U
         if config.memory == "gradients":
             batches = statistics_batches(task.batches, config.gradient_samples, config.seed, task.labels)
             G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
             source: Callable[[str], Tensor] = G.pop
         else:
             source = task_features(self, task).C
-        extend = extend_basis_with_gradient if config.memory == "gradients" else extend_basis
-        grown = dict(U)
-        for t in self.targets:
-            k = U[t.name].shape[1]
-            M = source(t.name).cpu()
-            grown[t.name], share = extend(U[t.name], M, config.for_tower("energy_features", t.tower))
-            record.basis[t.name] = grown[t.name][:, k:].contiguous()
-            record.explained[t.name] = share
-            record.trace[t.name] = float(M.square().sum() if config.memory == "gradients" else M.diagonal().sum())
-            record.used[t.name] = grown[t.name].shape[1]
-            if config.keep_covariance:
-                record.covariance[t.name] = M.to(torch.float32)
-        self._U = grown
+        protect(self, record, source)
 
     # ---- looking and keeping -------------------------------------------------------------------------------------
 
     def summary(self) -> str:
         """Targets by tower and depth with scales, ranks and dimensions used; shown as a table in an interactive session."""
         return summary_table(self)
+
+    def capacity(self) -> Capacity:
+        """Dimensions used and left per target and task, and how many more tasks fit; `KeepLoraError` if nothing is protected."""
+        return gauge(self)
 
     def audit(self, detail: str = "quick", saved: str | Path | None = None) -> Audit:
         """Leaks per layer and task, factors and weights (METHOD.md point 6); `KeepLoraError` if nothing is protected.
@@ -412,4 +418,5 @@ class ContinualLearner(TaskHistory):
         if append:
             ledger.heal()
             learner._ledger = ledger
+            learner._leave_on_disk()
         return learner

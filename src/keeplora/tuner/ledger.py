@@ -3,11 +3,12 @@
 Layout::
 
     ledger.json              format, version, base model (name, revision, class, hash of target weights), targets, config
-    base.safetensors         "basis/<layer>": U₀ (in, p), float32
+    base.safetensors         "basis/<layer>": U₀ (in, p), float32; or "complement/<layer>": (in, in − p), where that is smaller
     HEAD.json                how many entries there are, and the hash of the last: a missing end is noticed
     0001-<task>/record.json  what the task was: layers (s, rank, ε_t, tr C_t), classes, config, parent hash, ...
     0001-<task>/tensors.safetensors   "A/<layer>", "B/<layer>", "basis/<layer>" (new directions), "delta/<layer>"
-                             (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads)
+                             (full updates), "covariance/<layer>" (if kept), "extra/<name>" (heads), "values/<layer>"
+                             (what each direction protects), "kept/<layer>" (which are in force, where a budget took some)
     0001-<task>/metrics.json what was measured after it, if anything was
     0004-remove-<task>/record.json    an operation: remove, restore, rollback or purge, and what it speaks of
 
@@ -25,11 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from keeplora.errors import LedgerError
 from keeplora.files import atomic_dir, sha256_file
+from keeplora.math import Subspace
 from keeplora.tuner.chain import KINDS, PURGE, REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
 from keeplora.tuner.ledger_files import (
     FORMAT,
@@ -105,7 +108,7 @@ class Ledger:
     @classmethod
     def create(
         cls, path: str | Path, *, base: dict[str, Any], targets: list[dict[str, Any]], config: dict[str, Any],
-        bases: Mapping[str, Tensor], versions: dict[str, str], learner: Mapping[str, Any] | None = None,
+        bases: Mapping[str, Subspace], versions: dict[str, str], learner: Mapping[str, Any] | None = None,
     ) -> Ledger:  # fmt: skip
         """Write ledger.json, base.safetensors and HEAD.json into a new folder, whole or not at all."""
         path = Path(path)
@@ -117,7 +120,10 @@ class Ledger:
         }  # fmt: skip
         with atomic_dir(path) as part:
             file = part / "base.safetensors"
-            save_file({f"basis/{n}": U.contiguous() for n, U in bases.items()}, file)
+            save_file(
+                {f"{'complement' if S.by_complement else 'basis'}/{n}": S.held.contiguous() for n, S in bases.items()},
+                file,
+            )
             head["tensors_sha256"] = sha256_file(file)
             write_sealed(part / "ledger.json", head)
             _write_end(part, 0, file_hash(part / "ledger.json"))
@@ -155,14 +161,28 @@ class Ledger:
         """Why no task can be taken out, as words that follow "the method"; empty where one can, or in version 0."""
         return str(self.told.get("irremovable") or "")
 
-    def bases(self) -> dict[str, Tensor]:
-        """U₀ per layer."""
+    def bases(self) -> dict[str, Subspace]:
+        """U₀ per layer, by its smaller side."""
         tensors = read_tensors(self.path / "base.safetensors", self.head["tensors_sha256"])
-        if odd := [key for key in tensors if not key.startswith("basis/")]:
+        if odd := [key for key in tensors if not key.startswith(("basis/", "complement/"))]:
             raise LedgerError(
                 f"{self.path / 'base.safetensors'} holds {odd[0]!r}, which is no basis; restore it from a copy"
             )
-        return group(tensors, "basis")
+        for key, held in tensors.items():
+            name = key.partition("/")[2]
+            n_in = self.targets.get(name, (None, None))[0]
+            if n_in is None:
+                raise LedgerError(
+                    f"{self.path / 'base.safetensors'}: {key} is of no target of ledger.json; restore it from a copy"
+                )
+            fits = held.ndim == 2 and held.shape[0] == n_in and held.shape[1] <= n_in and held.dtype == torch.float32
+            if not fits or not bool(torch.isfinite(held).all()):
+                raise LedgerError(
+                    f"{self.path / 'base.safetensors'}: {key} has shape {tuple(held.shape)} in {held.dtype}, or holds numbers "
+                    f"that are not finite; the layer asks for {n_in} × at most {n_in} in float32"
+                )
+        found = {name: Subspace.of(U) for name, U in group(tensors, "basis").items()}
+        return found | {name: Subspace(N, True) for name, N in group(tensors, "complement").items()}
 
     def folders(self) -> list[Path]:
         """Entries' folders in order."""
@@ -322,8 +342,7 @@ class Ledger:
         value: dict[str, Any] = {"kind": step.kind, "name": step.name, "subject": step.subject, "time": now()}
         tensors: dict[str, Tensor] | None = None
         if step.kind == PURGE and not entries[step.subject - 1].step.purged and chain.needed(step.subject):
-            basis = self._record(entries, chain, step.subject).basis
-            tensors = {f"basis/{name}": V for name, V in basis.items()}
+            tensors = self._record(entries, chain, step.subject).directions()
         label = f"{step.kind}-{slug(step.name)}" if step.name else step.kind
         self._add(step, value, label, tensors)
         return self.chain().state

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keeplora.errors import LedgerError
 from keeplora.math import orthonormality_error
+from keeplora.tuner.basis import Bases
 from keeplora.tuner.chain import TASK
 from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.records import TaskRecord
@@ -59,14 +60,9 @@ def checks(ledger: Ledger) -> Iterator[Check]:
     protects = ledger.told.get("protects", bool(bases))
     if protects and bases.keys() != ledger.targets.keys():
         raise LedgerError(f"{ledger.path / 'base.safetensors'} and ledger.json do not name the same layers")
-    for name, U in bases.items():
-        if U.ndim != 2 or U.shape[0] != ledger.targets[name][0] or not bool(torch.isfinite(U).all()):
-            raise LedgerError(
-                f"{ledger.path / 'base.safetensors'}: basis/{name} has shape {tuple(U.shape)}, or holds NaN"
-            )
-    worst = max((orthonormality_error(U) for U in bases.values()), default=0.0)
+    worst = max((orthonormality_error(S.held) for S in bases.values()), default=0.0)
     yield Check("U₀: hash, shapes, max |UᵀU − I|", "base.safetensors", worst, ORTHONORMAL)
-    increments: dict[int, dict[str, Tensor]] = {}
+    known: dict[int, TaskRecord] = {}
     for entry in entries:
         if entry.kind != TASK:
             continue
@@ -79,27 +75,22 @@ def checks(ledger: Ledger) -> Iterator[Check]:
         if entry.metrics() is not None:
             yield Check("metrics: seal and record", where)
         if protects:
-            U = _before(bases, [increments[i] for i in chain.before[entry.index]])
-            yield from _of_task(record, U, where, ledger, purged=purged)
-        increments[entry.index] = record.basis
+            yield from _of_task(
+                record, Bases(bases, [known[i] for i in chain.before[entry.index]]), where, purged=purged
+            )
+        known[entry.index] = record
 
 
-def _before(bases: dict[str, Tensor], increments: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """U per layer as it was when a task began."""
-    return {name: torch.cat([U, *(V[name] for V in increments if name in V)], dim=1) for name, U in bases.items()}
-
-
-def _of_task(
-    record: TaskRecord, U: dict[str, Tensor], where: str, ledger: Ledger, *, purged: bool
-) -> Iterator[Check]:  # fmt: skip
+def _of_task(record: TaskRecord, U: Bases, where: str, *, purged: bool) -> Iterator[Check]:
+    """Args: U: as it was when the task began."""
+    after = U.extended(record)
+    dims = after.dims()
     for name, told in record.used.items():
-        k = U[name].shape[1] + (record.basis[name].shape[1] if name in record.basis else 0)
-        if name in record.basis and told != k:
-            raise LedgerError(f"{where}: layer {name!r} says that {told} columns of U are used, and there are {k}")
-    whole = [
-        orthonormality_error(torch.cat([U[name], V], dim=1) if V.shape[1] else U[name])
-        for name, V in record.basis.items()
-    ]
+        if name in record.basis and told != dims[name]:
+            raise LedgerError(
+                f"{where}: layer {name!r} says that {told} columns of U are used, and there are {dims[name]}"
+            )
+    whole = [orthonormality_error(after[name]) for name in record.basis]
     if whole:
         yield Check("U after the task: max |UᵀU − I|", where, max(whole), ORTHONORMAL)
     if purged or not record.factors:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
 from keeplora.hub import local_folder
+from keeplora.math import Subspace
 from keeplora.tuner.adapter import Factors, concatenate
+from keeplora.tuner.basis import in_force
 from keeplora.tuner.chain import TASK
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
@@ -52,7 +54,7 @@ def create_ledger(learner: ContinualLearner, path: str | Path) -> Ledger:
         },
         targets=[asdict(t) for t in learner.targets],
         config=learner.config.to_dict(),
-        bases=learner.start_bases(),
+        bases=learner.U.start,
         versions=versions(),
         learner=learner._told(),
     )  # fmt: skip
@@ -237,34 +239,21 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
         learner.store.restore(all_updates(learner.records))
 
 
-def _check_used(bases: Mapping[str, Tensor], records: Sequence[TaskRecord], ledger: Ledger) -> None:
+def _check_used(start: Mapping[str, Subspace], records: Sequence[TaskRecord], ledger: Ledger) -> None:
     """The columns that each record says were in use are those that the bases and the increments add up to."""
-    columns = {name: U.shape[1] for name, U in bases.items()}
-    for record in records:
+    for i, record in enumerate(records, 1):
         for name, used in record.used.items():
-            if name not in columns:
-                continue
-            columns[name] += record.basis[name].shape[1] if name in record.basis else 0
-            if columns[name] != used:
+            if name in start and (found := start[name].k + int(in_force(records[:i], name).sum())) != used:
                 raise LedgerError(
                     f"{ledger.path}: after task {record.name!r} layer {name!r} has {used} protected directions by its record, "
-                    f"but {columns[name]} in the tensors; restore the ledger from a copy"
+                    f"but {found} in the tensors; restore the ledger from a copy"
                 )
 
 
-def _check_bases(bases: Mapping[str, Tensor], ledger: Ledger, protects: bool) -> None:
+def _check_bases(bases: Mapping[str, Subspace], ledger: Ledger, protects: bool) -> None:
     file = ledger.path / "base.safetensors"
     if protects and bases.keys() != ledger.targets.keys():
         odd = sorted(bases.keys() ^ ledger.targets.keys())[0]
         raise LedgerError(
             f"{file} and the targets of ledger.json do not name the same layers ({odd}); restore the copy"
         )
-    if odd := [name for name in bases if name not in ledger.targets]:
-        raise LedgerError(f"{file}: basis/{odd[0]} is of no target of ledger.json; restore it from a copy")
-    for name, U in bases.items():
-        n_in = ledger.targets[name][0]
-        if U.ndim != 2 or U.shape[0] != n_in or U.dtype != torch.float32 or not bool(torch.isfinite(U).all()):
-            raise LedgerError(
-                f"{file}: basis/{name} has shape {tuple(U.shape)} in {U.dtype}, or holds numbers that are not finite; the "
-                f"layer asks for {n_in} × any in float32"
-            )

@@ -15,7 +15,7 @@ from torch import Tensor
 from keeplora.errors import LedgerError
 from keeplora.tuner.adapter import Factors
 
-KINDS = ("A", "B", "basis", "delta", "covariance", "extra")
+KINDS = ("A", "B", "basis", "delta", "covariance", "extra", "values", "kept")
 """What the tensors of a record's file are, by the first part of their keys."""
 
 
@@ -28,6 +28,8 @@ class TaskRecord:
             full name (free modules).
         basis: new protected directions per layer, (in, m). explained: ε_t per layer. trace: tr C_t per layer.
         used: columns of U per layer after the task. covariance: C_t per layer, if kept.
+        values: per layer, the share of tr C_t along every column that tasks have added up to this one, (Σ m,).
+        kept: per layer, which of those columns are in force, (Σ m,) bool; only where this task took older ones out.
         tensors: whatever else belongs to the task (class heads). info: JSON values (classes, templates, ...).
         config: the `KeepLoraConfig` in force, as JSON. versions: of the packages that it was learned with. time: UTC.
         entry: its number in the ledger, from 1; 0 before it is entered.
@@ -36,11 +38,13 @@ class TaskRecord:
     name: str
     factors: dict[str, Factors] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
-    basis: dict[str, Tensor] = field(default_factory=dict)
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
     explained: dict[str, float] = field(default_factory=dict)
     trace: dict[str, float] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
     covariance: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -75,16 +79,20 @@ class TaskRecord:
         tensors: dict[str, Tensor] = {}
         for name, f in self.factors.items():
             tensors[f"A/{name}"], tensors[f"B/{name}"] = f.A, f.B
-        for kind, group in (
-            ("delta", self.full), ("basis", self.basis), ("covariance", self.covariance), ("extra", self.tensors),
-        ):  # fmt: skip
+        for kind, group in (("delta", self.full), ("covariance", self.covariance), ("extra", self.tensors)):
             tensors |= {f"{kind}/{name}": value for name, value in group.items()}
-        return tensors
+        return tensors | self.directions()
+
+    def directions(self) -> dict[str, Tensor]:
+        """What U is made of, by keys likewise: it outlives a purge where later tasks rely on it."""
+        groups = (("basis", self.basis), ("values", self.values), ("kept", self.kept))
+        return {f"{kind}/{name}": value for kind, group in groups for name, value in group.items()}
 
     def emptied(self) -> TaskRecord:
         """The record as it is after its tensors were purged: what it says, and its directions."""
         return TaskRecord(
-            self.name, basis=self.basis, explained=self.explained, trace=self.trace, used=self.used, info=self.info,
+            self.name, basis=self.basis, values=self.values, kept=self.kept, explained=self.explained, trace=self.trace,
+            used=self.used, info=self.info,
             config=self.config, versions=self.versions, time=self.time, entry=self.entry,
         )  # fmt: skip
 
@@ -154,6 +162,15 @@ def read_record(
     full = group(tensors, "delta")
     for name, tensor in full.items():
         _check_tensor("delta", name, tensor, targets, where)
+    for kind, dtypes in (("values", (torch.float32,)), ("kept", (torch.bool,))):
+        for name, tensor in group(tensors, kind).items():
+            if (
+                name not in layers
+                or tensor.ndim != 1
+                or tensor.dtype not in dtypes
+                or not bool(torch.isfinite(tensor).all())
+            ):
+                raise LedgerError(f"{where}: {kind}/{name} is not a vector as keeplora writes it: the file was changed")
     for name, tensor in group(tensors, "extra").items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise LedgerError(f"{where}: extra/{name} holds NaN or infinity: the file was changed")
@@ -164,7 +181,7 @@ def read_record(
         explained={n: v["explained"] for n, v in layers.items() if v.get("explained") is not None},
         trace={n: v["trace"] for n, v in layers.items() if v.get("trace") is not None},
         used={n: v["used"] for n, v in layers.items() if v.get("used") is not None},
-        covariance=group(tensors, "covariance"), tensors=group(tensors, "extra"), info=dict(value["info"]),
+        covariance=group(tensors, "covariance"), values=group(tensors, "values"), kept=group(tensors, "kept"), tensors=group(tensors, "extra"), info=dict(value["info"]),
         config=dict(value.get("config") or {}), versions=dict(value.get("versions") or {}),
         time=str(value.get("time") or ""), entry=value["index"],
     )  # fmt: skip

@@ -31,19 +31,23 @@ def report_capacity(task: OpenTask, targets: Sequence[Target], A: Mapping[str, T
     """Note in the task's info which targets got a lower rank than configured and which none; warn of the latter.
 
     Args:
-        A: per target, (r', in). remedy: what to change, the end of the error's sentence.
+        A: per target, (r', in); a frozen one may be left out. remedy: what to change, the end of the error's sentence.
 
     Raises:
         CapacityError: no target has a direction left.
     """
-    shrunk = [t.name for t in targets if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
-    out = [t.name for t in targets if A[t.name].shape[0] == 0]
-    if len(out) == len(targets):
+    frozen = [t.name for t in targets if t.name in task.frozen]
+    asked = [t for t in targets if t.name not in task.frozen]
+    shrunk = [t.name for t in asked if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
+    out = [t.name for t in asked if A[t.name].shape[0] == 0]
+    if len(out) == len(asked):
         raise CapacityError(
             f"task {task.name!r} cannot be learned: no target has residual space left (the protected subspaces hold "
             f"every input direction that it uses); {remedy}"
         )
     task.info["rank_shrunk"], task.info["not_adapted"] = shrunk, out
+    if frozen:
+        task.info["frozen"] = frozen
     if out:
         warnings.warn(
             f"task {task.name!r}: no residual space is left in {len(out)} of {len(targets)} targets, which sit this "

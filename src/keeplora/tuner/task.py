@@ -46,6 +46,8 @@ class OpenTask:
     reference: Iterable[Any] | None = None
     single_batches: Iterable[Any] | None = None
     """The task's data as batches of one sample, re-iterable, where a batch cannot be cut into samples by itself."""
+    frozen: frozenset[str] = frozenset()
+    """Targets that are not adapted, by the policy for full layers."""
     adapter: TaskAdapter | None = None
     release: Callable[[], None] | None = None
     """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""

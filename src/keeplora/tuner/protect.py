@@ -1,0 +1,169 @@
+"""After a task: what it adds to the protected subspaces (M8, M8g), and what a memory budget takes out of force."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from keeplora.errors import ConfigError
+from keeplora.math import Candidates, held_bytes, keep_most_valuable, new_directions, new_gradient_directions, shares
+from keeplora.tuner.basis import added_columns, in_force
+
+if TYPE_CHECKING:
+    from keeplora.tuner.basis import Bases
+    from keeplora.tuner.config import KeepLoraConfig
+    from keeplora.tuner.learner import ContinualLearner
+    from keeplora.tuner.ledger import TaskRecord
+
+GIVEN_UP = "given_up"
+"""Key of ``record.info``: per layer and task, ε_t before and after the directions that this record took out of force."""
+
+
+def protect(learner: ContinualLearner, record: TaskRecord, source: Callable[[str], Tensor]) -> None:
+    """Fill the record with what the task adds to U, and give the learner the U that follows.
+
+    Args:
+        source: per target, C (in, in), or G (out, in) where ``config.memory`` is "gradients"; asked for once each.
+    """
+    config, U = learner.config, learner.U
+    gradients = config.memory == "gradients"
+    find = new_gradient_directions if gradients else new_directions
+    for t in learner.targets:
+        M = source(t.name).cpu()
+        V, share = find(U.subspace(t.name), M, config.for_tower("energy_features", t.tower))
+        C = M.to(torch.float64).T @ M.to(torch.float64) if gradients else M
+        mask = U.in_force(t.name)
+        old = torch.zeros(len(mask), dtype=torch.float64)
+        if bool(mask.any()):
+            old[mask] = shares(U.added_in_force(t.name), C)
+        record.basis = {**record.basis, t.name: V}
+        record.values[t.name] = torch.cat([old, shares(V, C)]).to(torch.float32)
+        record.explained[t.name] = share
+        record.trace[t.name] = float(M.square().sum() if gradients else M.diagonal().sum())
+        if config.keep_covariance:
+            record.covariance[t.name] = M.to(torch.float32)
+    if config.max_basis_bytes is not None:
+        _fit(learner, record, config.max_basis_bytes)
+    learner._U = U.extended(record)
+    record.used = learner._U.dims()
+
+
+def check_budget(U: Bases, config: KeepLoraConfig) -> None:
+    """`ConfigError` if what is never dropped is over the budget: U₀, which protects the pretrained knowledge, and directions
+    of records that do not say what each is worth (format v0)."""
+    budget = config.max_basis_bytes
+    if budget is None:
+        return
+    start, dims, needed = U.start_dims(), U.dims(), 0
+    for name, (n, p) in start.items():
+        fixed = p + int((U.in_force(name) & ~_valued(U.records, name)).sum())
+        needed += min(held_bytes(n, fixed), held_bytes(n, dims[name]))
+    if needed > budget:
+        raise ConfigError(
+            f"max_basis_bytes is {budget}, but the bases of the pretrained weights alone take {needed} bytes in {len(U)} "
+            "targets; raise it, or lower energy_weights (ε_w) so that less of the weights is protected"
+        )
+
+
+def remaining_explained(history: Sequence[TaskRecord], name: str) -> list[float | None]:
+    """ε_t of every task of ``history`` at a layer, after what later tasks took out of force; None where it has none.
+
+    This is the ε_t that the backward bound of METHOD.md takes for the updates that come after the last of ``history``: the
+    columns are orthonormal, so what a task loses is the sum of its shares along those that went.
+    """
+    now = in_force(history, name)
+    out: list[float | None] = []
+    for record in history:
+        share, values = record.explained.get(name), record.values.get(name)
+        if share is not None and values is not None:
+            share = max(0.0, share - float(values.to(torch.float64)[~now[: len(values)]].sum()))
+        out.append(share)
+    return out
+
+
+def _fit(learner: ContinualLearner, record: TaskRecord, budget: int) -> None:
+    """Take columns, new ones and old, out of force until U fits into ``budget`` bytes, and note what that gives up."""
+    dims = learner.U.dims()
+    layers, movable = [], {}
+    for t in learner.targets:
+        movable[t.name] = free = _movable(learner, record, t.name)
+        fixed = dims[t.name] + added_columns(record, t.name) - int(free.sum())
+        layers.append(Candidates(t.n_in, fixed, _values(learner, record, t.name)[free]))
+    chosen = keep_most_valuable(layers, budget)  # what stays in any case fits: `check_budget` saw to it
+    given_up: dict[str, dict[str, list[float]]] = {}
+    for t, choice in zip(learner.targets, chosen, strict=True):
+        if not bool(choice.all()):
+            keep = torch.ones(len(movable[t.name]), dtype=torch.bool)
+            keep[movable[t.name]] = choice
+            given_up[t.name] = _drop(learner, record, t.name, keep)
+    if given_up:
+        record.info[GIVEN_UP] = given_up
+        _tell(record, given_up, budget)
+
+
+def _valued(records: Sequence[TaskRecord], name: str) -> Tensor:
+    """Which of a layer's columns come from a record that says what each is worth."""
+    parts = [torch.full((added_columns(r, name),), name in r.values) for r in records]
+    return torch.cat([*parts, torch.zeros(0, dtype=torch.bool)])
+
+
+def _movable(learner: ContinualLearner, record: TaskRecord, name: str) -> Tensor:
+    """Which columns may be dropped: the new ones, and of the old those in force whose worth is known."""
+    old = _valued(learner.U.records, name) & learner.U.in_force(name)
+    return torch.cat([old, torch.ones(added_columns(record, name), dtype=torch.bool)])
+
+
+def _values(learner: ContinualLearner, record: TaskRecord, name: str) -> Tensor:
+    """What each column protects: its share of tr C_t, summed over the learned tasks and this one."""
+    out = torch.zeros(len(record.values[name]), dtype=torch.float64)
+    for one in [*learner.records, record]:
+        if (values := one.values.get(name)) is not None:
+            out[: len(values)] += values.to(torch.float64)
+    return out
+
+
+def _drop(learner: ContinualLearner, record: TaskRecord, name: str, keep: Tensor) -> dict[str, list[float]]:
+    """Take what ``keep`` leaves out of force at one layer; ε before and after, by task."""
+    m = added_columns(record, name)
+    old, new = keep[: len(keep) - m], keep[len(keep) - m :]
+    history, mask = learner.U.records, learner.U.in_force(name)
+    before = remaining_explained(history, name)
+    values = record.values[name].to(torch.float64)
+    out_of_force = torch.cat([mask & ~old, ~new])
+    wanted = record.explained[name]
+    record.explained[name] = max(0.0, wanted - float(values[out_of_force].sum()))
+    record.basis = {**record.basis, name: record.basis[name][:, new].contiguous()}
+    record.values[name] = torch.where(out_of_force, 0.0, values)[torch.cat([torch.ones_like(old), new])].to(
+        torch.float32
+    )
+    if bool((mask & ~old).any()):
+        record.kept[name] = torch.cat([mask & old, torch.ones(int(new.sum()), dtype=torch.bool)])
+    after = remaining_explained([*history, record], name)
+    told = {
+        one.name: [was, now]
+        for one, was, now in zip(history, before, after, strict=False)
+        if was is not None and now is not None and now < was
+    }
+    if record.explained[name] < wanted:
+        told[record.name] = [wanted, record.explained[name]]
+    return told
+
+
+def _tell(record: TaskRecord, given_up: dict[str, dict[str, list[float]]], budget: int) -> None:
+    losses = [
+        (was - now, layer, task, was, now) for layer, tasks in given_up.items() for task, (was, now) in tasks.items()
+    ]
+    if not losses:
+        return
+    _, layer, task, was, now = max(losses)
+    tasks = sorted({loss[2] for loss in losses})
+    warnings.warn(
+        f"task {record.name!r}: the budget of {budget} bytes (max_basis_bytes) leaves no room for every direction; in "
+        f"{len(given_up)} targets protection of {', '.join(map(repr, tasks[:3]))}{', …' if len(tasks) > 3 else ''} is given "
+        f"up, most of it in {layer}, where {task!r} goes from {100 * was:.2f} % to {100 * now:.2f} %",
+        stacklevel=4,
+    )
