@@ -63,6 +63,7 @@ def checks(ledger: Ledger) -> Iterator[Check]:
     worst = max((orthonormality_error(S.held) for S in bases.values()), default=0.0)
     yield Check("U₀: hash, shapes, max |UᵀU − I|", "base.safetensors", worst, ORTHONORMAL)
     known: dict[int, TaskRecord] = {}
+    fixed_a = ledger.told.get("trains_a") is False
     for entry in entries:
         if entry.kind != TASK:
             continue
@@ -75,14 +76,13 @@ def checks(ledger: Ledger) -> Iterator[Check]:
         if entry.metrics() is not None:
             yield Check("metrics: seal and record", where)
         if protects:
-            yield from _of_task(
-                record, Bases(bases, [known[i] for i in chain.before[entry.index]]), where, purged=purged
-            )
+            U = Bases(bases, [known[i] for i in chain.before[entry.index]])
+            yield from _of_task(record, U, where, purged=purged, fixed_a=fixed_a)
         known[entry.index] = record
 
 
-def _of_task(record: TaskRecord, U: Bases, where: str, *, purged: bool) -> Iterator[Check]:
-    """Args: U: as it was when the task began."""
+def _of_task(record: TaskRecord, U: Bases, where: str, *, purged: bool, fixed_a: bool) -> Iterator[Check]:
+    """What one task left; U is that of before it, and ``fixed_a`` says that the method does not train A."""
     after = U.extended(record)
     dims = after.dims()
     for name, told in record.used.items():
@@ -105,7 +105,7 @@ def _of_task(record: TaskRecord, U: Bases, where: str, *, purged: bool) -> Itera
             rows.append(float((AAt / c - torch.eye(len(A), dtype=torch.float64)).abs().max()))
             leaks.append(float(AU.abs().max()) / c**0.5 if AU.numel() else 0.0)
             relative.append(float(AU.norm()) / float(A.norm()))
-    if ledger.told.get("trains_a") is False:
+    if fixed_a:
         yield Check("rows of A: max |AAᵀ/c − I|", where, max(rows, default=0.0), ORTHONORMAL)
         yield Check("A against U as it was: max |A U|", where, max(leaks, default=0.0), LEAK)
     else:  # also version 0, which does not say whether A was trained

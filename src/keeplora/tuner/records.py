@@ -181,7 +181,8 @@ def read_record(
         explained={n: v["explained"] for n, v in layers.items() if v.get("explained") is not None},
         trace={n: v["trace"] for n, v in layers.items() if v.get("trace") is not None},
         used={n: v["used"] for n, v in layers.items() if v.get("used") is not None},
-        covariance=group(tensors, "covariance"), values=group(tensors, "values"), kept=group(tensors, "kept"), tensors=group(tensors, "extra"), info=dict(value["info"]),
+        covariance=group(tensors, "covariance"), values=group(tensors, "values"), kept=group(tensors, "kept"),
+        tensors=group(tensors, "extra"), info=dict(value["info"]),
         config=dict(value.get("config") or {}), versions=dict(value.get("versions") or {}),
         time=str(value.get("time") or ""), entry=value["index"],
     )  # fmt: skip
