@@ -182,7 +182,7 @@ def test_a_ledger_that_goes_away_or_changes_under_the_learner_is_named(tmp_path)
 def test_a_start_that_is_not_orthonormal_is_refused(tmp_path):
     learner = run(1)
     with pytest.raises(LedgerError, match=r"the stored basis of .* is not orthonormal"):
-        learner.restore_bases({n: 1.1 * U for n, U in learner.start_bases().items()}, learner.records)
+        learner.restore_bases({n: Subspace(1.1 * U) for n, U in learner.start_bases().items()}, learner.records)
 
 
 # ---- which columns are in force -----------------------------------------------------------------------------------------

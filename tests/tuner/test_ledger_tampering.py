@@ -140,7 +140,7 @@ TENSORS = {
     "wrong height of B": (lambda t: t.update({f"B/{LAYER}": t[f"B/{LAYER}"][1:]}), "but the layer asks for"),
     "another rank": (lambda t: t.update({f"A/{LAYER}": t[f"A/{LAYER}"][1:]}), "has rank"),
     "a vector": (lambda t: t.update({f"basis/{LAYER}": t[f"basis/{LAYER}"][:, 0]}), "but the layer asks for"),
-    "whole numbers": (lambda t: t.update({f"A/{LAYER}": t[f"A/{LAYER}"].int()}), "no real numbers"),
+    "whole numbers": (lambda t: t.update({f"A/{LAYER}": t[f"A/{LAYER}"].int()}), "other numbers than float32"),
     "layer missing": (lambda t: [t.pop(f"{k}/{LAYER}") for k in "AB"], "has rank"),
     "B missing": (lambda t: t.pop(f"B/{LAYER}"), "one factor"),
     "layer too many": (lambda t: t.update({"A/x": torch.ones(2, 3), "B/x": torch.ones(2, 3)}), "knows nothing"),
