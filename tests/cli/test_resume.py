@@ -17,13 +17,13 @@ SLOW = {"epochs": {"default": 2, "stripes": 60}}  # task 2 lasts long enough to 
 KILLED_AFTER_RECORD = """
 import os, signal, sys
 from keeplora.cli import main
-from keeplora.experiment.runner import _Run
-score = _Run._score_last
+from keeplora.experiment.runner import Run
+score = Run._score_last
 def killed(self, i):
     if i == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     score(self, i)
-_Run._score_last = killed
+Run._score_last = killed
 main(sys.argv[1:])
 """
 

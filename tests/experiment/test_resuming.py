@@ -198,8 +198,8 @@ def test_what_accept_measured_before_the_task_is_not_measured_again(world, tmp_p
     path = tmp_path / "run"
     dies(world.config(**changes), path, 6 + 3, "kill")
     asked = []
-    inner = runner_module._Run._guard_scores
-    monkeypatch.setattr(runner_module._Run, "_guard_scores", lambda self, n: asked.append(n) or inner(self, n))
+    inner = runner_module.Run._guard_scores
+    monkeypatch.setattr(runner_module.Run, "_guard_scores", lambda self, n: asked.append(n) or inner(self, n))
     Experiment.resume(path, quiet=True)
     assert len(asked) == 1  # after the task alone
     assert_same(path, straight)

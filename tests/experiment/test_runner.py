@@ -13,7 +13,7 @@ from PIL import Image
 from keeplora.errors import KeepLoraError
 from keeplora.experiment import Experiment, TrainedModel
 from keeplora.experiment.objective import TaskObjective, initial_head
-from keeplora.experiment.runner import _Run
+from keeplora.experiment.runner import Run
 from tests.cli.tiny_world import (
     METHODS,
     PROBE,
@@ -307,7 +307,7 @@ def test_head_in_the_ledger_is_the_trained_one(world):
 def scripted(monkeypatch, scores: dict[str, list[float]]) -> dict[str, list[torch.Tensor]]:
     """Let validation return these scores; returns the trained parameters as they were at each call."""
     seen: dict[str, list[torch.Tensor]] = {}
-    original = _Run._selection
+    original = Run._selection
 
     def selection(self, task, objective):
         made = original(self, task, objective)
@@ -323,7 +323,7 @@ def scripted(monkeypatch, scores: dict[str, list[float]]) -> dict[str, list[torc
 
         return type(made)(validate, made.best_epoch, made.patience)
 
-    monkeypatch.setattr(_Run, "_selection", selection)
+    monkeypatch.setattr(Run, "_selection", selection)
     return seen
 
 
@@ -362,7 +362,7 @@ def test_validation_pictures_are_neither_trained_on_nor_tested(world):
 
 
 def test_accept_undoes_a_task_in_a_run(world, tmp_path, monkeypatch):
-    original = _Run._guard_scores
+    original = Run._guard_scores
 
     def guard(self, upto):
         real = original(self, upto)
@@ -374,7 +374,7 @@ def test_accept_undoes_a_task_in_a_run(world, tmp_path, monkeypatch):
         return dict.fromkeys(real, 80.0 - drop)
 
     calls: list[tuple[int, bool]] = []
-    monkeypatch.setattr(_Run, "_guard_scores", guard)
+    monkeypatch.setattr(Run, "_guard_scores", guard)
     config = world.config(
         output=str(tmp_path / "run"), validation=0.2, accept={"max_drop": 5.0, "action": "undo"}, tuner={"r": 4}
     )
@@ -485,7 +485,7 @@ def test_a_run_killed_in_its_first_task_keeps_the_untouched_model_s_row_in_its_l
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_learn", killed)
+        patch.setattr(Run, "_learn", killed)
         with pytest.raises(KeyboardInterrupt):
             Experiment(world.config(method="lora", output=str(tmp_path / "run")), quiet=True).run()
     results = Experiment.resume(tmp_path / "run", quiet=True)

@@ -28,16 +28,22 @@ _CALLS = (
     ("keeplora.tuner.learner", "ContinualLearner", "_protect", "features"),
     ("keeplora.tuner.ledger", "Ledger", "append", "ledger"),
     ("keeplora.experiment.checkpoint", "Checkpoints", "write", "checkpoint"),
-    ("keeplora.experiment.runner", "_Run", "_evaluate", "evaluation"),
-    ("keeplora.experiment.runner", "_Run", "_write", "results"),
-    ("keeplora.experiment.runner", "_Run", "_score_last", "results"),
-    ("keeplora.experiment.runner", "_Run", "_report", "report"),
-    ("keeplora.experiment.runner", "_Run", "_leave", "end"),
+    ("keeplora.experiment.runner", "Run", "_evaluate", "evaluation"),
+    ("keeplora.experiment.runner", "Run", "_write", "results"),
+    ("keeplora.experiment.runner", "Run", "_score_last", "results"),
+    ("keeplora.experiment.runner", "Run", "_report", "report"),
+    ("keeplora.experiment.runner", "Run", "_leave", "end"),
     ("keeplora.experiment.runner", None, "render_report", "report"),
     ("keeplora.cli.run", None, "finish", "report"),
     ("keeplora.report.study", None, "plot_study", "report"),
 )
-_WARM = ("keeplora.cli", "keeplora.experiment.runner", "keeplora.experiment.serving", "keeplora.report.terminal")
+_WARM = (
+    "keeplora.cli",
+    "keeplora.experiment.entry",
+    "keeplora.experiment.runner",
+    "keeplora.experiment.serving",
+    "keeplora.report.terminal",
+)
 
 
 class Phases:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keeplora.experiment.config import ExperimentConfig, load_config
-    from keeplora.experiment.runner import Experiment
+    from keeplora.experiment.entry import Experiment
     from keeplora.experiment.serving import TrainedModel
 
 __all__ = ["Experiment", "ExperimentConfig", "TrainedModel", "load_config"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:  # torch and transformers load when they are 
     import importlib
 
     homes = {
-        "Experiment": "runner", "ExperimentConfig": "config", "load_config": "config", "TrainedModel": "serving",
+        "Experiment": "entry", "ExperimentConfig": "config", "load_config": "config", "TrainedModel": "serving",
     }  # fmt: skip
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

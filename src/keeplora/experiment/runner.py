@@ -13,102 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from keeplora.errors import CapacityError, KeepLoraError
+from keeplora.errors import CapacityError
 from keeplora.experiment.checkpoint import CheckpointError, Checkpoints, Identity, Keeper, Snapshot
-from keeplora.experiment.config import ExperimentConfig, TrainingConfig, load_config
-from keeplora.experiment.environment import collect_environment
+from keeplora.experiment.config import TrainingConfig
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import (
     Scores,
     build_results,
-    check_infos,
     comparison_key,
-    data_entries,
     peak_memory,
     settled_count,
     settled_records,
 )
-from keeplora.experiment.resuming import check_changes, identity_of
+from keeplora.experiment.resuming import identity_of
 from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.experiment.setup import Setup, prepare
+from keeplora.experiment.setup import Setup
 from keeplora.experiment.training import Selection, train_task
-from keeplora.methods import method_names
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner, TaskRecord
 from keeplora.tuner.task import TaskState
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
 """Environment variable for tests: raise after this many tasks, as if the process had been interrupted there."""
-
-
-class Experiment:
-    """An experiment from a YAML file, a mapping or an `ExperimentConfig`: the same thing as ``keeplora run``.
-
-    >>> experiment = Experiment({"suite": "demo-small", "method": "keeplora++"})   # doctest: +SKIP
-    >>> experiment.run()["metrics"]["last"]                                         # doctest: +SKIP
-    """
-
-    def __init__(
-        self, config: str | os.PathLike[str] | Mapping[str, Any] | ExperimentConfig,
-        overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None,
-    ) -> None:  # fmt: skip
-        if not isinstance(config, ExperimentConfig):
-            config = load_config(config, overrides, known_methods=method_names())
-        elif overrides:
-            config = load_config(config.resolved(), overrides, known_methods=method_names())
-        self.config = config
-        self.quiet = quiet
-        self._setup: Setup | None = None
-
-    @property
-    def setup(self) -> Setup:
-        """Model and data, loaded at the first use."""
-        if self._setup is None:
-            self._setup = prepare(self.config)
-        return self._setup
-
-    def run(self) -> dict[str, Any]:
-        """Run from the start in a new run directory; returns what results.json holds."""
-        setup = self.setup
-        with RunDirectory.create(self.config.output_path) as directory:
-            directory.write_config(self.config.resolved())  # first: from here on the run can be resumed
-            return _begin(setup, directory, self.quiet).go()
-
-    @classmethod
-    def resume(
-        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None
-    ) -> dict[str, Any]:
-        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way from its checkpoint.
-
-        Args:
-            overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`.
-        """
-        check_changes(overrides or {})
-        with RunDirectory.open_existing(path) as directory:
-            changes = {**(overrides or {}), "output": str(path)}
-            config = load_config(directory.read_config(), changes, known_methods=method_names())
-            experiment = cls(config, quiet=quiet)
-            setup = experiment.setup
-            was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
-            now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
-            if not was and directory.ledger_path.is_dir():  # it is written before the ledger
-                raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
-                                    "changed since the run began; restore it from a copy")  # fmt: skip
-            if was and (changed := [name for name in {**now, **was} if was.get(name) != now.get(name)]):
-                raise KeepLoraError(
-                    f"{path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
-                    "its numbers would not belong together; restore them, or start a new run"
-                )
-            if overrides:
-                directory.write_config(config.resolved())
-            if not directory.ledger_path.is_dir():  # killed before anything was learned
-                return _begin(setup, directory, quiet).go()
-            learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
-            check_infos([*learner.records, *learner.removed], path, setup.kind.name)
-            return _Run(setup, directory, learner, quiet).go()
 
 
 def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]:
@@ -122,18 +51,7 @@ def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]
     return TaskState(own, values["learner"]), values["run"]
 
 
-def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> _Run:
-    """A run from its very start: what it runs on, its data, an empty ledger."""
-    directory.write_environment(collect_environment())
-    directory.write_data(data_entries(setup.tasks, setup.probes))
-    learner = setup.method.learner(
-        setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=setup.config.model.name,
-        base_revision=setup.config.model.revision,
-    )  # fmt: skip
-    return _Run(setup, directory, learner, quiet)
-
-
-class _Run:
+class Run:
     """One pass over the tasks that are not learned yet."""
 
     def __init__(self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None) -> None:
