@@ -165,7 +165,7 @@ def test_ledger_records_hold_what_the_format_promises(world, method):
     parents = []
     for i, name in enumerate(TASKS, 1):
         record = record_of(path, i)
-        assert (record["format"], record["version"]) == ("keeplora-ledger", 0)
+        assert (record["format"], record["version"]) == ("keeplora-ledger", 1)
         assert record["name"] == name
         assert len(record["base_hash"]) == 64
         parents.append(record["parent"])

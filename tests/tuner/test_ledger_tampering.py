@@ -297,3 +297,13 @@ def test_names_lead_nowhere(tmp_path):
 def test_metrics_belong_to_their_record(ledger):
     shutil.copy(ledger / "0001-a/metrics.json", ledger / "0003-c/metrics.json")
     refused(ledger, ledger / "0003-c/metrics.json", "belongs to another record")
+
+
+def test_an_entry_that_was_sealed_anew_breaks_the_chain(ledger):
+    edit(ledger / "0001-a/record.json", lambda v: v["info"].update(classes=["x"]))
+    refused(ledger, ledger / "0002-b/record.json", "does not follow the record before it")
+
+
+def test_the_last_entry_cannot_be_sealed_anew_either(ledger):
+    edit(entry(ledger, 6) / "record.json", lambda v: v.update(time="1999-01-01T00:00:00+00:00"))
+    refused(ledger, ledger / "HEAD.json", "names another record 0006 than is there")
