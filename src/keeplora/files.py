@@ -204,7 +204,9 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     """
     with open_regular(path) as handle:
         told = os.fstat(handle.fileno())
-        data = b"" if told.st_size > most else handle.read(most + 1)  # those of /proc have no size of their own
+        # A read takes the memory that it asks for, whatever there is; files of /proc have no size of their own.
+        asked = min(most, told.st_size or 1 << 24) + 1
+        data = b"" if told.st_size > most else handle.read(asked)
         if told.st_size > most or len(data) > most:
             raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
         return data

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from keeplora.data import load_task
 from keeplora.data.pack import check_columns
 from keeplora.errors import ConfigError, DataError, KeepLoraError, LedgerError, did_you_mean
 from keeplora.evaluation.judges.cache import JudgementCache
@@ -24,7 +25,7 @@ from tests.cli.tiny_world import World, the_world
 from tests.torture.fuzz_all import make_study
 from tests.torture.fuzz_damage import SCRIPT, Sealed, change_tensors, pickle_canary
 from tests.torture.fuzz_folders import scripted
-from tests.torture.fuzz_harness import Answer, run_here, time_limit
+from tests.torture.fuzz_harness import Answer, memory_limit, run_here, time_limit
 from tests.torture.fuzz_models import code_canary, plant_code
 
 
@@ -336,6 +337,18 @@ def test_a_number_in_a_pack_is_not_taken_for_so_many_zero_bytes(tmp_path: Path) 
     with pytest.raises(DataError, match="the column 'image' holds int64, not bytes"):
         check_columns(table.schema, tmp_path, {"image": "bytes"})
     check_columns(pa.table({"image": [b"x"], "label": [None]}).schema, tmp_path, {"image": "bytes", "label": "number"})
+
+
+def test_reading_takes_the_memory_of_the_file_not_of_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with memory_limit(1 << 30):
+        assert read_regular(tmp_path / "a", 1 << 40) == b"abc"
+
+
+def test_a_class_folder_whose_name_is_no_text(fuzz_world: World, tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(DataError, match="the folder's name is not UTF-8"):
+        load_task({"name": "a", "source": "folder", "path": "."}, tmp_path)
 
 
 def test_a_judges_cache_of_other_things_is_asked_again(tmp_path: Path) -> None:

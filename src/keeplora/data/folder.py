@@ -123,6 +123,8 @@ def _read_split(root: Path, split: str, raw: RawTask, base: Path) -> list[Entry]
             ignored.append(folder)
             continue
         label = _name(folder)
+        if not label.isprintable() and any("\ud800" <= c <= "\udfff" for c in label):
+            raise DataError(f"{folder}: the folder's name is not UTF-8, so it can be no class's name; rename it")
         if label in names:
             raise DataError(
                 f"{folder}: the folders {names[label]!r} and {folder.name!r} have one name in two Unicode spellings; "
