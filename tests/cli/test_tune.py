@@ -154,7 +154,7 @@ def test_a_diverged_trial_is_a_failed_one(world, cli, tmp_path):
     assert set(states) == {"finished", "failed"}
     assert float(states["failed"]["training.learning_rate"]) == 1e19
     assert "the loss is" in states["failed"]["error"]
-    assert "failed: FloatingPointError" in answer.out
+    assert "failed: TrainingError" in answer.out
     assert read_yaml(tmp_path / "tune/tuned.yaml")[0]["search"]["failed"] == {"lora": 1}
 
 

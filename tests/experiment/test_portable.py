@@ -70,6 +70,7 @@ def test_every_method_s_tensors_are_decided():
     }  # fmt: skip
     assert {name for name, learned in decided.items() if not learned} == {
         "replay/", "replay/text/", "replay/samples/", "rail/", "rail/features", "rail/labels",
+        "average/",  # of a checkpoint: no record holds it
     }  # fmt: skip
 
 

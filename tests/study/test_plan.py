@@ -126,7 +126,8 @@ def test_wrong_values_are_one_sentence_each(tmp_path: Path, values: dict, told: 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan({"methods": "lorra", "seeds": "x", "jobs": 0})
-    assert len(str(caught.value).splitlines()) == 4  # no suite either
+    lines = str(caught.value).splitlines()
+    assert (lines[0], len(lines)) == ("4 problems in the study:", 5)  # no suite either
 
 
 def test_methods_are_named_where_they_are_missing() -> None:

@@ -97,12 +97,12 @@ def _hush() -> None:
 
 
 def _sentence(text: object) -> str:
-    """An error on its line, or with one line per problem: a name out of a file may hold line breaks and terminal codes.
+    r"""An error on its line, or with one line per problem: a name out of a file may hold line breaks and terminal codes.
 
     >>> print(_sentence("2 problems:\n  - a\x1b[2J\n  - b\nc"))
     2 problems:
-      - a\\x1b[2J
-      - b\\nc
+      - a\x1b[2J
+      - b\nc
     """
     lines = str(text).split("\n  - ")
     return "\n  - ".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)

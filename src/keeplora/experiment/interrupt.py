@@ -34,10 +34,11 @@ class Stop:
     ...     stop.ask(signal.SIGTERM)   # heard, and put off
     ...     stop.requested
     True
-    >>> stop.check()
-    Traceback (most recent call last):
-    ...
-    keeplora.experiment.interrupt.Interrupted: stopped by SIGTERM
+    >>> try:
+    ...     stop.check()
+    ... except Interrupted as stopped:
+    ...     print(stopped)
+    stopped by SIGTERM
     """
 
     def __init__(self) -> None:
