@@ -16,8 +16,7 @@ def capacity(
     """Print dimensions used and left per layer, and a forecast. Reads the ledger alone: no model is loaded."""
     import json
 
-    from rich.console import Console
-
+    from keeplora.cli.console import wide_console
     from keeplora.tuner.capacity import gauge_ledger
     from keeplora.tuner.persistence import open_ledger
 
@@ -25,7 +24,7 @@ def capacity(
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
-        console = Console()
+        console = wide_console()
         console.print(found.table())
         for note in found.notes():
             console.print(note, markup=False, highlight=False)

@@ -137,22 +137,19 @@ def _read(paths: list[Path], output: Path | None, name: str | None, against: str
 
 
 def _show(study: Study, report: Path) -> None:
-    from rich.console import Console
-
+    from keeplora.cli.console import wide_console
     from keeplora.report.study_text import terminal
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width of its own; 80 columns would cut intervals short
+    console = wide_console(160)
     for part in terminal(study):
         console.print(part)
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
 
 
 def _print_plan(plan: StudyPlan, whole: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from keeplora.cli.console import wide_console
     from keeplora.study.resources import slots
     from keeplora.study.run import open_study
 
@@ -166,9 +163,7 @@ def _print_plan(plan: StudyPlan, whole: bool) -> None:
         table.add_column(header, justify="right" if header == "seed" else "left", overflow="fold")
     for key in keys:
         table.add_row(key.method, key.order, str(key.seed), store.cells[key].state, key.folder)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
+    console = wide_console(160)
     console.print(table)
     done = sum(store.cells[key].state == "finished" for key in keys)
     free = slots(max(1, len(keys) - done), jobs=plan.jobs, threads=plan.threads or store.threads, settings=plan.set)

@@ -188,8 +188,8 @@ def _say(value: Any, tables: Any, as_json: bool) -> None:
 
         typer.echo(json.dumps(value, ensure_ascii=False))
         return
-    from rich.console import Console
+    from keeplora.cli.console import wide_console
 
-    console = Console(soft_wrap=False)
+    console = wide_console()
     for table in tables:
         console.print(table)

@@ -130,9 +130,6 @@ def show(
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from keeplora.cli.console import wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a pipe or a log file has no width of its own; 80 columns would cut words
-    return console
+    return wide_console(160)

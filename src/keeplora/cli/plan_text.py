@@ -39,14 +39,11 @@ def size(count: int) -> str:
 
 def print_plan(experiment: Any, assumed: Sequence[str]) -> None:
     """The plan of a run; of a generative model its footprint too, and that alone where its weights are not there."""
-    from rich.console import Console
-
+    from keeplora.cli.console import wide_console
     from keeplora.experiment.assumptions import Assumptions
     from keeplora.experiment.plan import assume_measured, make_footprint, make_plan, needs_footprint
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = wide_console()
     config, assume, alone = experiment.config, Assumptions.parse(assumed), needs_footprint(experiment.config)
     if alone:
         footprint = make_footprint(config, assume)

@@ -70,14 +70,11 @@ def run(
 
 def finish(path: Path, against: list[Path]) -> None:
     """What a run ends with: the tables and the report's path."""
-    from rich.console import Console
-
+    from keeplora.cli.console import wide_console
     from keeplora.report import find_comparable, load_results, render_report
     from keeplora.report.terminal import matrix_table, results_table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
+    console = wide_console()
     results = load_results(path)
     console.print(matrix_table(results))
     paths = {real_path(other): other for other in [*against, *find_comparable(path)]}

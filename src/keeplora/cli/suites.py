@@ -136,12 +136,9 @@ def doctor(
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from keeplora.cli.console import wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a pipe or a log file has no width of its own; 80 columns would cut names short
-    return console
+    return wide_console()
 
 
 def _line(console: Console, text: str, style: str = "") -> None:

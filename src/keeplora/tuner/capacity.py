@@ -229,9 +229,9 @@ class Capacity:
                 header, justify="left" if left else "right", no_wrap=header == "protected", overflow="fold"
             )
         for layer in self.layers:
-            style = STYLES[layer.state]
+            style, name = STYLES[layer.state], layer.layer
             table.add_row(
-                Text(layer.layer), _bar(layer, style), f"{layer.used[-1]}/{layer.width}", str(layer.left), str(layer.wanted),
+                Text(name if len(name) <= NAME else f"…{name[-NAME + 1 :]}"), _bar(layer, style), f"{layer.used[-1]}/{layer.width}", str(layer.left), str(layer.wanted),
                 Text(layer.state, style=style), str(layer.forecast), _percent(layer.least),
             )  # fmt: skip
         return table
@@ -249,6 +249,8 @@ SHOWN = 8
 MILESTONES = {"first": 0.0, "half": 0.5, "all": 1.0}
 STYLES = {"free": "green", "last": "yellow", "tight": "dark_orange", "full": "red", "frozen": "blue"}
 BAR = 20
+NAME = 34
+"""Characters of a layer's name that a table of 120 columns has room for."""
 
 
 def _bar(layer: LayerGauge, style: str) -> Text:
