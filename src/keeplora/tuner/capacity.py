@@ -230,8 +230,9 @@ class Capacity:
             )
         for layer in self.layers:
             style, name = STYLES[layer.state], layer.layer
+            shown = name if len(name) <= NAME else f"…{name[-NAME + 1 :]}"
             table.add_row(
-                Text(name if len(name) <= NAME else f"…{name[-NAME + 1 :]}"), _bar(layer, style), f"{layer.used[-1]}/{layer.width}", str(layer.left), str(layer.wanted),
+                Text(shown), _bar(layer, style), f"{layer.used[-1]}/{layer.width}", str(layer.left), str(layer.wanted),
                 Text(layer.state, style=style), str(layer.forecast), _percent(layer.least),
             )  # fmt: skip
         return table
