@@ -287,6 +287,7 @@ def rooms(targets: Sequence[Mapping[str, Any]], bases: Bases, records: Sequence[
     """Dimensions of each tower, summed over its layers; empty where nothing is protected.
 
     >>> targets = [{"name": "q", "tower": "vision", "n_in": 8}, {"name": "k", "tower": "vision", "n_in": 8}]
+    >>> import torch
     >>> U = Bases.of({"q": torch.eye(8)[:, :2], "k": torch.eye(8)[:, :1]})
     >>> rooms(targets, U, [TaskRecord("a", used={"q": 4, "k": 1})])
     [Room(name='vision', used=5, of=16, start=3)]

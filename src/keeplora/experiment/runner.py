@@ -34,6 +34,7 @@ from keeplora.experiment.setup import Setup
 from keeplora.experiment.training import Selection, train_task
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner, TaskRecord
+from keeplora.tuner.capacity import warn_before_full
 from keeplora.tuner.task import TaskState
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
@@ -108,6 +109,9 @@ class Run:
                     self._write()
                 elif done == rows:  # killed between the ledger's record and its scores
                     self._log_epochs(done)
+                    if self.learner.protects:
+                        with self._noting_warnings():  # told when the task ended, and lost with the process
+                            warn_before_full(self.learner)
                     self._score_last(done)
                 elif settled and any(settled[-1] is r for r in self.learner.records):
                     self._keep_row(done, again=False)  # killed, perhaps, before the ledger had it

@@ -387,7 +387,7 @@ def warn_before_full(learner: ContinualLearner) -> None:
     warnings.warn(
         f"after task {history[-1].name!r} {'; '.join(parts)}. When full, the {then[learner.config.when_full]} (when_full: "
         f"{learner.config.when_full}); `capacity()` shows all",
-        stacklevel=3,
+        stacklevel=2,
     )
 
 

@@ -94,7 +94,7 @@ def test_others_wait_too(server: FakeServer):
     server.misdeeds = [Misdeed(429, headers={"Retry-After": "0.5"})]
     judge_of(server, concurrency=2).judge(many(6))
     later = [when - server.times[0] for when in server.times[1:]]
-    assert sum(when >= 0.45 for when in later) >= 5  # all but the one that was under way already
+    assert sum(when >= 0.45 for when in later) >= 4  # all but what was under way already: one, or two on a busy machine
 
 
 def test_a_wait_that_is_too_long_is_told(server: FakeServer):
