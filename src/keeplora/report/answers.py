@@ -103,6 +103,8 @@ class Item:
         """
         if not self.times:
             return ""
+        if len(self.times) == 1:
+            return f"1 frame, at {self.times[0]:.3g} s"
         return f"{len(self.times)} frames, {self.times[0]:.3g} s to {self.times[-1]:.3g} s"
 
     @property
