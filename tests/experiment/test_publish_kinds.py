@@ -154,7 +154,6 @@ def test_a_learner_pushes_itself(hub):
     assert again.audit().passed
 
 
-@pytest.mark.skipif(not hasattr(ContinualLearner, "remove"), reason="this ledger cannot take a task out")
 def test_a_removed_task_leaves_its_directions_alone(hub, tmp_path):
     learner: Any = ContinualLearner(make_net(), config(), base_name="/home/ann/net", ledger=tmp_path / "run/ledger")
     for i, name in enumerate("abcd"):

@@ -261,7 +261,7 @@ def _task(record: TaskRecord, source: Source) -> TaskFacts:
         name=record.name, fate=_fate(record),
         learns=f"{len(classes)} classes" if classes else f"questions ({scorer})" if scorer else "",
         train=entry.get("train"), test=entry.get("test"), fingerprint=str(info.get("data") or entry.get("fingerprint") or ""),
-        licence=entry.get("licence"), seed=info.get("seed"), when=getattr(record, "time", None) or info.get("time"),
+        licence=entry.get("licence"), seed=info.get("seed"), when=record.time or info.get("time"),
         dataset=_dataset(spec, source), layers=len(record.factors) or len(record.full),
         ranks="–".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "", scorer=scorer,
     )  # fmt: skip

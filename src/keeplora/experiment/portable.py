@@ -108,12 +108,9 @@ class Kept:
 
 
 def history(ledger: Ledger) -> list[Kept]:
-    """The tasks whose directions are in U, in order. The one place that knows both versions of the format."""
-    chained: Any = ledger
-    if not hasattr(ledger, "chain"):  # version 0: every record is in force
-        return [Kept(record) for record in ledger.records()]
-    state, entries = chained.state(), chained.entries()
-    return [Kept(chained.record(i), i in state.active, entries[i - 1].metrics()) for i in state.history]
+    """The tasks whose directions are in U, in order."""
+    state, entries = ledger.state(), ledger.entries()
+    return [Kept(ledger.record(i), i in state.active, entries[i - 1].metrics()) for i in state.history]
 
 
 def write_portable(ledger: Ledger, target: Path, base_name: str, with_samples: bool = False) -> list[str]:

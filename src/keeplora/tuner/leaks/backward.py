@@ -43,7 +43,7 @@ def backward_rows(learner: ContinualLearner, states: dict[str, LayerState]) -> l
 def _explained(record: TaskRecord, state: LayerState) -> float:
     """ε_t, less what fell out of force before the last of the later updates: the columns are orthonormal, so shares add up."""
     explained = record.explained[state.name]
-    values = getattr(record, "values", {}).get(state.name)  # only where a memory budget may take columns away
+    values = record.values.get(state.name)  # only where a memory budget may take columns away
     if values is None:
         return explained
     last = max(i for i, update in enumerate(state.updates) if update is not None)

@@ -101,9 +101,7 @@ def layer_states(
         for record in history:
             blocks.append(record.basis[name] if name in record.basis else U0[:, :0])
             mask = torch.cat([masks[-1], torch.ones(blocks[-1].shape[1], dtype=torch.bool)])
-            if (
-                counted := getattr(record, "kept", {}).get(name)
-            ) is not None:  # only where a memory budget took some away
+            if (counted := record.kept.get(name)) is not None:  # only where a memory budget took some away
                 mask[U0.shape[1] :] &= counted.to(torch.bool)
             masks.append(mask)
         updates = tuple(held[i].updates.get(name) if i in held else None for i in range(len(history)))
