@@ -171,8 +171,9 @@ class Checkpoints:
         return tensors, value
 
     def drop_finished(self, done: int) -> None:
-        """Delete what a kill left of a task that the ledger holds."""
-        if (found := self._found()) and int(found[0].name.split("-")[0]) <= done:
+        """Delete what a kill left of a task that the ledger holds, or of a checkpoint that was never whole."""
+        found = self._found()
+        if not found or int(found[0].name.split("-")[0]) <= done:
             self.clear()
 
     def clear(self) -> None:

@@ -107,6 +107,23 @@ def added_columns(record: TaskRecord, name: str) -> int:
     return basis.shape(name)[1] if isinstance(basis, StoredTensors) else basis[name].shape[1]
 
 
+def check_values(record: TaskRecord, before: Sequence[TaskRecord], where: object) -> None:
+    """`LedgerError` unless a record says of every column, its own and those of the tasks before, what it is worth; or of none,
+    as records of version 0 do.
+
+    Args:
+        before: the tasks behind U when it was learned. where: for the sentence.
+    """
+    if record.values and (odd := sorted(set(record.basis) ^ set(record.values))):
+        raise LedgerError(f"{where}: values/{odd[0]} is missing or too much; restore the ledger from a copy")
+    for name, values in record.values.items():
+        if (wanted := sum(added_columns(r, name) for r in (*before, record))) != values.numel():
+            raise LedgerError(
+                f"{where}: values/{name} tells of {values.numel()} directions where the tasks have added {wanted}: the file was "
+                "changed; restore the ledger from a copy"
+            )
+
+
 def in_force(history: Sequence[TaskRecord], name: str) -> Tensor:
     """Which of the columns that the tasks of ``history`` added to a layer's U still count after the last of them, (Σ m,)."""
     mask = torch.zeros(0, dtype=torch.bool)

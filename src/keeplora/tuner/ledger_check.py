@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keeplora.errors import LedgerError
 from keeplora.math import orthonormality_error
-from keeplora.tuner.basis import Bases
+from keeplora.tuner.basis import Bases, check_values
 from keeplora.tuner.chain import TASK
 from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.records import TaskRecord
@@ -83,6 +83,7 @@ def checks(ledger: Ledger) -> Iterator[Check]:
 
 def _of_task(record: TaskRecord, U: Bases, where: str, *, purged: bool, fixed_a: bool) -> Iterator[Check]:
     """What one task left; U is that of before it, and ``fixed_a`` says that the method does not train A."""
+    check_values(record, U.records, where)
     after = U.extended(record)
     dims = after.dims()
     for name, told in record.used.items():

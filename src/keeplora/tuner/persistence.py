@@ -19,7 +19,7 @@ from keeplora.files import atomic_dir, atomic_write_json
 from keeplora.hub import local_folder
 from keeplora.math import Subspace
 from keeplora.tuner.adapter import Factors, concatenate
-from keeplora.tuner.basis import in_force
+from keeplora.tuner.basis import check_values, in_force
 from keeplora.tuner.chain import TASK
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
@@ -242,6 +242,7 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
 def _check_used(start: Mapping[str, Subspace], records: Sequence[TaskRecord], ledger: Ledger) -> None:
     """The columns that each record says were in use are those that the bases and the increments add up to."""
     for i, record in enumerate(records, 1):
+        check_values(record, records[: i - 1], f"{ledger.path}: task {record.name!r}")
         for name, used in record.used.items():
             if name in start and (found := start[name].k + int(in_force(records[:i], name).sum())) != used:
                 raise LedgerError(
