@@ -153,7 +153,11 @@ TENSORS = {
     "A in the protected space": (
         lambda t: t[f"A/{LAYER}"].__setitem__(0, torch.nn.functional.normalize(torch.ones(12), dim=0)), "over the limit",
     ),
-    "fewer directions": (lambda t: t.update({f"basis/{LAYER}": t[f"basis/{LAYER}"][:, 1:]}), "columns of U are used"),
+    "fewer directions": (
+        lambda t: t.update({f"basis/{LAYER}": t[f"basis/{LAYER}"][:, 1:], f"values/{LAYER}": t[f"values/{LAYER}"][1:]}),
+        "columns of U are used",
+    ),
+    "a direction without its worth": (lambda t: t.update({f"basis/{LAYER}": t[f"basis/{LAYER}"][:, 1:]}), "tells of"),
     "a foreign delta": (lambda t: t.update({f"delta/{LAYER}": torch.ones(2, 2)}), "but the layer asks for"),
 }  # fmt: skip
 
