@@ -175,8 +175,18 @@ class LedgerInputs:
         def change(tensors: dict[str, torch.Tensor]) -> None:
             key = rng.choice(sorted(k for k, v in tensors.items() if v.numel() > 1))
             old = tensors[key]
-            tensors[key] = rng.choice([lambda: old[:-1], lambda: old.reshape(-1), lambda: old.unsqueeze(0), lambda: old[..., :-1],
-                                       lambda: torch.cat([old, old]), lambda: old[:0], lambda: torch.zeros(())])()  # fmt: skip
+            others = [
+                old[:-1],
+                old.reshape(-1),
+                old.unsqueeze(0),
+                old[..., :-1],
+                torch.cat([old, old]),
+                old[:0],
+                torch.zeros(()),
+            ]
+            tensors[key] = rng.choice(
+                [other for other in others if other.shape != old.shape]
+            )  # a vector is flat already
 
         change_tensors(rng.choice(sealed.tensors()), change)
         sealed.reseal()
