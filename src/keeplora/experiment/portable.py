@@ -110,7 +110,7 @@ class Kept:
 def history(ledger: Ledger) -> list[Kept]:
     """The tasks whose directions are in U, in order."""
     state, entries = ledger.state(), ledger.entries()
-    return [Kept(ledger.record(i), i in state.active, entries[i - 1].metrics()) for i in state.history]
+    return [Kept(r, r.entry in state.active, entries[r.entry - 1].metrics()) for r in ledger.history()]
 
 
 def write_portable(ledger: Ledger, target: Path, base_name: str, with_samples: bool = False) -> list[str]:

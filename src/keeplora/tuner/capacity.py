@@ -305,8 +305,7 @@ def gauge_ledger(ledger: Ledger) -> Capacity:
     if not start:
         raise KeepLoraError(f"{ledger.path}: its method protects no subspace, so no capacity is used up")
     targets = [Target(**entry) for entry in ledger.head["targets"]]
-    history = [ledger.record(i) for i in ledger.state().history]
-    return _gauge(targets, start, history, ledger_config(ledger))
+    return _gauge(targets, start, ledger.history(), ledger_config(ledger))
 
 
 def _gauge(

@@ -264,6 +264,11 @@ class Ledger:
         entries, chain = self._read()
         return [self._record(entries, chain, i) for i in chain.state.active]
 
+    def history(self) -> list[TaskRecord]:
+        """The tasks whose directions are in U, in order; the chain is read once, and not for each of them."""
+        entries, chain = self._read()
+        return [self._record(entries, chain, i) for i in chain.state.history]
+
     def _record(self, entries: list[Entry], chain: Chain, index: int) -> TaskRecord:
         if not 1 <= index <= len(entries) or entries[index - 1].kind != TASK:
             raise LedgerError(f"{self.path} has no task at entry {index}")

@@ -229,7 +229,7 @@ def apply_records(learner: ContinualLearner, ledger: Ledger) -> None:
             "load the untouched base model first"
         )
     chain = ledger.chain()
-    shelf = {i: ledger.record(i) for i in chain.state.history}
+    shelf = {record.entry: record for record in ledger.history()}
     bases = ledger.bases() if learner.protects else {}
     _check_bases(bases, ledger, learner.protects)
     _check_used(bases, list(shelf.values()), ledger)
