@@ -272,6 +272,7 @@ def _forged(world: World, to: Path, what: str) -> Path:
         "shape": lambda: change_tensors(tensors, lambda t: t.update({key("A", t): t[key("A", t)][:, :-1]})),
         "unknown": lambda: change_tensors(tensors, lambda t: t.update({"other/x": torch.zeros(2)})),
         "directions": lambda: change_tensors(tensors, lambda t: t.__delitem__(key("basis", t))),
+        "directions and worth": lambda: change_tensors(tensors, lambda t: [t.pop(key(k, t)) for k in ("basis", "values")]),
         "scale": lambda: edit(lambda v: next(iter(v["layers"].values())).update(s=10**400)),
         "seconds": lambda: edit(lambda v: v["info"].update(seconds="long")),
         "classes": lambda: edit(lambda v: v["info"].pop("classes")),
@@ -285,7 +286,8 @@ def _forged(world: World, to: Path, what: str) -> Path:
     ("what", "words"),
     [
         ("NaN", "holds NaN, infinity"), ("dtype", "other numbers than float32"), ("shape", "but the layer asks for"),
-        ("unknown", "its tensors hold 'other/x'"), ("directions", "protected directions by its record"),
+        ("unknown", "its tensors hold 'other/x'"), ("directions", "but no basis/"),
+        ("directions and worth", "protected directions by its record"),
         ("scale", "cannot be used"), ("seconds", "seconds is 'long'"), ("classes", "has no 'classes'"),
         ("base", "holds 'x', which is no basis"),
     ],

@@ -142,7 +142,7 @@ TENSORS = {
     "a vector": (lambda t: t.update({f"basis/{LAYER}": t[f"basis/{LAYER}"][:, 0]}), "but the layer asks for"),
     "whole numbers": (lambda t: t.update({f"A/{LAYER}": t[f"A/{LAYER}"].int()}), "other numbers than float32"),
     "values of another length": (lambda t: t.update({f"values/{LAYER}": t[f"values/{LAYER}"][1:]}), "tells of"),
-    "values missing": (lambda t: t.pop(f"values/{LAYER}"), "is missing or too much"),
+    "values missing": (lambda t: t.pop(f"values/{LAYER}"), f"but no values/{LAYER}"),
     "layer missing": (lambda t: [t.pop(f"{k}/{LAYER}") for k in "AB"], "has rank"),
     "B missing": (lambda t: t.pop(f"B/{LAYER}"), "one factor"),
     "layer too many": (lambda t: t.update({"A/x": torch.ones(2, 3), "B/x": torch.ones(2, 3)}), "knows nothing"),

@@ -115,7 +115,11 @@ def check_values(record: TaskRecord, before: Sequence[TaskRecord], where: object
         before: the tasks behind U when it was learned. where: for the sentence.
     """
     if record.values and (odd := sorted(set(record.basis) ^ set(record.values))):
-        raise LedgerError(f"{where}: values/{odd[0]} is missing or too much; restore the ledger from a copy")
+        there, lacking = ("basis", "values") if odd[0] in record.basis else ("values", "basis")
+        raise LedgerError(
+            f"{where}: there is {there}/{odd[0]} but no {lacking}/{odd[0]}, and a direction goes with its worth; restore the "
+            "ledger from a copy"
+        )
     for name, values in record.values.items():
         if (wanted := sum(added_columns(r, name) for r in (*before, record))) != values.numel():
             raise LedgerError(
