@@ -146,7 +146,7 @@ def plot_capacity(
         axes.set_title(f"{tower} tower", loc="left", fontsize=11)
         axes.set_yticks(range(len(layers)), [row_name(layer) for layer in layers], fontsize=7)
         axes.set_xticks(range(steps), ["W", *(str(i) for i in range(1, steps))], fontsize=8)
-        axes.set_xlabel("tasks learned (W: from the weights, before any)", fontsize=8)
+        axes.set_xlabel("tasks learned (W: none)", fontsize=8)
         for y, row in enumerate(rows):
             for x, share in enumerate(row):
                 if steps <= 16:
