@@ -11,6 +11,7 @@ from typing import ClassVar
 from PIL import Image
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, decode_picture
+from keeplora.data.remote import RemoteBytes
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.video import Clip, FrameCache, Sampling, decode_clip, video_digest
 from keeplora.errors import DataError
@@ -198,7 +199,7 @@ class ConversationTask:
 
 def picture_name(source: ByteSource, where: str) -> str:
     """The name of a picture for a message: its file's, where it has one."""
-    return f"{source.path} ({where})" if isinstance(source, FileBytes) else where
+    return f"{source.path} ({where})" if isinstance(source, FileBytes | RemoteBytes) else where
 
 
 def file_digests(conversation: Conversation) -> tuple[str, ...]:
