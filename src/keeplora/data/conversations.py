@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
 
@@ -15,6 +15,9 @@ from keeplora.data.remote import RemoteBytes
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.video import Clip, FrameCache, Sampling, decode_clip, video_digest
 from keeplora.errors import DataError
+
+if TYPE_CHECKING:
+    from keeplora.data.streams import SampleStream
 
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -180,7 +183,7 @@ class ConversationTask:
     kind: ClassVar[str] = "generation"
 
     name: str
-    train: ConversationSet
+    train: ConversationSet | SampleStream
     test: ConversationSet
     validation: ConversationSet | None = None
     scorer: str = "exact"
