@@ -122,7 +122,7 @@ def _streamed(opened: Opened, spec: TaskSpec, probe: bool) -> TaskData:
         make = _Pictures(image, label, names, classes, opened.base, split)
         if split == "train":
             origin = [opened.origin, splits[split], image, label]
-            stream = SampleStream(dataset, make, counted(spec, dataset), name=where, origin=origin)
+            stream = SampleStream(dataset, make, counted(spec, opened, splits[split]), name=where, origin=origin)
             sets[split] = stream
         else:
             held, found = held_set(read_split(dataset, make, spec, where), spec, split)

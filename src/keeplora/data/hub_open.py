@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keeplora.data.pictures import PictureError
 from keeplora.data.remote import RemotePath, bytes_at, is_url, named_in, place, told
@@ -33,6 +33,15 @@ class Opened:
     where: str
     base: Path | RemotePath
     origin: Any
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the splits where their files tell."""
+
+
+class _Saved(NamedTuple):
+    """A split of a folder that ``save_to_disk`` wrote, as a stream over its memory-mapped files, and its rows."""
+
+    stream: Any
+    rows: int
 
 
 def open_dataset(spec: SourceSpec, base_dir: Path) -> Opened:
@@ -50,6 +59,7 @@ def open_dataset(spec: SourceSpec, base_dir: Path) -> Opened:
     if named and (path.startswith((".", "/", "~")) or Path(path).suffix in FORMATS or path.count("/") > 1):
         locate(path, base_dir)  # raises: this can be no dataset's name
     where = f"dataset {path!r}" if named else str(local)
+    tables = streaming or spec.source == "vqa-datasets"
     options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
         if named:
@@ -60,11 +70,11 @@ def open_dataset(spec: SourceSpec, base_dir: Path) -> Opened:
             base = local if local.is_dir() else local.parent
             files = _remote_files(local)
             origin = [[name, info.get("size")] for name, info in files.items()]
-            loaded = _load(*_by_split(local, list(files), streaming), **options)
+            loaded = _load(*_by_split(local, list(files), tables), **options)
         else:
             base = local if local.is_dir() else local.parent
             origin = _local_origin(local) if streaming else None
-            loaded = _load_local(local, spec, streaming, options)
+            loaded = _load_local(local, spec, tables, options)
     except (DataError, ConfigError):
         raise
     except Exception as error:  # the library and what lies below it raise nearly anything
@@ -72,7 +82,9 @@ def open_dataset(spec: SourceSpec, base_dir: Path) -> Opened:
             f"{where}: `datasets` cannot load it ({told(error)}); check the name, `config` and the network, or give a local folder"
         ) from error
     splits = {str(name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
-    return Opened(splits, where, base, origin)
+    counts = {name: part.rows for name, part in splits.items() if isinstance(part, _Saved)}
+    splits = {name: part.stream if isinstance(part, _Saved) else part for name, part in splits.items()}
+    return Opened(splits, where, base, origin, counts)
 
 
 def _load(*args: Any, **options: Any) -> Any:
@@ -81,25 +93,27 @@ def _load(*args: Any, **options: Any) -> Any:
     return datasets.load_dataset(*args, **options)
 
 
-def _load_local(local: Path, spec: SourceSpec, streaming: bool, options: dict[str, Any]) -> Any:
+def _load_local(local: Path, spec: SourceSpec, tables: bool, options: dict[str, Any]) -> Any:
     import datasets
 
     if local.is_file():
-        kind = _format(local, streaming)
-        return _load(kind, data_files={"train": str(local)}, **options)
+        return _load(_format(local, tables), data_files={"train": str(local)}, **options)
     if any((local / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
         loaded = datasets.load_from_disk(str(local))
-        if not streaming:
+        if spec.stream is None:
             return loaded
         parts = loaded if isinstance(loaded, dict) else {"train": loaded}
-        return {k: p.to_iterable_dataset(num_shards=max(1, min(SAVED_SHARDS, len(p)))) for k, p in parts.items()}
+        return {k: _Saved(p.to_iterable_dataset(max(1, min(SAVED_SHARDS, len(p)))), len(p)) for k, p in parts.items()}
+    beside = [p.name for p in sorted(local.iterdir()) if p.suffix.lower() in FORMATS and not p.name.startswith(".")]
+    if spec.source == "vqa-datasets" and len({FORMATS[Path(name).suffix.lower()] for name in beside}) == 1:
+        return _load(*_by_split(local, beside, tables), **options)  # `datasets` would see the pictures beside them alone
     return _load(str(local), spec.extra.get("config"), revision=spec.extra.get("revision"), **options)
 
 
-def _format(file: Path | RemotePath, streaming: bool) -> str:
-    """The name of `datasets`' reader for a file."""
+def _format(file: Path | RemotePath, tables: bool) -> str:
+    """The name of `datasets`' reader for a file; ``tables``: of CSV and JSON too."""
     ending = file.suffix.lower()
-    if ending in FORMATS and (streaming or ending not in TABLES):
+    if ending in FORMATS and (tables or ending not in TABLES):
         return FORMATS[ending]
     hint = "use `source: table` for CSV, TSV and JSONL" if ending in TABLES else f"it reads {', '.join(FORMATS)}"
     raise DataError(f"{file}: not a parquet file; {hint}")
@@ -125,7 +139,7 @@ def _remote_files(root: RemotePath) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _by_split(root: RemotePath, names: list[str], streaming: bool) -> tuple[Any, ...]:
+def _by_split(root: Path | RemotePath, names: list[str], tables: bool) -> tuple[Any, ...]:
     """The arguments of ``load_dataset``: the reader's name, and each split's files by the words in their names."""
     alias = {word: split for split, words in SPLIT_ALIASES.items() for word in words}
     files: dict[str, list[str]] = {}
@@ -134,15 +148,15 @@ def _by_split(root: RemotePath, names: list[str], streaming: bool) -> tuple[Any,
         split = next((alias[word] for word in words if word in alias), "train")
         files.setdefault(split, []).append(str(root / name) if name else str(root))
     first = root / names[0] if names[0] else root
-    return _format(first, streaming), None, None, files  # name, data_dir and data_files of load_dataset
+    return _format(first, tables), None, None, files  # name, data_dir and data_files of load_dataset
 
 
-def counted(spec: SourceSpec, dataset: Any) -> SourceSpec:
+def counted(spec: SourceSpec, opened: Opened, split: str) -> SourceSpec:
     """The description with the samples of one pass: as given, else as the data set's own description tells."""
     assert spec.stream is not None
-    splits = getattr(dataset.info, "splits", None) or {}
-    known = splits.get(str(dataset.split)) if dataset.split is not None else None
-    count = getattr(known, "num_examples", None) if known is not None else None
+    dataset = opened.splits[split]
+    info = (getattr(dataset.info, "splits", None) or {}).get(split)
+    count = opened.counts.get(split) or getattr(info, "num_examples", None)
     if spec.stream.samples is not None or not count:
         return spec
     stream: StreamSpec = replace(spec.stream, samples=int(count))

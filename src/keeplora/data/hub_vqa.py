@@ -119,7 +119,7 @@ def _streamed(opened: Opened, chosen: dict[str, str], spec: ConversationSpec, pr
         if split == "train":
             origin = [opened.origin, name, spec.prompt, make.image, make.video, make.words]
             sets[split] = SampleStream(
-                dataset, make, counted(spec, dataset), name=where, origin=origin, videos=make.video is not None
+                dataset, make, counted(spec, opened, name), name=where, origin=origin, videos=make.video is not None
             )
             continue
         found = [sample.item for sample in read_split(dataset, make, spec, where)]

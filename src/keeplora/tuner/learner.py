@@ -161,9 +161,8 @@ class ContinualLearner(TaskHistory):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
         if self.config.max_basis_bytes is not None:
             check_budget(self.U, self.config)
-        for what, given in (("batches", batches), ("feature_batches", feature_batches), ("single_batches", single_batches)):
-            if given is not None:
-                check_repeatable(given, f"task {name!r}: {what}")
+        if self.protects and (feature_batches is None or self.config.memory == "gradients"):
+            check_repeatable(batches, f"task {name!r}: batches")
         frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
         task = OpenTask(
