@@ -121,7 +121,9 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
 
 def test_classes_must_be_told(tmp_path: Path) -> None:
     parquet(tmp_path / "animals", {"train": [6], "test": [3]}, typed=False)
-    with pytest.raises(ConfigError, match=r"'animal' does not tell its classes.*list them as\s+`classes: \[cat, dog\]`"):
+    with pytest.raises(
+        ConfigError, match=r"'animal' does not tell its classes.*list them as\s+`classes: \[cat, dog\]`"
+    ):
         load(tmp_path, label_column="animal")
     task = load(tmp_path, label_column="animal", classes=["owl", "zebra", "sea_lion"])
     assert task.classes == ["owl", "zebra", "sea lion"]
@@ -140,7 +142,11 @@ def test_classes_must_be_told(tmp_path: Path) -> None:
         ({"streaming": True}, ConfigError, r"does not tell how many samples it has.*streaming: \{samples: N\}"),
         ({"streaming": {"samples": 0}}, ConfigError, "`samples` in `streaming` is 0"),
         ({"streaming": {"sample": 3}}, ConfigError, "unknown key 'sample' in `streaming`; did you mean 'samples'"),
-        ({"streaming": {"samples": 3, "split_by": "shard"}}, ConfigError, "`split_by` in `streaming` is 'shard'; did you mean"),
+        (
+            {"streaming": {"samples": 3, "split_by": "shard"}},
+            ConfigError,
+            "`split_by` in `streaming` is 'shard'; did you mean",
+        ),
         ({"test": 0.2}, ConfigError, "`test: 0.2` would cut a stream"),
         ({"max_train_per_class": 3}, ConfigError, "`max_train_per_class` needs to know every sample"),
         ({"duplicates": "drop"}, ConfigError, "`duplicates: drop` needs to know every sample"),
@@ -170,7 +176,9 @@ def test_a_network_that_fails_is_tried_again_and_then_named(animals: Path, monke
     reader = stream.reader(None)
     assert numbers(reader, 5) + numbers(reader, 7) == whole  # nothing twice, nothing left out
     failures["left"] = 4
-    with pytest.raises(DataError, match=r"split 'train', shard 0, after row 0: cannot be read on \(TimeoutError: no answer\)"):
+    with pytest.raises(
+        DataError, match=r"split 'train', shard 0, after row 0: cannot be read on \(TimeoutError: no answer\)"
+    ):
         stream.reader(None).take(5)
 
 
@@ -186,7 +194,9 @@ def test_unusable_pictures_are_named_or_left_out(tmp_path: Path, monkeypatch: py
     assert numbers(stream.reader(None)) == [0, 1, 3, 4]
     assert stream.skipped == 1
     monkeypatch.setattr(streams_module, "LOOK_AFTER", 5)
-    with pytest.raises(DataError, match=r"1 of 5 samples cannot be used, more than the share of 0.01 that `max_skipped`"):
+    with pytest.raises(
+        DataError, match=r"1 of 5 samples cannot be used, more than the share of 0.01 that `max_skipped`"
+    ):
         stream.reader(None).take(5)
 
 

@@ -183,7 +183,9 @@ def test_a_checkpoint_holds_what_the_formula_says(llava, targets):
         optimizer.step()
         tensors, _ = take_snapshot(LoopState(), [n for n, _ in named], parameters, optimizer)
         A = sum(a.nbytes for a in adapter.A0.values())
-        held = A + sum(t.nbytes for name, t in tensors.items() if not name.startswith("rng/") and not name.endswith("/step"))
+        held = A + sum(
+            t.nbytes for name, t in tensors.items() if not name.startswith("rng/") and not name.endswith("/step")
+        )
     finally:
         adapter.remove()
     trained, frozen = (sum(getattr(t, side) * t.rank for t in linears(targets)) for side in ("n_out", "n_in"))
@@ -197,7 +199,8 @@ def test_a_ledger_is_the_sum_of_its_entries(targets):
     found = linears(targets)
     k = [[scale.columns(t.n_in, n, 0.25, 0.03) for t in found] for n in range(6)]
     entries = sum(
-        scale.entry_bytes(found, [b - a for a, b in zip(k[n - 1], k[n])], [b - a for a, b in zip(k[0], k[n])]) for n in range(1, 6)
+        scale.entry_bytes(found, [b - a for a, b in zip(k[n - 1], k[n])], [b - a for a, b in zip(k[0], k[n])])
+        for n in range(1, 6)
     )
     assert scale.ledger_bytes(found, 5, 0.25, 0.03) == scale.basis_bytes(found, 0, 0.25, 0.03) + entries
 

@@ -40,7 +40,9 @@ def parquet(world: Any, name: str, folder: Path, shards: tuple[int, ...], mixed:
     for split in ("train", "test"):
         root = world.root / name / split
         classes = sorted(p.name for p in root.iterdir())
-        files = [(f, c) for i in range(10) for c, label in enumerate(classes) if (f := root / label / f"{i}.png").is_file()]
+        files = [
+            (f, c) for i in range(10) for c, label in enumerate(classes) if (f := root / label / f"{i}.png").is_file()
+        ]
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
         rows = [{"image": {"bytes": f.read_bytes(), "path": None}, "label": c} for f, c in files]
         start = 0
@@ -60,7 +62,12 @@ def streamed(world, tmp_path_factory):
 
 def config(world: Any, streamed: Path, path: Path, buffer: int = 16, **changes: Any) -> dict[str, Any]:
     tasks = [
-        {"name": name, "source": "datasets", "path": str(streamed / name), "streaming": {"samples": n, "buffer": buffer}}
+        {
+            "name": name,
+            "source": "datasets",
+            "path": str(streamed / name),
+            "streaming": {"samples": n, "buffer": buffer},
+        }
         for name, n in (("paint", 30), ("stripes", 20))
     ]
     training = {"epochs": 2, "checkpoint_steps": 2, "checkpoint_minutes": None, **changes.pop("training", {})}
@@ -75,7 +82,12 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream_of(streamed: Path, **streaming: Any) -> Any:
-    spec = {"name": "paint", "source": "datasets", "path": "paint", "streaming": {"samples": 30, "buffer": 16, **streaming}}
+    spec = {
+        "name": "paint",
+        "source": "datasets",
+        "path": "paint",
+        "streaming": {"samples": 30, "buffer": 16, **streaming},
+    }
     return load_task(spec, streamed).train
 
 
@@ -147,7 +159,9 @@ def test_the_batches_of_all_ranks_are_those_of_one_process(streamed, world_size)
 
 
 def test_a_stream_that_is_shorter_than_told_is_named(streamed):
-    with pytest.raises(DataError, match=r"ends after 30 samples, and one pass is to have 31; set `streaming: \{samples: 30\}`"):
+    with pytest.raises(
+        DataError, match=r"ends after 30 samples, and one pass is to have 31; set `streaming: \{samples: 30\}`"
+    ):
         list(StreamOrder(stream_of(streamed, samples=31), 4, seed=5))
 
 
@@ -157,7 +171,9 @@ def test_a_stream_that_is_shorter_than_told_is_named(streamed):
 def test_a_streamed_run_gives_the_factors_of_a_run_in_memory(world, streamed, tmp_path, monkeypatch):
     """Both see the samples in the files' order; the memory-mapped set is told to keep it."""
     monkeypatch.setattr(
-        ShuffledBatches, "_draw", lambda self: [list(range(self.n))[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        ShuffledBatches,
+        "_draw",
+        lambda self: [list(range(self.n))[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)],
     )
     one = run(config(world, streamed, tmp_path / "stream", buffer=0))
     tasks = [{"name": name, "source": "datasets", "path": str(streamed / name)} for name in ("paint", "stripes")]
@@ -178,7 +194,9 @@ def test_caps_of_the_statistics_are_exact_and_workers_change_nothing(world, stre
     assert record_of(tmp_path / "a", 1)["info"]["trained_parameters"] > 0
 
 
-@pytest.mark.parametrize(("method", "step", "workers"), [("keeplora++", 8 + 3, 0), ("keeplora++-cls", 5, 2), ("joint", 9, 0)])
+@pytest.mark.parametrize(
+    ("method", "step", "workers"), [("keeplora++", 8 + 3, 0), ("keeplora++-cls", 5, 2), ("joint", 9, 0)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(world, streamed, tmp_path, method, step, workers):
     changes = {"method": method, "training": {"workers": workers, "batch_size": 8, "epochs": 2}}
     run(config(world, streamed, tmp_path / "straight", **changes))
@@ -224,7 +242,10 @@ def questions(tmp_path_factory):
     folder = root / "colours"
     for split in ("train", "test"):
         entries = json.loads((folder / f"{split}.json").read_text())
-        lines = [json.dumps({"id": e["id"], "image": f"pictures/{e['image']}", "conversations": e["conversations"]}) for e in entries]
+        lines = [
+            json.dumps({"id": e["id"], "image": f"pictures/{e['image']}", "conversations": e["conversations"]})
+            for e in entries
+        ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         (folder / f"{split}.json").rename(folder / f"was-{split}")
     assert len(COLOURS) == 4
@@ -241,7 +262,9 @@ def asked(questions: dict[str, Any], path: Path, **streaming: Any) -> dict[str, 
 
 def test_streamed_questions_give_the_factors_of_those_in_memory(questions, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        ShuffledBatches, "_draw", lambda self: [list(range(self.n))[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)]
+        ShuffledBatches,
+        "_draw",
+        lambda self: [list(range(self.n))[i : i + self.batch_size] for i in range(0, self.n, self.batch_size)],
     )
     for name, streaming in (("stream", {"samples": 12, "buffer": 0}), ("map", {})):
         settings = asked(questions, tmp_path / name, **streaming)
@@ -250,7 +273,9 @@ def test_streamed_questions_give_the_factors_of_those_in_memory(questions, tmp_p
     one, other = (ledger_tensors(tmp_path / name) for name in ("stream", "map"))
     assert same_tensors(one, other)
     assert results_of(tmp_path / "stream")["accuracy"] == results_of(tmp_path / "map")["accuracy"]
-    answers = [(tmp_path / name / "predictions/after-1/colours.jsonl").read_text().count("\n") for name in ("stream", "map")]
+    answers = [
+        (tmp_path / name / "predictions/after-1/colours.jsonl").read_text().count("\n") for name in ("stream", "map")
+    ]
     assert answers == [6, 6]
 
 

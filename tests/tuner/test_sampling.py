@@ -123,7 +123,9 @@ def test_what_comes_only_once_is_refused():
     with pytest.raises(KeepLoraError, match=r"task 'a': batches is a generator, which can be gone through only once"):
         learner.start_task("a", once, loss_fn)
     assert learner._open is None
-    learner.start_task("a", once, loss_fn, feature_batches=loader(10, batch_size=2))  # goes through each of the two once
+    learner.start_task(
+        "a", once, loss_fn, feature_batches=loader(10, batch_size=2)
+    )  # goes through each of the two once
     learner.abort_task()
 
     class Worn(IterableDataset):

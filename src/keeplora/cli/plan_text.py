@@ -184,7 +184,9 @@ def _print_phases(console: Console, plan: Footprint) -> None:
     )  # fmt: skip
     table = Table(title=f"phases of {load.tasks} tasks (docs/scale.md), base in {plan.base}")
     for column in PHASE_COLUMNS:
-        table.add_column(column, justify="left" if column in ("phase", "") else "right", no_wrap=column not in ("phase", ""))
+        table.add_column(
+            column, justify="left" if column in ("phase", "") else "right", no_wrap=column not in ("phase", "")
+        )
     for row in phase_rows(phases(plan.shape, plan.linears, load, assume, plan.base)):
         table.add_row(*row)
     console.print(table)

@@ -55,7 +55,18 @@ SOURCES: dict[str, Source] = {
     ),
     "vqa-datasets": Source(
         "keeplora.data.hub_vqa",
-        frozenset({"images", "image_column", "video_column", "question_column", "answer_column", "config", "revision", "streaming"}),
+        frozenset(
+            {
+                "images",
+                "image_column",
+                "video_column",
+                "question_column",
+                "answer_column",
+                "config",
+                "revision",
+                "streaming",
+            }
+        ),
         "generation",
     ),
 }

@@ -82,7 +82,9 @@ def _read_remote(roots: dict[str, RemotePath], spec: TaskSpec, probe: bool) -> R
         for name in names:
             parts = name.split("/")
             split = split_of[parts[0].lower()] if by_split else root_split or "train"
-            label, inside = ("", "") if len(parts) < 2 + by_split else (parts[by_split], "/".join(parts[1 + by_split :]))
+            label, inside = (
+                ("", "") if len(parts) < 2 + by_split else (parts[by_split], "/".join(parts[1 + by_split :]))
+            )
             medium = medium_of(Path(name))
             if not label or medium is None:
                 ignored += 1

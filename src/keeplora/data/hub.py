@@ -148,7 +148,9 @@ def _classes(spec: TaskSpec, names: Sequence[str] | None, where: str, column: st
         if isinstance(given, list):
             by_name = {**{shown: raw for raw, shown in known.items()}, **{raw: raw for raw in known}}
             if wrong := [name for name in given if name not in by_name]:
-                raise DataError(f"{where}: `classes` names {wrong[0]!r}, which is no class of the data{suggest(wrong[0], names)}")
+                raise DataError(
+                    f"{where}: `classes` names {wrong[0]!r}, which is no class of the data{suggest(wrong[0], names)}"
+                )
             raw = [by_name[name] for name in given]
             return Classes(raw, [known[name] if name in known else name for name in given])
         if wrong := [name for name in given or () if name not in known]:
@@ -162,5 +164,3 @@ def _classes(spec: TaskSpec, names: Sequence[str] | None, where: str, column: st
     if isinstance(given, dict):
         return Classes(list(given), list(given.values()))
     return Classes(list(given), [name.replace("_", " ").strip() or name for name in given])
-
-

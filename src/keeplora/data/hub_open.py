@@ -106,7 +106,9 @@ def _load_local(local: Path, spec: SourceSpec, tables: bool, options: dict[str, 
         return {k: _Saved(p.to_iterable_dataset(max(1, min(SAVED_SHARDS, len(p)))), len(p)) for k, p in parts.items()}
     beside = [p.name for p in sorted(local.iterdir()) if p.suffix.lower() in FORMATS and not p.name.startswith(".")]
     if spec.source == "vqa-datasets" and len({FORMATS[Path(name).suffix.lower()] for name in beside}) == 1:
-        return _load(*_by_split(local, beside, tables), **options)  # `datasets` would see the pictures beside them alone
+        return _load(
+            *_by_split(local, beside, tables), **options
+        )  # `datasets` would see the pictures beside them alone
     return _load(str(local), spec.extra.get("config"), revision=spec.extra.get("revision"), **options)
 
 
@@ -123,7 +125,9 @@ def _local_origin(local: Path) -> Any:
     """Names and sizes of the files: enough to see that another set lies there now."""
     if local.is_file():
         return [[local.name, local.stat().st_size]]
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(local) for name in names if not name.startswith("."))
+    files = sorted(
+        Path(folder, name) for folder, _, names in os.walk(local) for name in names if not name.startswith(".")
+    )
     return [[file.relative_to(local).as_posix(), file.stat().st_size] for file in files]
 
 
@@ -173,12 +177,18 @@ def check_stream(spec: SourceSpec) -> None:
         return
     for key, value in (("test", spec.test), ("validation", spec.validation)):
         if isinstance(value, float):
-            raise ConfigError(f"`{key}: {value}` would cut a stream, which is read once and in order; name a split of its own")
+            raise ConfigError(
+                f"`{key}: {value}` would cut a stream, which is read once and in order; name a split of its own"
+            )
     for key in ("part", "max_train_per_class", "max_train"):
         if getattr(spec, key, None) is not None:
-            raise ConfigError(f"`{key}` needs to know every sample, and a stream is not scanned; set `streaming: {{samples: N}}`")
+            raise ConfigError(
+                f"`{key}` needs to know every sample, and a stream is not scanned; set `streaming: {{samples: N}}`"
+            )
     if spec.duplicates != "warn":
-        raise ConfigError(f"`duplicates: {spec.duplicates}` needs to know every sample, and a stream is not scanned; leave it out")
+        raise ConfigError(
+            f"`duplicates: {spec.duplicates}` needs to know every sample, and a stream is not scanned; leave it out"
+        )
 
 
 def source_in_row(value: Any, base: Path | RemotePath, where: str) -> ByteSource:
@@ -195,8 +205,9 @@ def source_in_row(value: Any, base: Path | RemotePath, where: str) -> ByteSource
         raise PictureError(f"{where}: the picture is missing; remove the row or fill it in")
     name = value.strip()
     if is_url(name):
-        root = str(base).rstrip("/") + "/"
-        if not isinstance(base, RemotePath) or not str(place(name, base)).startswith(root):
+        # Compared as text: what data names is not opened to find out where it leads.
+        inside = base.inside(name) if isinstance(base, RemotePath) else None
+        if inside is None:
             raise DataError(f"{where}: {name!r} is an address outside of {base}; data names files below it alone")
-        name = str(place(name, base))[len(root) :]
+        name = inside
     return bytes_at(named_in(base, name, where))

@@ -47,7 +47,9 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
 class _Conversations:
     """Rows as conversations; small and picklable."""
 
-    def __init__(self, spec: ConversationSpec, columns: list[str], base: Path | RemotePath, split: str, where: str) -> None:
+    def __init__(
+        self, spec: ConversationSpec, columns: list[str], base: Path | RemotePath, split: str, where: str
+    ) -> None:
         self.base, self.split, self.prompt = base, split, spec.prompt
         extra = spec.extra
         self.image = extra.get("image_column") or next((c for c in IMAGES if c in columns), None)
@@ -61,7 +63,9 @@ class _Conversations:
                 self.words[pick_column(given, usual, columns, where, key)] = target
 
     def __call__(self, row: Mapping[str, Any], key: str, where: str) -> tuple[Conversation, int]:
-        entry = {self.words.get(name, name): value for name, value in row.items() if name not in (self.image, self.video)}
+        entry = {
+            self.words.get(name, name): value for name, value in row.items() if name not in (self.image, self.video)
+        }
         if isinstance(entry.get("json"), Mapping):
             entry |= entry.pop("json")
         told = entry.get("conversations")

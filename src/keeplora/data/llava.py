@@ -11,7 +11,7 @@ from typing import Any
 from keeplora.data.conversation_entries import Entries, pictures_of, videos_of
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
-from keeplora.data.remote import RemoteBytes, RemotePath, place, read_whole
+from keeplora.data.remote import RemoteBytes, place, read_whole
 from keeplora.data.sets import FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, anywhere, listing
 from keeplora.data.table import MAX_TABLE_BYTES, Table, json_rows

@@ -10,8 +10,8 @@ from keeplora.data.checks import check_entries, handle_duplicates
 from keeplora.data.classes import Classes, check_labels, resolve_classes
 from keeplora.data.sets import Entry, PictureSet, TaskData
 from keeplora.data.spec import DEFAULT_TEST_FRACTION, SPLIT_ALIASES, RawTask, TaskSpec
-from keeplora.data.streams import Sample
 from keeplora.data.splits import cap_per_class, holdout, split_validation
+from keeplora.data.streams import Sample
 from keeplora.errors import DataError
 
 

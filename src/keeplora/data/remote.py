@@ -37,7 +37,18 @@ PACKAGES = {
 }  # fmt: skip
 """What `pip install` brings each scheme; the others come with fsspec."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]+(::[a-z][a-z0-9+.-]+)*://", re.IGNORECASE)
-_FOREIGN = ("aiohttp", "botocore", "requests", "urllib3", "httpx", "google", "azure", "gcsfs", "s3fs", "huggingface_hub")
+_FOREIGN = (
+    "aiohttp",
+    "botocore",
+    "requests",
+    "urllib3",
+    "httpx",
+    "google",
+    "azure",
+    "gcsfs",
+    "s3fs",
+    "huggingface_hub",
+)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
@@ -142,6 +153,13 @@ class RemotePath:
         assert isinstance(found, RemotePath)
         return found
 
+    def inside(self, url: str) -> str | None:
+        """What of a URL lies below this place, without opening it; None where it lies elsewhere."""
+        if not url.startswith(self.scheme):
+            return None
+        path, root = str(self.fs._strip_protocol(url)), self.path.rstrip("/") + "/"
+        return path[len(root) :] if path.startswith(root) and len(path) > len(root) else None
+
     @property
     def name(self) -> str:
         return posixpath.basename(self.path)
@@ -164,7 +182,9 @@ class RemotePath:
         try:
             return retried(action)
         except Exception as error:
-            raise DataError(f"{self}: cannot be read ({told(error)}); check the address, the network and your rights") from error
+            raise DataError(
+                f"{self}: cannot be read ({told(error)}); check the address, the network and your rights"
+            ) from error
 
     def exists(self) -> bool:
         return bool(self._ask(lambda: self.fs.exists(self.path)))

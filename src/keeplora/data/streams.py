@@ -47,7 +47,9 @@ def ranks() -> tuple[int, int]:
     except ValueError:
         rank, world = -1, 0
     if not 0 <= rank < world:
-        raise ConfigError(f"RANK={told[0]} and WORLD_SIZE={told[1]} in the environment do not fit each other; unset both")
+        raise ConfigError(
+            f"RANK={told[0]} and WORLD_SIZE={told[1]} in the environment do not fit each other; unset both"
+        )
     return rank, world
 
 
@@ -291,7 +293,10 @@ def spooled(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def read_split(
-    dataset: Any, make: Callable[[Mapping[str, Any], str, str], tuple[Entry | Conversation, int]], spec: SourceSpec, name: str
+    dataset: Any,
+    make: Callable[[Mapping[str, Any], str, str], tuple[Entry | Conversation, int]],
+    spec: SourceSpec,
+    name: str,
 ) -> list[Sample]:
     """A streamed test or validation split, read once onto the local disk, at most ``test_samples`` of it."""
     assert spec.stream is not None

@@ -29,7 +29,8 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
     """
     raw = RawConversations()
     images, videos = (
-        anywhere(spec.extra[key], base_dir, kind="folder") if key in spec.extra else None for key in ("images", "videos")
+        anywhere(spec.extra[key], base_dir, kind="folder") if key in spec.extra else None
+        for key in ("images", "videos")
     )
     for split, (table, rows, columns) in split_tables(spec, base_dir, probe).items():
         folders = (images or table.parent, videos or images or table.parent)

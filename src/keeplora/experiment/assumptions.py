@@ -62,7 +62,11 @@ class Assumptions:
                 value = -1
             least = 0 if name in ("image_tokens", "tasks") else 1 if kinds[name] is int else 1e-9
             if not least <= value < math.inf or (name in ("k", "growth") and value > 1):
-                what = "a share up to 1" if name in ("k", "growth") else f"a {'whole ' if kinds[name] is int else ''}number above 0"
+                what = (
+                    "a share up to 1"
+                    if name in ("k", "growth")
+                    else f"a {'whole ' if kinds[name] is int else ''}number above 0"
+                )
                 raise ConfigError(
                     f"--assume {pair}: {name} must be {what}, for example {name}={kinds[name](getattr(cls, name))}"
                 )

@@ -37,7 +37,10 @@ def turning_points(start: float, growth: float) -> tuple[int, int] | None:
     """
     if growth <= 0:
         return None
-    return (max(0, -(-round((0.5 - start) * 1e9) // round(growth * 1e9))), -(-round((1 - start) * 1e9) // round(growth * 1e9)))
+    return (
+        max(0, -(-round((0.5 - start) * 1e9) // round(growth * 1e9))),
+        -(-round((1 - start) * 1e9) // round(growth * 1e9)),
+    )
 
 
 def basis_bytes(targets: Sequence[Linear], t: int, start: float, growth: float) -> int:
@@ -162,7 +165,12 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
     Args:
         assume: `k` is U₀'s share of the width, `growth` what a task adds to it.
     """
-    fast, slow, host, disk = 1e12 * assume.tflops, 1e12 * assume.fp32_tflops, 1e9 * assume.host_gflops, 1e9 * assume.disk
+    fast, slow, host, disk = (
+        1e12 * assume.tflops,
+        1e12 * assume.fp32_tflops,
+        1e9 * assume.host_gflops,
+        1e9 * assume.disk,
+    )
     T, k0, growth = load.tasks, assume.k, assume.growth
     A_B = footprint.factor_bytes(targets)
     trained, frozen = sum(t.rank * t.n_out for t in targets), sum(t.rank * t.n_in for t in targets)

@@ -149,7 +149,9 @@ class StreamTensors(Dataset[dict[str, Any]]):
     videos = False
     kept = False
 
-    def __init__(self, stream: SampleStream, encode: Callable[[Sample, Sampling], dict[str, Any]], seed: int, sampling: Sampling):
+    def __init__(
+        self, stream: SampleStream, encode: Callable[[Sample, Sampling], dict[str, Any]], seed: int, sampling: Sampling
+    ):
         self.stream, self.seed, self.sampling = stream, seed, sampling
         self._encode = encode
 
@@ -195,7 +197,9 @@ class ConversationItems:
         item = sample.item
         assert isinstance(item, Conversation)
         held = ConversationSet([item], max_pixels=self._max_pixels)
-        encoded = self._family.encode(item.turns, held.pictures(0), held.clips(0, sampling), where=item.where, answers=True)
+        encoded = self._family.encode(
+            item.turns, held.pictures(0), held.clips(0, sampling), where=item.where, answers=True
+        )
         return {**encoded, "index": torch.tensor([sample.number])}
 
 

@@ -112,7 +112,9 @@ class Classification:
     def objective(self, task: TaskData) -> TaskObjective:
         return TaskObjective(self.family, task, self.precision)
 
-    def prepare_head(self, objective: TaskObjective, data: PictureTensors | StreamTensors, training: TrainingConfig) -> None:
+    def prepare_head(
+        self, objective: TaskObjective, data: PictureTensors | StreamTensors, training: TrainingConfig
+    ) -> None:
         if self.method.classifier:
             objective.head = initial_head(objective, data, training.eval_batch_size)
 

@@ -170,12 +170,18 @@ class Generation:
         }  # fmt: skip
 
     def batches(
-        self, objective: GenerationObjective, data: ConversationTensors | StreamTensors, training: TrainingConfig, seed: int
+        self,
+        objective: GenerationObjective,
+        data: ConversationTensors | StreamTensors,
+        training: TrainingConfig,
+        seed: int,
     ) -> TaskBatches:
         if isinstance(data, StreamTensors):
             stream = StreamOrder(data.stream, training.batch_size, seed, grouped=training.group_by_length)
             parts = Parts(self.family.join, training.micro_batch)
-            return TaskBatches(data, stream, streamed_loader(data, stream, parts, workers=training.workers), split_joined)
+            return TaskBatches(
+                data, stream, streamed_loader(data, stream, parts, workers=training.workers), split_joined
+            )
         order = training_order(data, training.batch_size, seed=seed, grouped=training.group_by_length)
         collate = Parts(self.family.join, training.micro_batch)
         loader = training_loader(data, order, collate, workers=training.workers)
