@@ -13,12 +13,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from keeplora.cli.plan_text import PHASE_COLUMNS, counted, phase_rows, size
+from keeplora.cli.plan_text import PHASE_COLUMNS, counted, phase_rows, size, took
 from keeplora.experiment.assumptions import Assumptions
 from keeplora.experiment.blueprint import Blueprint
 from keeplora.experiment.config import load_config
 from keeplora.experiment.footprint import Linear, ModelShape, base_bytes, factor_bytes
-from keeplora.experiment.progress import duration
 from keeplora.experiment.scale import (
     Load,
     basis_bytes,
@@ -86,8 +85,8 @@ def tables(name: str, rank: int, load: Load, assume: Assumptions) -> str:
         (
             f"{t:,}", size(basis_bytes(targets, t, k, growth)), size(ledger_bytes(targets, t, k, growth)),
             size(t * factor_bytes(targets)), counted(merge_flops(targets, t)),
-            duration(merge_flops(targets, t) / (1e9 * assume.host_gflops)),
-            duration(
+            took(merge_flops(targets, t) / (1e9 * assume.host_gflops)),
+            took(
                 verify_flops(targets, t, k, growth) / (1e9 * assume.host_gflops)
                 + ledger_bytes(targets, t, k, growth) / (1e9 * assume.disk)
             ),
@@ -98,10 +97,10 @@ def tables(name: str, rank: int, load: Load, assume: Assumptions) -> str:
     assert turn is not None
     return "\n\n".join(
         [
-            f"P = {shape.parameters:,} parameters, {size(base_bytes(shape, 'bf16'))} in bf16; {len(targets)} targets, rank {rank}: "
-            f"{size(factor_bytes(targets))} of A and B a task.",
+            f"P = {shape.parameters:,} parameters, {size(base_bytes(shape, 'bf16'))} in bf16; {len(targets)} targets, rank "
+            f"{rank}: {size(factor_bytes(targets))} of A and B a task.",
             table(rows, (PHASE_COLUMNS[0], *PHASE_COLUMNS[2:])),
-            f"All {load.tasks:,} tasks, with sketched gradients: {counted(work)} operations, {duration(seconds)} at these speeds.",
+            f"All {load.tasks:,} tasks, with sketched gradients: {counted(work)} operations, {took(seconds)} here.",
             table(
                 growing, ("after task", "U in memory", "ledger on disk", "A and B in memory", "operations of a merge", "its time",
                 "verifying"),

@@ -7,6 +7,7 @@ being taken for a whole one, and the same copy again completes it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,19 +36,19 @@ class Copied:
     bytes: int
 
 
-def address(path: str | Path) -> str | None:
+def address(path: str | os.PathLike[str]) -> str | None:
     """The URL behind what was given as a path; a `Path` has lost one of its slashes.
 
     >>> address(Path("s3://bucket/runs/a")), address("runs/a")
     ('s3://bucket/runs/a', None)
     """
-    text = str(path)
+    text = os.fspath(path)
     if is_url(text):
         return text
     return _MANGLED.sub(r"\1://", text, count=1) if _MANGLED.match(text) else None
 
 
-def refuse_address(path: str | Path, what: str) -> None:
+def refuse_address(path: str | os.PathLike[str], what: str) -> None:
     """A run directory must be local.
 
     Raises:
@@ -55,8 +56,8 @@ def refuse_address(path: str | Path, what: str) -> None:
     """
     if (url := address(path)) is not None:
         raise ConfigError(
-            f"{url}: {what} must lie on a local disk, for it is locked and renamed into place, which object stores cannot do; use a "
-            f"local folder, and `keeplora copy FOLDER {url}` (or back) when it is finished"
+            f"{url}: {what} must lie on a local disk, for it is locked and renamed into place, which object stores cannot "
+            f"do; use a local folder, and `keeplora copy FOLDER {url}` (or back) when it is finished"
         )
 
 

@@ -135,7 +135,7 @@ def test_what_comes_only_once_is_refused():
             return self.rest
 
     learner.start_task("a", DataLoader(Worn(), batch_size=2), loss_fn)
-    with pytest.raises(ValueError, match="the feature pass was given no sample.*does not begin anew"):
+    with pytest.raises(ValueError, match=r"the feature pass was given no sample.*does not begin anew"):
         learner.finish_task()
 
 

@@ -155,15 +155,25 @@ def counted(n: float) -> str:
     return f"{n:.1e}".replace("e+0", "e").replace("e+", "e") if n else "-"
 
 
+def took(seconds: float) -> str:
+    """Minutes and hours, or days where there are many.
+
+    >>> took(65.2), took(200_000)
+    ('1:05', '2.3 days')
+    """
+    from keeplora.experiment.progress import duration
+
+    return f"{seconds / 86_400:,.1f} days" if seconds >= 2 * 86_400 else duration(seconds)
+
+
 def phase_rows(found: Sequence[Phase]) -> list[tuple[str, ...]]:
     """The cells of the table of phases: name, when, operations, device, host, disk, seconds."""
-    from keeplora.experiment.progress import duration
 
     def held(count: int) -> str:
         return size(count) if count else "-"
 
     return [
-        (p.name, p.when, counted(p.flops), held(p.device), held(p.host), held(p.disk), duration(p.seconds)) for p in found
+        (p.name, p.when, counted(p.flops), held(p.device), held(p.host), held(p.disk), took(p.seconds)) for p in found
     ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def _streamed(opened: Opened, spec: TaskSpec, probe: bool) -> TaskData:
     chosen = pick_splits(list(opened.splits), spec, opened.where, probe)
     if "test" not in chosen:
         raise DataError(
-            f"{opened.where}: has the splits {listing(opened.splits)}; a stream is not cut, so name the split to test on with `test`"
+            f"{opened.where}: has the splits {listing(opened.splits)}; a stream is not cut: name the split to test on with `test`"
         )
     splits = {split: name for split, name in chosen.items() if not probe or split == "test"}
     sets: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def _classes(spec: TaskSpec, names: Sequence[str] | None, where: str, column: st
                     f"{where}: `classes` names {wrong[0]!r}, which is no class of the data{suggest(wrong[0], names)}"
                 )
             raw = [by_name[name] for name in given]
-            return Classes(raw, [known[name] if name in known else name for name in given])
+            return Classes(raw, [known.get(name, name) for name in given])
         if wrong := [name for name in given or () if name not in known]:
             raise DataError(f"`classes` renames {wrong[0]!r}, which is no class of the data{suggest(wrong[0], names)}")
         return Classes(list(names), [(given or {}).get(name, shown) for name, shown in known.items()])

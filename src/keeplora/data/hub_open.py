@@ -79,7 +79,8 @@ def open_dataset(spec: SourceSpec, base_dir: Path) -> Opened:
         raise
     except Exception as error:  # the library and what lies below it raise nearly anything
         raise DataError(
-            f"{where}: `datasets` cannot load it ({told(error)}); check the name, `config` and the network, or give a local folder"
+            f"{where}: `datasets` cannot load it ({told(error)}); check the name, `config` and the network, or give a "
+            "local folder"
         ) from error
     splits = {str(name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     counts = {name: part.rows for name, part in splits.items() if isinstance(part, _Saved)}

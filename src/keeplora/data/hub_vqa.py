@@ -1,7 +1,7 @@
 """Questions and answers out of `datasets`: parquet, JSON lines, tar files, hub; whole, or as a stream.
 
-A row holds ``conversations`` in LLaVA's form, or a question and an answer in columns of their own; pictures in a column ``image`` or
-``images``. In a tar file (WebDataset) the row's JSON brings the words.
+A row holds ``conversations`` in LLaVA's form, or a question and an answer in columns of their own; pictures in a column
+``image`` or ``images``. In a tar file (WebDataset) the row's JSON brings the words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IMAGES = ("image", "images", "jpg", "png", "jpeg", "webp")
 
 
 def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversations | ConversationTask:
-    """Take the data set's splits. Pictures are bytes in the rows, or paths that start at ``images``, else at the data's folder."""
+    """Take the data set's splits. Pictures are bytes, or paths that start at ``images``, else at the data's folder."""
     check_stream(spec)
     opened = open_dataset(spec, base_dir)
     if "images" in spec.extra:
@@ -111,7 +111,7 @@ def _rows(opened: Opened, name: str, split: str, spec: ConversationSpec) -> tupl
 def _streamed(opened: Opened, chosen: dict[str, str], spec: ConversationSpec, probe: bool) -> ConversationTask:
     if "test" not in chosen:
         raise DataError(
-            f"{opened.where}: has the splits {listing(opened.splits)}; a stream is not cut, so name the split to test on with `test`"
+            f"{opened.where}: has the splits {listing(opened.splits)}; a stream is not cut: name the split to test on with `test`"
         )
     sets: dict[str, Any] = {"train": ConversationSet([], max_pixels=spec.max_pixels)}
     warnings: list[str] = []

@@ -99,7 +99,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: {scheme}:// needs a package that is not installed: {how}") from error
     except ValueError as error:
         raise ConfigError(
-            f"{url}: cannot be opened ({told(error)}); schemes that can be read are {', '.join(sorted(PACKAGES))}, memory and file"
+            f"{url}: cannot be opened ({told(error)}); schemes that can be read: {', '.join(sorted(PACKAGES))}, memory, file"
         ) from error
     except Exception as error:  # credentials, endpoints: the scheme's own package raises nearly anything
         raise DataError(f"{url}: cannot be opened ({told(error)}); check the address and your credentials") from error
@@ -260,8 +260,7 @@ def place(value: str, base: Path | RemotePath) -> Path | RemotePath:
             return Path("/" + rest.lstrip("/"))
         return _root(value)
     if isinstance(base, RemotePath):
-        found = base / value
-        return found
+        return base / value
     return (base / expand(value)).absolute()
 
 

@@ -166,8 +166,8 @@ def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
     path = anywhere(value, base, kind=kind)
     if isinstance(path, RemotePath):
         raise DataError(
-            f"{path}: this source reads local files alone; copy the data here (`keeplora copy`), or use `source: folder`, `table`, "
-            "`datasets`, `llava`, `vqa-table` or `vqa-datasets`, which read addresses"
+            f"{path}: this source reads local files alone; copy the data here (`keeplora copy`), or use `source: folder`, "
+            "`table`, `datasets`, `llava`, `vqa-table` or `vqa-datasets`, which read addresses"
         )
     return path
 

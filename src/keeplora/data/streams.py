@@ -89,8 +89,8 @@ class SampleStream:
         assert spec.stream is not None
         if spec.stream.samples is None:
             raise ConfigError(
-                f"{name}: does not tell how many samples it has, and a stream cannot be counted; set `streaming: {{samples: N}}`, "
-                "the number of samples of one epoch"
+                f"{name}: does not tell how many samples it has, and a stream cannot be counted; set `streaming: {{samples: "
+                f"N}}`, the number of samples of one epoch"
             )
         self.dataset, self.make, self.spec, self.name, self.has_videos = dataset, make, spec, name, videos
         self.settings: StreamSpec = spec.stream
@@ -167,8 +167,8 @@ class Reader:
             at = self._start
             shard = self._order[min(at["place"], len(self._order) - 1)]
             raise DataError(
-                f"{self._stream.name}, shard {shard}, after row {at['row']}: cannot be read on ({told(error)}); check the network; a "
-                "run goes on from its checkpoint with `keeplora resume`"
+                f"{self._stream.name}, shard {shard}, after row {at['row']}: cannot be read on ({told(error)}); check the network; "
+                "a run goes on from its checkpoint with `keeplora resume`"
             ) from error
         self._stream.skipped += skipped
         self._judge(len(found) + skipped)

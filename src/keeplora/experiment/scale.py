@@ -1,8 +1,8 @@
 """What many tasks on a large model take: bytes and operations of every phase, from shapes alone (docs/scale.md).
 
 Symbols as in `keeplora.experiment.footprint`; besides, t is a task's number from 1, k_t the columns of a target's U after it,
-and l = min(out, r + p) the rows of a sketched gradient. A formula counts the products that grow with the model: additions, norms and
-softmax are left out. Products are checked against torch's own counter, bytes against files and tensors, on small models
+and l = min(out, r + p) the rows of a sketched gradient. A formula counts the products that grow with the model: additions,
+norms and softmax are left out. Products are checked against torch's own counter, bytes against files and tensors, on small models
 (tests/experiment/test_scale.py); SVD and eigh are Golub & Van Loan's counts (Matrix Computations, 4th ed., 8.3 and 8.6).
 """
 
@@ -49,8 +49,8 @@ def basis_bytes(targets: Sequence[Linear], t: int, start: float, growth: float) 
 
 
 def entry_bytes(targets: Sequence[Linear], added: Sequence[int], valued: Sequence[int]) -> int:
-    """A task's tensors in the ledger: A and B, Σ 4 r' (in + out), the directions that it adds, Σ 4 in Δk, and what every direction
-    that tasks have added so far is worth, Σ 4 (k_t − k_0).
+    """A task's tensors in the ledger: A and B, Σ 4 r' (in + out), the directions that it adds, Σ 4 in Δk, and what every
+    direction that tasks have added so far is worth, Σ 4 (k_t − k_0).
 
     Args:
         added: Δk of each target. valued: k_t − k_0 of each.
@@ -231,7 +231,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
 
 
 def totals(found: Sequence[Phase], load: Load, *, sketch: bool) -> tuple[float, float]:
-    """(operations, seconds) of the whole sequence: what is once, and every task's; a merge costs half of the last one's on average."""
+    """(operations, seconds) of the whole sequence: what is once, and every task's; merges at half of the last one's."""
     left_out = "exact" if sketch else "sketched"
     work, seconds = 0.0, 0.0
     for phase in found:

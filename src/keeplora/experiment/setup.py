@@ -90,8 +90,8 @@ def load_tasks(config: ExperimentConfig) -> tuple[list[Any], list[Any]]:
         if isinstance(wanted, float):
             if isinstance(task.train, SampleStream):
                 raise ConfigError(
-                    f"task {task.name!r}: `validation: {wanted}` would cut a stream, which is read once and in order; name a split of "
-                    f"its own, or give `validation: {{{task.name}: SPLIT}}`"
+                    f"task {task.name!r}: `validation: {wanted}` would cut a stream, which is read once and in order; name a "
+                    f"split of its own, or give `validation: {{{task.name}: SPLIT}}`"
                 )
             task.train, task.validation = split_validation(task.train, wanted, config.seed)
         if config.evaluate_on == "validation":

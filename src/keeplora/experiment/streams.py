@@ -263,6 +263,6 @@ def split_joined(part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Te
         DataError: says what to do.
     """
     raise DataError(
-        f"a part of {len(part['index'])} streamed conversations does not fit the memory, and a stream cannot be asked for them again; "
-        "set training.micro_batch to a smaller number"
+        f"a part of {len(part['index'])} streamed conversations does not fit the memory, and a stream cannot be asked for them "
+        "again; set training.micro_batch to a smaller number"
     )

@@ -281,7 +281,8 @@ def _collect_features(
             forward_fn(model, batch)
     if not seen:
         raise ValueError(
-            "the feature pass was given no sample: the loader is empty, or its stream does not begin anew when it is gone through again"
+            "the feature pass was given no sample: the loader is empty, or its stream does not begin anew when it is "
+            "gone through again"
         )
     observer.require_all_fired("input")
     return observer

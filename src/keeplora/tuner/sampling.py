@@ -108,8 +108,8 @@ def check_repeatable(batches: Iterable[Any], what: str) -> None:
     """
     if isinstance(batches, Iterator):
         raise KeepLoraError(
-            f"{what} is a {type(batches).__name__}, which can be gone through only once, and a task goes through its data several "
-            "times; give a DataLoader, a list, or an object whose __iter__ begins anew"
+            f"{what} is a {type(batches).__name__}, which can be gone through only once, and a task goes through its data "
+            "several times; give a DataLoader, a list, or an object whose __iter__ begins anew"
         )
 
 

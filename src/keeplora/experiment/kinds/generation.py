@@ -157,7 +157,8 @@ class Generation:
     def prepare_head(self, objective: GenerationObjective, data: Any, training: TrainingConfig) -> None: ...
 
     def statistics(
-        self, objective: GenerationObjective, data: ConversationTensors | StreamTensors, training: TrainingConfig, config: KeepLoraConfig,
+        self, objective: GenerationObjective, data: ConversationTensors | StreamTensors, training: TrainingConfig,
+        config: KeepLoraConfig,
         seed: int,
     ) -> dict[str, Any]:  # fmt: skip
         size = training.micro_batch or training.batch_size
