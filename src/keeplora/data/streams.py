@@ -133,8 +133,8 @@ class SampleStream:
         rank, world = part
         if self.shards < world:
             raise DataError(
-                f"{self.name}: has {self.shards} shard(s) for {world} ranks, so some would have none; set `split_by: samples` under "
-                "`streaming`, or write the data as more files"
+                f"{self.name}: has {self.shards} shard(s) for {world} ranks, so some would have none; set `split_by: "
+                "samples`, or write the data as more files"
             )
         return Reader(self, order[rank::world], position)
 

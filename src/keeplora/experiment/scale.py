@@ -192,6 +192,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
     sketched_svd = sum(6 * t.n_in * sketch_rows(t) ** 2 + 20 * sketch_rows(t) ** 3 for t in targets)
     eigh = sum(eigh_flops(t.n_in) for t in targets)
     G = sum(8 * t.n_in * t.n_out for t in targets) + max(4 * t.n_in * t.n_out for t in targets)
+    copies = footprint.element(base) * sum(t.n_in * t.n_out for t in targets)  # W₀, from the first merge on
     U = max(basis_bytes(targets, t, k0, growth) for t in range(T + 1)) if T <= 10_000 else U0
     added = [columns(t.n_in, T, k0, growth) - columns(t.n_in, T - 1, k0, growth) for t in targets]
     valued = [columns(t.n_in, T, k0, growth) - columns(t.n_in, 0, k0, growth) for t in targets]
@@ -215,7 +216,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         Phase("A of sketched gradients: SVDs", "task", sketched_svd, host=A_B, seconds=sketched_svd / host),
         Phase("training", "task", n * step, A_B + 12 * trained + activations(False), seconds=n * step / fast),
         Phase("a checkpoint", "task", disk=checkpoint, seconds=checkpoint / disk),
-        Phase("merge, at the last task", "task", merge, host=T * A_B, seconds=merge / host),
+        Phase("merge, at the last task", "task", merge, host=T * A_B + copies, seconds=merge / host),
         Phase(
             "covariance pass", "task", f * (forward + gram_flops(targets)), footprint.covariance_bytes(targets),
             seconds=f * (forward / fast + gram_flops(targets) / slow),
@@ -223,7 +224,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         Phase("new directions: an eigh per target", "task", eigh, host=largest + U, seconds=eigh / host),
         Phase("entry of the ledger", "task", disk=entry, seconds=entry / disk),
         Phase("the whole ledger", "end", disk=ledger, seconds=ledger / disk),
-        Phase("opening it, or rolling back", "end", merge, host=T * A_B + U, disk=T * A_B, seconds=merge / host + T * A_B / disk),
+        Phase("opening it, or rolling back", "end", merge, host=T * A_B + copies + U, disk=T * A_B, seconds=merge / host + T * A_B / disk),
         Phase("verifying it", "end", verify, host=U, disk=ledger, seconds=verify / host + ledger / disk),
         Phase("export of all tasks as one adapter", "end", disk=T * A_B, seconds=2 * T * A_B / disk),
         Phase("export merged", "end", disk=held, seconds=held / disk),
