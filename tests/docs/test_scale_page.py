@@ -51,7 +51,9 @@ def test_the_settings_are_those_of_the_code() -> None:
     assert (a.tflops, a.fp32_tflops, a.host_gflops, a.disk, a.tokens) == (100, 15, 200, 1, 700)
 
 
-def test_a_plan_tells_the_phases_of_as_many_tasks_as_are_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_tells_the_phases_of_as_many_tasks_as_are_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny("llava", tmp_path / "llava")
     for file in (tmp_path / "llava").glob("*.safetensors"):
         file.unlink()

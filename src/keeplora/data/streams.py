@@ -167,8 +167,8 @@ class Reader:
             at = self._start
             shard = self._order[min(at["place"], len(self._order) - 1)]
             raise DataError(
-                f"{self._stream.name}, shard {shard}, after row {at['row']}: cannot be read on ({told(error)}); check the network; "
-                "a run goes on from its checkpoint with `keeplora resume`"
+                f"{self._stream.name}, shard {shard}, after row {at['row']}: cannot be read on ({told(error)}); check the "
+                "network; a run goes on from its checkpoint with `keeplora resume`"
             ) from error
         self._stream.skipped += skipped
         self._judge(len(found) + skipped)

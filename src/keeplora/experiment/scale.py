@@ -224,7 +224,10 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         Phase("new directions: an eigh per target", "task", eigh, host=largest + U, seconds=eigh / host),
         Phase("entry of the ledger", "task", disk=entry, seconds=entry / disk),
         Phase("the whole ledger", "end", disk=ledger, seconds=ledger / disk),
-        Phase("opening it, or rolling back", "end", merge, host=T * A_B + copies + U, disk=T * A_B, seconds=merge / host + T * A_B / disk),
+        Phase(
+            "opening it, or rolling back", "end", merge, host=T * A_B + copies + U, disk=T * A_B,
+            seconds=merge / host + T * A_B / disk,
+        ),
         Phase("verifying it", "end", verify, host=U, disk=ledger, seconds=verify / host + ledger / disk),
         Phase("export of all tasks as one adapter", "end", disk=T * A_B, seconds=2 * T * A_B / disk),
         Phase("export merged", "end", disk=held, seconds=held / disk),
