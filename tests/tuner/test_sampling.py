@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from keeplora import ContinualLearner
+from keeplora.errors import KeepLoraError
 from keeplora.tuner.sampling import batch_size, statistics_batches, stratified_indices
-from tests.tuner.blocks import Samples, config, loader, loss_fn, make_net
+from tests.tuner.blocks import Samples, config, loader, loss_fn, make_net, train
 
 
 @settings(deadline=None)
@@ -80,8 +82,70 @@ class Stream(IterableDataset):
         return iter(Samples(10))
 
 
+class Whole(IterableDataset):
+    def __iter__(self):
+        return iter(list(loader(10, batch_size=2)))
+
+
+class Shared(IterableDataset):
+    """Shares itself out among workers, as `datasets` does; `Stream` does not, and would come once from each."""
+
+    def __iter__(self):
+        told = torch.utils.data.get_worker_info()
+        return itertools.islice(iter(Samples(10)), told.id if told else 0, None, told.num_workers if told else 1)
+
+
+@pytest.mark.parametrize("stream", [Stream, Shared])
+def test_workers_bring_no_sample_of_a_stream_twice(stream):
+    batches = DataLoader(stream(), batch_size=2, num_workers=2)
+    assert seen(statistics_batches(batches, None, 0)) == [0, 1, 2] * 3 + [0]
+
+
+def test_a_stream_gives_the_factors_of_the_same_samples_in_a_list():
+    found = []
+    for batches in (DataLoader(Stream(), batch_size=2), loader(10, batch_size=2)):
+        learner = ContinualLearner(make_net(), config())
+        torch.manual_seed(0)  # dropout draws from it
+        model = learner.start_task("a", batches, loss_fn)
+        train(model, list(loader(10, batch_size=2)), steps=2)
+        learner.finish_task()
+        found.append(learner)
+    for name, one in found[0].records[0].factors.items():
+        other = found[1].records[0].factors[name]
+        assert torch.equal(one.A, other.A)
+        assert torch.equal(one.B, other.B)
+    assert all(torch.equal(U, found[1].U[name]) for name, U in found[0].U.items())
+
+
+def test_what_comes_only_once_is_refused():
+    learner = ContinualLearner(make_net(), config())
+    once = (batch for batch in loader(10, batch_size=2))
+    with pytest.raises(KeepLoraError, match=r"task 'a': batches is a generator, which can be gone through only once"):
+        learner.start_task("a", once, loss_fn)
+    assert learner._open is None
+    learner.start_task(
+        "a", once, loss_fn, feature_batches=loader(10, batch_size=2)
+    )  # goes through each of the two once
+    learner.abort_task()
+
+    class Worn(IterableDataset):
+        rest = iter(Samples(10))
+
+        def __iter__(self):
+            return self.rest
+
+    learner.start_task("a", DataLoader(Worn(), batch_size=2), loss_fn)
+    with pytest.raises(ValueError, match=r"the feature pass was given no sample.*does not begin anew"):
+        learner.finish_task()
+
+
 def test_streams_and_plain_iterables_are_cut_after_the_cap():
-    assert len(seen(statistics_batches(DataLoader(Stream(), batch_size=2), 4, 0))) == 4
+    batches = DataLoader(Stream(), batch_size=4, drop_last=True)
+    assert seen(statistics_batches(batches, None, 0)) == [0, 1, 2] * 3 + [0]  # nothing is dropped
+    capped = statistics_batches(batches, 5, 0)
+    assert seen(capped) == seen(capped) == [0, 1, 2, 0, 1]  # exactly so many, and again
+    whole = DataLoader(Whole(), batch_size=None)
+    assert len(seen(statistics_batches(whole, 5, 0))) == 6  # it brings batches of its own
     listed = list(loader(10, batch_size=2))
     assert len(seen(statistics_batches(listed, 5, 0))) == 6  # whole batches
     assert statistics_batches(listed, None, 0) is listed

@@ -15,6 +15,7 @@ from keeplora.cli import (
     audit,
     capacity,
     compare,
+    copy,
     export,
     ledger,
     methods,
@@ -54,6 +55,7 @@ app.command("run")(run.run)
 app.command("resume")(resume.resume)
 app.command("predict")(predict.predict)
 app.command("export")(export.export)
+app.command("copy")(copy.copy)
 app.command("push")(push.push)
 app.command("card")(push.card)
 app.command("report")(report.report)

@@ -11,7 +11,9 @@ import typer
 def export(
     directory: Annotated[Path, typer.Argument(help="A run directory, a saved learner, or a ledger.")],
     format: Annotated[str, typer.Option("--format", help="peft: one stock adapter; merged: a whole checkpoint.")],
-    output: Annotated[Path | None, typer.Option(help="A new folder; default DIRECTORY/export-FORMAT.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="A new folder, or an address (s3://...); default DIRECTORY/export-FORMAT.")
+    ] = None,
     upto: Annotated[str | None, typer.Option(help="The last task to be in it; default all.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Names of the tasks to be in it, separated by commas.")] = None,
     model: Annotated[
@@ -19,14 +21,30 @@ def export(
     ] = None,
 ) -> None:
     """Write what was learned so that stock `peft` or `transformers` opens it."""
+    import tempfile
+
+    from keeplora.transfer import address, copy
+
+    away = address(output) if output is not None else None
+    if away is None:
+        typer.echo(
+            str(
+                _write(
+                    directory, Path(output) if output else directory / f"export-{format}", format, upto, tasks, model
+                )
+            )
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="keeplora-export-") as scratch:
+        typer.echo(copy(_write(directory, Path(scratch, "export"), format, upto, tasks, model), away).target)
+
+
+def _write(directory: Path, target: Path, format: str, upto: str | None, tasks: str | None, model: str | None) -> Path:
     from keeplora.experiment import TrainedModel
 
-    target = output or directory / f"export-{format}"
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
     if model is None and ((directory / "config.yaml").is_file() or not directory.is_dir()):
-        written = TrainedModel(directory, device="cpu").export(target, format, upto=upto, tasks=names)
-    else:
-        from keeplora.experiment.ledgers import LedgerPlace
+        return TrainedModel(directory, device="cpu").export(target, format, upto=upto, tasks=names)
+    from keeplora.experiment.ledgers import LedgerPlace
 
-        written = LedgerPlace.open(directory).export(target, format, upto=upto, tasks=names, model=model)
-    typer.echo(str(written))
+    return LedgerPlace.open(directory).export(target, format, upto=upto, tasks=names, model=model)

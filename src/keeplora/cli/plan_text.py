@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from keeplora.experiment.plan import Footprint, Plan
+    from keeplora.experiment.scale import Phase
 
 SHARES = (0.1, 0.25, 0.5, 0.75)
 # What a row of the memory table is called, which field of `Memory` it shows, and the arithmetic in short.
@@ -106,7 +107,7 @@ def _print_footprint(console: Console, plan: Footprint) -> None:
     from keeplora.experiment.progress import duration
 
     assume, shape, settings = plan.assume, plan.shape, plan.settings
-    told = ", ".join(f"{key}={value:g}" for key, value in vars(assume).items() if key != "image_tokens")
+    told = ", ".join(f"{key}={value:g}" for key, value in vars(assume).items() if key not in ("image_tokens", "tasks"))
     console.print(f"assumed (change with --assume NAME=VALUE): {told}", highlight=False)
     t = shape.language
     console.print(
@@ -141,3 +142,67 @@ def _print_footprint(console: Console, plan: Footprint) -> None:
         f"time at {assume.tflops:g} TFLOP/s: about {duration(sum(seconds.values()))} ({parts}; from operation counts, nothing "
         "was timed)", highlight=False,
     )  # fmt: skip
+    if settings.protects and settings.trained:
+        _print_phases(console, plan)
+
+
+def counted(n: float) -> str:
+    """Operations, or seconds, in powers of ten.
+
+    >>> counted(0), counted(1.5e12)
+    ('-', '1.5e12')
+    """
+    return f"{n:.1e}".replace("e+0", "e").replace("e+", "e") if n else "-"
+
+
+def took(seconds: float) -> str:
+    """Minutes and hours, or days where there are many.
+
+    >>> took(65.2), took(200_000)
+    ('1:05', '2.3 days')
+    """
+    from keeplora.experiment.progress import duration
+
+    return f"{seconds / 86_400:,.1f} days" if seconds >= 2 * 86_400 else duration(seconds)
+
+
+def phase_rows(found: Sequence[Phase]) -> list[tuple[str, ...]]:
+    """The cells of the table of phases: name, when, operations, device, host, disk, seconds."""
+
+    def held(count: int) -> str:
+        return size(count) if count else "-"
+
+    return [
+        (p.name, p.when, counted(p.flops), held(p.device), held(p.host), held(p.disk), took(p.seconds)) for p in found
+    ]  # fmt: skip
+
+
+PHASE_COLUMNS = ("phase", "", "operations", "device", "host", "disk", "time")
+
+
+def _print_phases(console: Console, plan: Footprint) -> None:
+    """Bytes and operations of every phase, for the run's tasks or as many as are assumed."""
+    from rich.table import Table
+
+    from keeplora.experiment.scale import Load, phases, turning_points
+
+    s, assume = plan.settings, plan.assume
+    own = len(s.epochs)
+    load = Load(
+        assume.tasks or own, round(sum(s.samples) / own), round(sum(s.epochs) / own), round(sum(s.gradient_samples) / own),
+        round(sum(s.feature_samples) / own), s.micro_batch, s.checkpointing,
+    )  # fmt: skip
+    table = Table(title=f"phases of {load.tasks} tasks (docs/scale.md), base in {plan.base}")
+    for column in PHASE_COLUMNS:
+        table.add_column(
+            column, justify="left" if column in ("phase", "") else "right", no_wrap=column not in ("phase", "")
+        )
+    for row in phase_rows(phases(plan.shape, plan.linears, load, assume, plan.base)):
+        table.add_row(*row)
+    console.print(table)
+    turn = turning_points(assume.k, assume.growth)
+    if turn is not None:
+        console.print(
+            f"U from {assume.k:.0%} of the width, {assume.growth:.2%} more each task: its complement is the smaller side after "
+            f"{turn[0]} tasks, nothing is left after {turn[1]}", highlight=False,
+        )  # fmt: skip

@@ -29,7 +29,9 @@ _TABLE = {"image_column", "split_column", "delimiter"}
 SOURCES: dict[str, Source] = {
     "folder": Source("keeplora.data.folder"),
     "table": Source("keeplora.data.table", frozenset(_TABLE | {"label_column", "video_column"})),
-    "datasets": Source("keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision"})),
+    "datasets": Source(
+        "keeplora.data.hub", frozenset({"image_column", "label_column", "config", "revision", "streaming"})
+    ),
     "pack": Source("keeplora.data.pack", frozenset({"task"})),
     "fgvc-aircraft": Source("keeplora.data.benchmarks.fgvc_aircraft"),
     "caltech101": Source("keeplora.data.benchmarks.caltech101"),
@@ -49,6 +51,22 @@ SOURCES: dict[str, Source] = {
     "vqa-table": Source(
         "keeplora.data.vqa_table",
         frozenset(_TABLE | {"images", "videos", "video_column", "question_column", "answer_column"}),
+        "generation",
+    ),
+    "vqa-datasets": Source(
+        "keeplora.data.hub_vqa",
+        frozenset(
+            {
+                "images",
+                "image_column",
+                "video_column",
+                "question_column",
+                "answer_column",
+                "config",
+                "revision",
+                "streaming",
+            }
+        ),
         "generation",
     ),
 }
@@ -77,6 +95,8 @@ def load_task(spec: Mapping[str, Any], base_dir: str | Path, *, probe: bool = Fa
     reader = importlib.import_module(SOURCES[parsed.source].module)
     try:
         raw = reader.read(parsed, Path(base_dir), probe)
+        if isinstance(raw, TaskData | ConversationTask):  # a stream is not assembled: it is not known what is in it
+            return raw
         if isinstance(parsed, ConversationSpec):
             return assemble_conversations(raw, parsed, probe=probe)
         return assemble(raw, parsed, probe=probe)

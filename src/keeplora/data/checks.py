@@ -10,6 +10,7 @@ from dataclasses import replace
 from keeplora.data.digests import FileFacts, Stamp, holds, in_threads, read_settled
 from keeplora.data.headers import read_header
 from keeplora.data.pictures import MAX_ASPECT, PictureError, check_picture
+from keeplora.data.remote import RemoteBytes
 from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SourceSpec, listing
 from keeplora.data.video import VideoError, check_video, video_digest
@@ -95,7 +96,7 @@ def check_entries(entries: Sequence[Entry], spec: SourceSpec, split: str) -> tup
 
 def _named(error: DataError, entry: Entry) -> DataError:
     """The error under the entry's name, which tells the row or entry of a list that named the file."""
-    path = str(entry.source.path) if isinstance(entry.source, FileBytes) else ""
+    path = str(entry.source.path) if isinstance(entry.source, FileBytes | RemoteBytes) else ""
     told = str(error)
     return type(error)(entry.where + told[len(path) :]) if path and told.startswith(f"{path}: ") else error
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.data.conversations import IMAGE, VIDEO, Conversation, Turn, asked, check_turns, with_prompt
-from keeplora.data.sets import ByteSource, FileBytes
+from keeplora.data.remote import RemotePath, bytes_at, named_in
+from keeplora.data.sets import ByteSource
 from keeplora.data.spec import listing
 from keeplora.errors import DataError
-from keeplora.files import expand
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -26,6 +26,7 @@ IDS = ("id", "question_id")
 QUESTIONS = ("question", "text", "query")
 ANSWERS = ("answer", "answers", "caption", "captions", "references")
 KINDS = ("kind", "question_type", "category")
+Folder = Path | RemotePath
 
 
 class Entries:
@@ -171,17 +172,17 @@ def answer_of(references: tuple[str, ...]) -> str:
     return Counter(references).most_common(1)[0][0]
 
 
-def pictures_of(entry: Any, folder: Path, where: str) -> tuple[FileBytes, ...]:
+def pictures_of(entry: Any, folder: Folder, where: str) -> tuple[ByteSource, ...]:
     """The pictures that ``image`` or ``images`` of an entry names: one, several or none; relative to ``folder``."""
     return _files(entry, folder, where, "image", "pictures")
 
 
-def videos_of(entry: Any, folder: Path, where: str) -> tuple[FileBytes, ...]:
+def videos_of(entry: Any, folder: Folder, where: str) -> tuple[ByteSource, ...]:
     """The videos that ``video`` or ``videos`` of an entry names: one, several or none; relative to ``folder``."""
     return _files(entry, folder, where, "video", "videos")
 
 
-def _files(entry: Any, folder: Path, where: str, key: str, what: str) -> tuple[FileBytes, ...]:
+def _files(entry: Any, folder: Folder, where: str, key: str, what: str) -> tuple[ByteSource, ...]:
     named = _first(entry, (key, f"{key}s")) if isinstance(entry, Mapping) else None
     names = named if isinstance(named, list) else [] if named is None else [named]
     for name in names:
@@ -191,7 +192,7 @@ def _files(entry: Any, folder: Path, where: str, key: str, what: str) -> tuple[F
             )
         if "://" in name:
             raise DataError(f"{where}: {name!r} is an address, not a file; download the {what} first")
-    return tuple(FileBytes(folder / expand(name.strip())) for name in names)
+    return tuple(bytes_at(named_in(folder, name.strip(), where)) for name in names)
 
 
 def _short(value: Any) -> str:

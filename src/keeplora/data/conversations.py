@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, decode_picture
+from keeplora.data.remote import RemoteBytes
 from keeplora.data.sets import ByteSource, FileBytes
 from keeplora.data.video import Clip, FrameCache, Sampling, decode_clip, video_digest
 from keeplora.errors import DataError
+
+if TYPE_CHECKING:
+    from keeplora.data.streams import SampleStream
 
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -179,7 +183,7 @@ class ConversationTask:
     kind: ClassVar[str] = "generation"
 
     name: str
-    train: ConversationSet
+    train: ConversationSet | SampleStream
     test: ConversationSet
     validation: ConversationSet | None = None
     scorer: str = "exact"
@@ -198,7 +202,7 @@ class ConversationTask:
 
 def picture_name(source: ByteSource, where: str) -> str:
     """The name of a picture for a message: its file's, where it has one."""
-    return f"{source.path} ({where})" if isinstance(source, FileBytes) else where
+    return f"{source.path} ({where})" if isinstance(source, FileBytes | RemoteBytes) else where
 
 
 def file_digests(conversation: Conversation) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from keeplora.data.pictures import EXTENSIONS
+from keeplora.data.remote import RemotePath, bytes_at, place
 from keeplora.data.sets import Entry, FileBytes
 from keeplora.data.spec import SPLIT_ALIASES, RawTask, TaskSpec, listing, locate
 from keeplora.data.video import VIDEO_SUFFIXES
@@ -24,6 +25,8 @@ _LITTER = frozenset({"__macosx", "@eadir", "__pycache__", "thumbs.db", "desktop.
 
 def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
     """Find the splits below ``path``, or those that ``train``, ``test`` and ``validation`` name."""
+    if remote := _remote(spec, base_dir):
+        return _read_remote(remote, spec, probe)
     raw = RawTask(splits={})
     base = _folder(spec.path, base_dir) if spec.path is not None else base_dir
     roots = {split: _folder(name, base) for split, name in spec.split_names.items()}
@@ -51,6 +54,56 @@ def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
     if not probe and "train" not in raw.splits:
         raise ConfigError("no training pictures named: give `train`, or `path` for a folder that holds it")
     return raw
+
+
+def _remote(spec: TaskSpec, base_dir: Path) -> dict[str, RemotePath]:
+    """The remote folders that the description names: "" for ``path``, else a split's; empty where all is local."""
+    base = place(spec.path, base_dir) if spec.path is not None else base_dir
+    found = {split: place(name, base) for split, name in spec.split_names.items()}  # type: ignore[arg-type]
+    if spec.path is not None and "train" not in found:
+        found[""] = base
+    remote = {split: path for split, path in found.items() if isinstance(path, RemotePath)}
+    if remote and len(remote) < len(found):
+        raise ConfigError("some splits are local folders and some are addresses; name all as one or the other")
+    return remote
+
+
+def _read_remote(roots: dict[str, RemotePath], spec: TaskSpec, probe: bool) -> RawTask:
+    """The same layouts from one listing of each remote folder; there are no empty folders, and no links."""
+    raw = RawTask(splits={})
+    ignored = 0
+    for root_split, root in roots.items():
+        names = [name for name in root.find() if not any(_hidden(part) for part in name.split("/"))]
+        if not names:
+            raise DataError(f"{root}: no files there; check the address")
+        top = {name.split("/")[0].lower() for name in names}
+        split_of = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
+        by_split = root_split == "" and top <= set(split_of) and all(name.count("/") >= 2 for name in names)
+        for name in names:
+            parts = name.split("/")
+            split = split_of[parts[0].lower()] if by_split else root_split or "train"
+            label, inside = (
+                ("", "") if len(parts) < 2 + by_split else (parts[by_split], "/".join(parts[1 + by_split :]))
+            )
+            medium = medium_of(Path(name))
+            if not label or medium is None:
+                ignored += 1
+                continue
+            if split in spec.split_names and root_split != split:
+                continue
+            label, inside = (unicodedata.normalize("NFC", text) for text in (label, inside))
+            path = root.below(name, str(root))
+            entry = Entry(f"{split}/{label}/{inside}", label, str(path), bytes_at(path), medium=medium)
+            raw.splits.setdefault(split, []).append(entry)
+    if ignored:
+        raw.warnings.append(f"{ignored} file(s) that are not pictures or videos in class folders ignored")
+    if not probe and "train" not in raw.splits:
+        raise ConfigError("no training pictures named: give `train`, or `path` for a folder that holds it")
+    return raw
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def _folder(value: str, base: Path) -> Path:

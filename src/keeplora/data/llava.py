@@ -11,11 +11,11 @@ from typing import Any
 from keeplora.data.conversation_entries import Entries, pictures_of, videos_of
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
+from keeplora.data.remote import RemoteBytes, place, read_whole
 from keeplora.data.sets import FileBytes
-from keeplora.data.spec import SPLIT_ALIASES, listing, locate
-from keeplora.data.table import MAX_TABLE_BYTES, json_rows
+from keeplora.data.spec import SPLIT_ALIASES, anywhere, listing
+from keeplora.data.table import MAX_TABLE_BYTES, Table, json_rows
 from keeplora.errors import ConfigError, DataError
-from keeplora.files import expand, read_regular
 from keeplora.json_text import parse_json
 
 ENDINGS = (".json", ".jsonl")
@@ -32,8 +32,8 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
     if not probe and "train" not in files:
         raise ConfigError("no training file named: give `train`, or `path` for a folder with train.json")
     base = _base(spec, base_dir)
-    images = locate(spec.extra["images"], base, kind="folder") if "images" in spec.extra else None
-    videos = locate(spec.extra["videos"], base, kind="folder") if "videos" in spec.extra else images
+    images = anywhere(spec.extra["images"], base, kind="folder") if "images" in spec.extra else None
+    videos = anywhere(spec.extra["videos"], base, kind="folder") if "videos" in spec.extra else images
     for split, file in files.items():
         if not probe or split == "test" or "test" not in files:
             folders = (images or file.parent, videos or file.parent)
@@ -41,22 +41,22 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
     if "references" in spec.extra:
         if "test" not in raw.splits:
             raise ConfigError("`references` judges the answers of `test`: name a test file")
-        told = _captions(locate(spec.extra["references"], base, kind="file"))
+        told = _captions(anywhere(spec.extra["references"], base, kind="file"))
         raw.splits["test"] = [_with_references(c, told, spec.extra["references"]) for c in raw.splits["test"]]
     return raw
 
 
-def split_files(spec: ConversationSpec, base_dir: Path) -> dict[str, Path]:
+def split_files(spec: ConversationSpec, base_dir: Path) -> dict[str, Table]:
     """The JSON file of each split.
 
     Raises:
         DataError: one is named and not there.
     """
     base = _base(spec, base_dir)
-    files = {split: locate(name, base, kind="file") for split, name in spec.split_names.items()}
+    files = {split: anywhere(name, base, kind="file") for split, name in spec.split_names.items()}
     if spec.path is None:
         return files
-    path = locate(spec.path, base_dir)
+    path = anywhere(spec.path, base_dir)
     if path.is_file():
         return {"train": path} | files
     for split, names in SPLIT_ALIASES.items():
@@ -70,14 +70,14 @@ def split_files(spec: ConversationSpec, base_dir: Path) -> dict[str, Path]:
     return files
 
 
-def _base(spec: ConversationSpec, base_dir: Path) -> Path:
+def _base(spec: ConversationSpec, base_dir: Path) -> Table:
     """Where the files' names start: at ``path``, where that is a folder."""
-    path = base_dir / expand(spec.path or "")
+    path = place(spec.path, base_dir) if spec.path is not None else base_dir
     return path if path.is_dir() else base_dir
 
 
 def _read(
-    file: Path, folders: tuple[Path, Path], split: str, spec: ConversationSpec, raw: RawConversations
+    file: Table, folders: tuple[Table, Table], split: str, spec: ConversationSpec, raw: RawConversations
 ) -> list[Conversation]:
     entries = Entries(split, spec.prompt)
     found = []
@@ -92,16 +92,16 @@ def _read(
     return found
 
 
-def _text(file: Path) -> str:
+def _text(file: Table) -> str:
     try:
-        return read_regular(file, MAX_TABLE_BYTES).decode("utf-8-sig")
+        return read_whole(file, MAX_TABLE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); name a .json or .jsonl file") from error
 
 
-def _json(file: Path) -> Any:
+def _json(file: Table) -> Any:
     try:
         return parse_json(_text(file))
     except ValueError as error:
@@ -110,7 +110,7 @@ def _json(file: Path) -> Any:
         raise DataError(f"{file}{line}: not JSON ({told}); mend it or copy it again") from error
 
 
-def load_entries(file: Path) -> list[Any]:
+def load_entries(file: Table) -> list[Any]:
     """The entries of a JSON list or of JSON lines.
 
     Raises:
@@ -127,7 +127,7 @@ def load_entries(file: Path) -> list[Any]:
     return found
 
 
-def _captions(file: Path) -> dict[str, tuple[str, ...]]:
+def _captions(file: Table) -> dict[str, tuple[str, ...]]:
     """Captions by the picture's file name, out of COCO's ``{"images": [...], "annotations": [...]}``."""
     found = _json(file)
     try:
@@ -144,7 +144,7 @@ def _captions(file: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _with_references(conversation: Conversation, captions: dict[str, tuple[str, ...]], file: str) -> Conversation:
-    names = [source.path.name for source in conversation.pictures if isinstance(source, FileBytes)]
+    names = [source.path.name for source in conversation.pictures if isinstance(source, FileBytes | RemoteBytes)]
     references = [caption for name in names for caption in captions.get(name, ())]
     if not references:
         raise DataError(

@@ -11,6 +11,7 @@ from keeplora.data.classes import Classes, check_labels, resolve_classes
 from keeplora.data.sets import Entry, PictureSet, TaskData
 from keeplora.data.spec import DEFAULT_TEST_FRACTION, SPLIT_ALIASES, RawTask, TaskSpec
 from keeplora.data.splits import cap_per_class, holdout, split_validation
+from keeplora.data.streams import Sample
 from keeplora.errors import DataError
 
 
@@ -76,6 +77,22 @@ def assemble(raw: RawTask, spec: TaskSpec, *, probe: bool) -> TaskData:
         warnings=warnings,
         licence=spec.licence or raw.licence,
     )
+
+
+def held_set(samples: Sequence[Sample], spec: TaskSpec, split: str) -> tuple[PictureSet, list[str]]:
+    """A streamed test or validation split whose pictures are on the local disk by now: looked at, and as a set."""
+    labels = {sample.item.key: sample.label for sample in samples}
+    entries = [sample.item for sample in samples if isinstance(sample.item, Entry)]
+    if split == "test" and isinstance(spec, TaskSpec) and spec.max_test_per_class is not None:
+        chosen = cap_per_class(
+            [e.key for e in entries], [e.label for e in entries], spec.max_test_per_class, spec.split_seed
+        )
+        entries = [entries[i] for i in chosen]
+    good, warnings = check_entries(entries, spec, split)
+    if not good:
+        raise DataError(f"no usable picture is left in {split}; see that the files can be opened")
+    skipped = len(entries) - len(good)
+    return PictureSet(good, [labels[e.key] for e in good], max_pixels=spec.max_pixels, skipped=skipped), warnings
 
 
 def _part(raw: RawTask, spec: TaskSpec) -> tuple[RawTask, TaskSpec]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from PIL import Image
 
-from keeplora.data.pictures import DEFAULT_MAX_PIXELS, PictureError, decode_picture, read_bytes
+from keeplora.data.pictures import DEFAULT_MAX_PIXELS, decode_picture, read_bytes
 
 if TYPE_CHECKING:
+    from keeplora.data.streams import SampleStream
     from keeplora.data.video import Clip, FrameCache, Sampling
 
 
@@ -45,23 +46,18 @@ class HeldBytes:
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """One row of a `datasets.Dataset`: bytes, ``{"bytes", "path"}`` or a path relative to ``base``."""
+    """One row of a `datasets.Dataset`: bytes, ``{"bytes", "path"}`` or a path relative to ``base``, a folder or an address."""
 
     dataset: Any
     row: int
     column: str
-    base: Path
+    base: Any
     where: str
 
     def read(self) -> bytes:
-        value = self.dataset[self.row][self.column]
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes | bytearray):
-            return bytes(value)
-        if isinstance(value, str) and value:
-            return read_bytes(self.base / value)
-        raise PictureError(f"{self.where}: the picture is missing; remove the row or fill it in")
+        from keeplora.data.hub_open import source_in_row
+
+        return source_in_row(self.dataset[self.row][self.column], self.base, self.where).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +186,7 @@ class TaskData:
     name: str
     classes: list[str]
     templates: list[str]
-    train: PictureSet
+    train: PictureSet | SampleStream
     test: PictureSet
     validation: PictureSet | None = None
     warnings: list[str] = field(default_factory=list)

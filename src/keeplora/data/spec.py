@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keeplora.data.pictures import DEFAULT_MAX_PIXELS, check_max_pixels
+from keeplora.data.remote import RemotePath, is_url, place
 from keeplora.data.sets import Entry
 from keeplora.errors import ConfigError, DataError, did_you_mean
-from keeplora.files import expand
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DEFAULT_TEST_FRACTION = 0.2
@@ -29,6 +29,8 @@ COMMON_KEYS = SHARED_KEYS | {"classes", "templates", "max_train_per_class", "max
 #: Of the keys that only some sources know, those that are whole numbers.
 NUMBER_KEYS = frozenset({"shots"})
 EXPECT_KEYS = ("classes", "train", "test")
+STREAM_KEYS = ("samples", "buffer", "split_by", "test_samples")
+SPLIT_BY = ("samples", "shards")
 #: numpy's RandomState takes no larger seed.
 LARGEST_SEED = 2**32 - 1
 #: Names under which people keep the three splits.
@@ -46,6 +48,23 @@ class Part:
     index: int
     of: int
     seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """How a training split is streamed (`keeplora.data.streams`).
+
+    Attributes:
+        samples: of one pass; None: as many as the data set says it has.
+        buffer: samples that are held and shuffled at a time; 0: the stream's own order.
+        shards: whether each rank reads files of its own, in place of its share of every batch.
+        most_test: samples of the test (and validation) split that are kept; None: all.
+    """
+
+    samples: int | None = None
+    buffer: int = 1000
+    shards: bool = False
+    most_test: int | None = None
 
 
 class Source(NamedTuple):
@@ -85,6 +104,7 @@ class SourceSpec:
     licence: str | None = None
     expect: dict[str, int] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
+    stream: StreamSpec | None = None
 
     @property
     def split_names(self) -> dict[str, str]:
@@ -142,15 +162,27 @@ def listing(names: Iterable[str], most: int = 5) -> str:
 
 
 def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
-    """The absolute path that ``value`` means, which must exist."""
-    path = (base / expand(value)).absolute()
+    """The absolute local path that ``value`` means, which must exist."""
+    path = anywhere(value, base, kind=kind)
+    if isinstance(path, RemotePath):
+        raise DataError(
+            f"{path}: this source reads local files alone; copy the data here (`keeplora copy`), or use `source: folder`, "
+            "`table`, `datasets`, `llava`, `vqa-table` or `vqa-datasets`, which read addresses"
+        )
+    return path
+
+
+def anywhere(value: str, base: Path | RemotePath, *, kind: str = "file or folder") -> Path | RemotePath:
+    """`locate` for the sources that read addresses (``s3://…``) as well."""
+    path = place(value, base)
     if path.exists():
         return path
     near: list[str] = []
-    if path.parent.is_dir():
+    if isinstance(path, Path) and path.parent.is_dir():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"a relative path starts at {base.absolute()}"
-    raise DataError(f"{path}: no such {kind}; {hint}")
+    start = base if isinstance(base, RemotePath) else base.absolute()
+    hint = f"did you mean {near[0]!r}?" if near else f"a relative path starts at {start}"
+    raise DataError(f"{path}: no such {kind}; {hint if not is_url(value) else 'check the address'}")
 
 
 class Keys:
@@ -227,7 +259,8 @@ class Keys:
             "split_seed": self.whole("split_seed", 0) or 0, "licence": self.text("licence"),
             "max_skipped": self.share("max_skipped", 0.01),
             "expect": _expect(self.given.get("expect"), self.where, expect),
-            "extra": {key: value for key in extra if (value := self.text(key)) is not None},
+            "extra": {key: value for key in extra if key != "streaming" and (value := self.text(key)) is not None},
+            "stream": _stream(self.given.get("streaming"), self.where),
         }  # fmt: skip
         if values["path"] is None and values["train"] is None and not isinstance(values["test"], str):
             raise ConfigError(f"{self.where}: no pictures named: give `path`, or `train` and `test`")
@@ -280,6 +313,21 @@ def _part(value: object, where: str) -> Part | None:
     if of is None or index is None:
         raise ConfigError(f"{where}: `part` is {value!r}: it needs `index` and `of`, e.g. {{index: 1, of: 10}}")
     return Part(index, of, _whole(given.get("seed"), where, "`seed` in `part`", 0, LARGEST_SEED))
+
+
+def _stream(value: object, where: str) -> StreamSpec | None:
+    if value is None or value is False:
+        return None
+    given = {} if value is True else _mapping(value, where, "streaming", STREAM_KEYS)
+    by = given.get("split_by", SPLIT_BY[0])
+    if by not in SPLIT_BY:
+        raise ConfigError(f"{where}: `split_by` in `streaming` is {by!r}{did_you_mean(str(by), SPLIT_BY)}")
+    numbers = {
+        key: _whole(given.get(key), where, f"`{key}` in `streaming`", least)
+        for key, least in (("samples", 1), ("buffer", 0), ("test_samples", 1))
+    }
+    buffer = numbers["buffer"]
+    return StreamSpec(numbers["samples"], 1000 if buffer is None else buffer, by == "shards", numbers["test_samples"])
 
 
 def _expect(value: object, where: str, known: Sequence[str]) -> dict[str, int]:

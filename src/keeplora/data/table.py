@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from keeplora.data.sets import Entry, FileBytes
-from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, listing, locate, suggest
+from keeplora.data.remote import RemotePath, bytes_at, named_in, read_whole
+from keeplora.data.sets import Entry
+from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, anywhere, listing, suggest
 from keeplora.data.video import is_video
 from keeplora.errors import ConfigError, DataError
-from keeplora.files import expand, read_regular
 from keeplora.json_text import parse_json
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "file_name", "filename")
@@ -23,6 +23,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 
 Row = tuple[int, dict[str, Any]]
+Table = Path | RemotePath
 
 
 def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
@@ -33,14 +34,14 @@ def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
     return raw
 
 
-def split_tables(spec: SourceSpec, base_dir: Path, probe: bool) -> dict[str, tuple[Path, list[Row], list[str]]]:
+def split_tables(spec: SourceSpec, base_dir: Path, probe: bool) -> dict[str, tuple[Table, list[Row], list[str]]]:
     """Table, rows and columns of each split."""
     if spec.path is None:
-        named = {split: locate(name, base_dir, kind="table") for split, name in spec.split_names.items()}
+        named = {split: anywhere(name, base_dir, kind="table") for split, name in spec.split_names.items()}
         if not probe and "train" not in named:
             raise ConfigError("no training table named: give `train`, or `path` for one table with all pictures")
         return {split: (table, *_rows(table, spec)) for split, table in named.items()}
-    table = locate(spec.path, base_dir, kind="table")
+    table = anywhere(spec.path, base_dir, kind="table")
     rows, columns = _rows(table, spec)
     column = spec.extra.get("split_column") or ("split" if "split" in columns else None)
     if column is None:
@@ -117,14 +118,14 @@ def clean_label(value: object, where: str) -> str:
     return text
 
 
-def _text(value: object, table: Path, line: int, column: str) -> str:
+def _text(value: object, table: Table, line: int, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{table}, line {line}: column {column!r} is {value!r}; fill it in with text or delete the row")
     return value.strip()
 
 
 def _entries(
-    table: Path, rows: Iterable[Row], columns: list[str], split: str, spec: TaskSpec, raw: RawTask
+    table: Table, rows: Iterable[Row], columns: list[str], split: str, spec: TaskSpec, raw: RawTask
 ) -> list[Entry]:
     named = {key: spec.extra[key] for key in ("image_column", "video_column") if key in spec.extra}
     if len(named) > 1:
@@ -141,10 +142,10 @@ def _entries(
         name = _text(row.get(image), table, line, image)
         if "://" in name:
             raise DataError(f"{where}: {name!r} is an address, not a file; download the files first")
-        path = table.parent / expand(name)
-        video = key == "video_column" or image in VIDEO_COLUMNS or is_video(path)
+        path = named_in(table.parent, name, where)
+        video = key == "video_column" or image in VIDEO_COLUMNS or is_video(path.name)
         entry = Entry(
-            f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", FileBytes(path),
+            f"{split}/{name}", clean_label(row.get(label), where), f"{path} ({where})", bytes_at(path),
             medium="video" if video else "picture",
         )  # fmt: skip
         first = entries.setdefault(entry.key, entry)
@@ -162,7 +163,7 @@ def _entries(
     return list(entries.values())
 
 
-def _rows(table: Path, spec: SourceSpec) -> tuple[list[Row], list[str]]:
+def _rows(table: Table, spec: SourceSpec) -> tuple[list[Row], list[str]]:
     """All rows with their line numbers, and the columns."""
     ending = table.suffix.lower()
     if not table.is_file() or ending not in (*_DELIMITERS, *_JSON_LINES):
@@ -171,7 +172,7 @@ def _rows(table: Path, spec: SourceSpec) -> tuple[list[Row], list[str]]:
             "or `source: datasets` for parquet)"
         )
     try:
-        text = read_regular(table, MAX_TABLE_BYTES).decode("utf-8-sig")  # spreadsheets write a byte order mark
+        text = read_whole(table, MAX_TABLE_BYTES).decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: byte {error.start} is not UTF-8; save the table as UTF-8") from error
     except OSError as error:
@@ -186,7 +187,7 @@ def _rows(table: Path, spec: SourceSpec) -> tuple[list[Row], list[str]]:
     return rows, columns
 
 
-def _csv_rows(text: str, table: Path, delimiter: str) -> tuple[list[Row], list[str]]:
+def _csv_rows(text: str, table: Table, delimiter: str) -> tuple[list[Row], list[str]]:
     if len(delimiter) != 1:
         raise ConfigError(f"`delimiter` is {delimiter!r}: give one character")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -212,7 +213,7 @@ def _csv_rows(text: str, table: Path, delimiter: str) -> tuple[list[Row], list[s
     return rows, columns
 
 
-def json_rows(text: str, table: Path) -> Iterator[Row]:
+def json_rows(text: str, table: Table) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

@@ -15,8 +15,8 @@ from keeplora.data.conversation_entries import (
 )
 from keeplora.data.conversation_spec import ConversationSpec, RawConversations
 from keeplora.data.conversations import Conversation
-from keeplora.data.spec import locate
-from keeplora.data.table import IMAGE_COLUMNS, VIDEO_COLUMNS, Row, pick_column, split_tables
+from keeplora.data.spec import anywhere
+from keeplora.data.table import IMAGE_COLUMNS, VIDEO_COLUMNS, Row, Table, pick_column, split_tables
 from keeplora.errors import ConfigError
 
 
@@ -29,7 +29,8 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
     """
     raw = RawConversations()
     images, videos = (
-        locate(spec.extra[key], base_dir, kind="folder") if key in spec.extra else None for key in ("images", "videos")
+        anywhere(spec.extra[key], base_dir, kind="folder") if key in spec.extra else None
+        for key in ("images", "videos")
     )
     for split, (table, rows, columns) in split_tables(spec, base_dir, probe).items():
         folders = (images or table.parent, videos or images or table.parent)
@@ -38,7 +39,7 @@ def read(spec: ConversationSpec, base_dir: Path, probe: bool) -> RawConversation
 
 
 def _read(
-    table: Path, rows: list[Row], columns: list[str], split: str, spec: ConversationSpec, folders: tuple[Path, Path]
+    table: Table, rows: list[Row], columns: list[str], split: str, spec: ConversationSpec, folders: tuple[Table, Table]
 ) -> list[Conversation]:
     video = spec.extra.get("video_column") or next((name for name in VIDEO_COLUMNS if name in columns), None)
     if video is not None:

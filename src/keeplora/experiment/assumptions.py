@@ -21,7 +21,8 @@ class Assumptions:
         k: columns of U as a share of in, where one number is needed; the truth is known after the SVD alone.
         tflops: speed of the model's own products, in 10¹² operations per second. fp32_tflops: of the float32 products that
             form G and C. host_gflops: float64 speed of the CPU, in 10⁹, for SVD and eigh.
-        bandwidth: of the device's memory, in GB per second.
+        bandwidth: of the device's memory, in GB per second. disk: of reading and writing files, likewise.
+        tasks: how many the phases are told for; 0: those of the configuration. growth: what a task adds to U, as a share of in.
     """
 
     tokens: int = 700
@@ -34,6 +35,9 @@ class Assumptions:
     fp32_tflops: float = 15.0
     host_gflops: float = 200.0
     bandwidth: float = 1_500.0
+    disk: float = 1.0
+    tasks: int = 0
+    growth: float = 0.001
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> Assumptions:
@@ -56,9 +60,13 @@ class Assumptions:
                 value: Any = kinds[name](text)
             except ValueError:
                 value = -1
-            least = 0 if name == "image_tokens" else 1 if kinds[name] is int else 1e-9
-            if not least <= value < math.inf or (name == "k" and value > 1):
-                what = "a share up to 1" if name == "k" else f"a {'whole ' if kinds[name] is int else ''}number above 0"
+            least = 0 if name in ("image_tokens", "tasks") else 1 if kinds[name] is int else 1e-9
+            if not least <= value < math.inf or (name in ("k", "growth") and value > 1):
+                what = (
+                    "a share up to 1"
+                    if name in ("k", "growth")
+                    else f"a {'whole ' if kinds[name] is int else ''}number above 0"
+                )
                 raise ConfigError(
                     f"--assume {pair}: {name} must be {what}, for example {name}={kinds[name](getattr(cls, name))}"
                 )

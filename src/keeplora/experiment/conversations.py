@@ -13,6 +13,7 @@ from keeplora.data.conversations import ConversationSet
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.order import BatchOrder, LengthBatches, ShuffledBatches
 from keeplora.experiment.pictures import TensorCache
+from keeplora.experiment.streams import StreamLoader, StreamTensors
 from keeplora.models.generative import Generative
 
 Item = Mapping[str, Any]
@@ -85,9 +86,11 @@ class Parts:
 
 
 def ordered_loader(
-    data: ConversationTensors, batch_size: int, collate: Callable[[Any], Any], workers: int
-) -> DataLoader[Any]:
-    """A loader in the set's order."""
+    data: ConversationTensors | StreamTensors, batch_size: int, collate: Callable[[Any], Any], workers: int
+) -> DataLoader[Any] | StreamLoader:
+    """A loader in the set's order; of a stream, in the one that its seed gives."""
+    if isinstance(data, StreamTensors):
+        return StreamLoader(data, batch_size, collate, workers=workers)
     return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
 

@@ -15,6 +15,7 @@ from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.runner import Run
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.methods import method_names
+from keeplora.transfer import refuse_address
 
 
 class Experiment:
@@ -45,6 +46,7 @@ class Experiment:
 
     def run(self) -> dict[str, Any]:
         """Run from the start in a new run directory; returns what results.json holds."""
+        refuse_address(self.config.output_path, "a run directory")  # before model and data are loaded
         setup = self.setup
         with RunDirectory.create(self.config.output_path) as directory:
             directory.write_config(self.config.resolved())  # first: from here on the run can be resumed

@@ -21,6 +21,7 @@ from keeplora.files import expand, real_path
 from keeplora.methods import Method, get_method, method_names
 from keeplora.models import load_model
 from keeplora.report import render_report
+from keeplora.transfer import refuse_address
 from keeplora.tuner import ContinualLearner, Ledger
 from keeplora.tuner.audit import FACTOR_LIMIT
 from keeplora.tuner.chain import State
@@ -47,6 +48,7 @@ class LedgerPlace:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LedgerPlace:
         """From any of the three kinds of folder; `LedgerError` where there is none."""
+        refuse_address(path, "a ledger")
         path = expand(path)
         if not path.is_dir():
             raise LedgerError(

@@ -13,6 +13,7 @@ from keeplora.data import TaskData
 from keeplora.experiment.candidates import Candidates
 from keeplora.experiment.device import Precision
 from keeplora.experiment.pictures import Collate, PictureTensors, loader
+from keeplora.experiment.streams import StreamTensors
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner.memory import Pieces, halved
 
@@ -146,7 +147,7 @@ class _FeatureBatches:
 
 
 @torch.no_grad()
-def initial_head(objective: TaskObjective, data: PictureTensors, batch_size: int) -> nn.Parameter:
+def initial_head(objective: TaskObjective, data: PictureTensors | StreamTensors, batch_size: int) -> nn.Parameter:
     """Class weights [C, D] at the class means of the image features; a class without a picture gets its text feature."""
     family, task = objective.family, objective.task
     with family.evaluating(), objective.precision.autocast():

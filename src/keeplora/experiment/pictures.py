@@ -13,6 +13,7 @@ from keeplora.data import PictureSet, TaskData
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.order import BatchOrder, ShuffledBatches
+from keeplora.experiment.streams import StreamLoader, StreamOrder, StreamTensors
 from keeplora.models.dual_encoder import DualEncoder, frames_present
 
 
@@ -129,8 +130,12 @@ class Collate:
         }
 
 
-def loader(data: PictureTensors, batch_size: int, collate: Collate, *, workers: int = 0) -> DataLoader[Any]:
-    """A loader in the set's order."""
+def loader(
+    data: PictureTensors | StreamTensors, batch_size: int, collate: Collate, *, workers: int = 0
+) -> DataLoader[Any] | StreamLoader:
+    """A loader in the set's order; of a stream, in the one that its seed gives."""
+    if isinstance(data, StreamTensors):
+        return StreamLoader(data, batch_size, collate, workers=workers)
     return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
 
@@ -162,8 +167,16 @@ class Batches(Protocol):
         """A part of a batch as parts of at most ``size`` samples."""
         ...
 
-    def fast_forward(self, passes: int, batches: int) -> None:
-        """Before the first pass: go on as if so many passes had been made, and so many batches of the next; reads nothing."""
+    def fast_forward(self, passes: int, batches: int, position: Any = None) -> None:
+        """Before the first pass: go on as if so many passes had been made, and so many batches of the next.
+
+        Args:
+            position: what `position` gave at that moment; with it nothing is read that is behind.
+        """
+        ...
+
+    def position(self, batches: int) -> Any:
+        """JSON values by which a stream finds the place after so many batches of this pass; None where none is needed."""
         ...
 
 
@@ -176,7 +189,7 @@ class TaskBatches:
     """
 
     def __init__(
-        self, data: Any, order: BatchOrder, loader: DataLoader[Any],
+        self, data: Any, order: BatchOrder | StreamOrder, loader: DataLoader[Any],
         splitter: Callable[[Mapping[str, Any], int], Sequence[Mapping[str, Any]]],
     ) -> None:  # fmt: skip
         self._data, self._order, self._loader, self._splitter = data, order, loader, splitter
@@ -193,8 +206,14 @@ class TaskBatches:
     def split(self, batch: Mapping[str, Any], part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
         return [part] if len(part["index"]) <= size else self._splitter(part, size)
 
-    def fast_forward(self, passes: int, batches: int) -> None:
-        self._order.fast_forward(passes, batches)
+    def fast_forward(self, passes: int, batches: int, position: Any = None) -> None:
+        if isinstance(self._order, StreamOrder):
+            self._order.fast_forward(passes, batches, position)
+        else:
+            self._order.fast_forward(passes, batches)
+
+    def position(self, batches: int) -> Any:
+        return self._order.position(batches) if isinstance(self._order, StreamOrder) else None
 
 
 class MixedBatches:
@@ -204,6 +223,7 @@ class MixedBatches:
         self._tasks = tasks
         self._generator = torch.Generator().manual_seed(seed)
         self._skip = 0
+        self._turns: list[int] = []
 
     def __len__(self) -> int:
         return sum(map(len, self._tasks))
@@ -216,7 +236,8 @@ class MixedBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         skip, self._skip = self._skip, 0
         streams = [iter(task) for task in self._tasks]
-        turns = self._draw()[skip:]
+        self._turns = self._draw()
+        turns = self._turns[skip:]
         for i, stream in enumerate(streams):
             if i not in turns:  # nothing of this pass is left of it: its order is passed over all the same
                 next(stream, None)
@@ -229,15 +250,20 @@ class MixedBatches:
     def split(self, batch: Mapping[str, Any], part: Mapping[str, Any], size: int) -> Sequence[Mapping[str, Any]]:
         return self._tasks[batch["task"]].split(batch, part, size)
 
-    def fast_forward(self, passes: int, batches: int) -> None:
+    def fast_forward(self, passes: int, batches: int, position: Any = None) -> None:
         for _ in range(passes):
             self._draw()
         state = self._generator.get_state()
         gone = self._draw()[:batches]
         self._generator.set_state(state)
         for i, task in enumerate(self._tasks):
-            task.fast_forward(passes, gone.count(i))
+            task.fast_forward(passes, gone.count(i), position[i] if position is not None else None)
         self._skip = batches
+
+    def position(self, batches: int) -> Any:
+        gone = self._turns[:batches]
+        found = [task.position(gone.count(i)) for i, task in enumerate(self._tasks)]
+        return None if all(place is None for place in found) else found
 
 
 class ReferenceBatches:

@@ -29,6 +29,7 @@ from keeplora.files import (
 )
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.run_files import check_shape, remedy
+from keeplora.transfer import refuse_address
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
@@ -110,6 +111,7 @@ class RunDirectory:
         KeepLoraError
             The folder holds a run or other files, is a file, cannot be made, or another process writes to it.
         """
+        refuse_address(path, "a run directory")
         run = cls(path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -150,6 +152,7 @@ class RunDirectory:
         KeepLoraError
             No such folder, no run in it, a run that stopped before it began, a later format, or another writer.
         """
+        refuse_address(path, "a run directory")
         run = cls(path)
         if not run.path.is_dir():
             raise KeepLoraError(f"no such run directory: {run.path}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keeplora.data import load_task, split_validation
+from keeplora.data.streams import SampleStream
 from keeplora.errors import ConfigError
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
@@ -87,6 +88,11 @@ def load_tasks(config: ExperimentConfig) -> tuple[list[Any], list[Any]]:
             own = {**own, "validation": wanted}
         task: Any = load_task(own, base)
         if isinstance(wanted, float):
+            if isinstance(task.train, SampleStream):
+                raise ConfigError(
+                    f"task {task.name!r}: `validation: {wanted}` would cut a stream, which is read once and in order; name a "
+                    f"split of its own, or give `validation: {{{task.name}: SPLIT}}`"
+                )
             task.train, task.validation = split_validation(task.train, wanted, config.seed)
         if config.evaluate_on == "validation":
             assert task.validation is not None  # checked with the configuration

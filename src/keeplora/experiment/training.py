@@ -123,7 +123,7 @@ class _Loop:
         if not (1 <= state.epoch <= self.epochs + 1 and 0 <= state.step <= len(self.batches)):
             raise CheckpointError(f"it stands at epoch {state.epoch}, step {state.step}, which this task does not have")
         resume_schedule(self.scheduler, self._steps())
-        self.batches.fast_forward(state.epoch - 1, state.step)
+        self.batches.fast_forward(state.epoch - 1, state.step, state.position)
         self.progress.line(
             f"goes on from its checkpoint, after step {self._steps()} of {self.epochs * len(self.batches)}"
         )
@@ -277,6 +277,7 @@ class _Loop:
 
     def _snapshot(self, rng: Rng | None = None) -> Snapshot:
         state = self.state
+        state.position = self.batches.position(state.step)
         state.log.seconds = time.perf_counter() - self.started
         if state.step:
             state.sums.seconds = time.perf_counter() - self.epoch_started

@@ -43,7 +43,7 @@ class LoopState:
         epoch: the one under way, from 1. step: steps of it that are done. done: nothing is left to train.
         best, best_score: parameters of the best epoch so far, and its validation accuracy. since_best: epochs after it.
         limit: most samples that go through the model at once. told_large: an update's size was warned of. learning_rate:
-            the configured one.
+            the configured one. position: what `Batches.position` gave, where the data is a stream.
     """
 
     epoch: int = 1
@@ -57,10 +57,13 @@ class LoopState:
     limit: int | None = None
     told_large: bool = False
     learning_rate: float = 0.0
+    position: Any = None
 
     def values(self) -> dict[str, Any]:
         """JSON values: all but `best`."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sums", "log", "best")}
+        if self.position is None:  # of streams alone
+            del found["position"]
         return {**found, "sums": asdict(self.sums), "log": asdict(self.log)}
 
     @classmethod

@@ -29,7 +29,7 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gr
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect
-from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.sampling import check_repeatable, statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
@@ -161,6 +161,8 @@ class ContinualLearner(TaskHistory):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
         if self.config.max_basis_bytes is not None:
             check_budget(self.U, self.config)
+        if self.protects and (feature_batches is None or self.config.memory == "gradients"):
+            check_repeatable(batches, f"task {name!r}: batches")
         frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
         task = OpenTask(

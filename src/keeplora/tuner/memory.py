@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from keeplora.errors import KeepLoraError
 
@@ -32,7 +32,8 @@ def halved(batches: Iterable[Any]) -> Iterable[Any] | None:
     True
     """
     if isinstance(batches, DataLoader):
-        if not isinstance(batches.sampler, SequentialSampler) or not batches.batch_size or batches.batch_size == 1:
+        ordered = isinstance(batches.sampler, SequentialSampler) or isinstance(batches.dataset, IterableDataset)
+        if not ordered or not batches.batch_size or batches.batch_size == 1:
             return None
         return DataLoader(
             batches.dataset, batch_size=batches.batch_size // 2, collate_fn=batches.collate_fn,

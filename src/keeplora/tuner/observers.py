@@ -272,10 +272,17 @@ def _collect_features(
     forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn,
 ) -> FeatureObserver:  # fmt: skip
     device = store.module(targets[0].name).weight.device
+    seen = False
     with quiet_model(model), FeatureObserver(targets, store) as observer:
         for batch in batches:
+            seen = True
             batch = to_device(batch, device)
             observer.masks = mask_fn(batch)
             forward_fn(model, batch)
+    if not seen:
+        raise ValueError(
+            "the feature pass was given no sample: the loader is empty, or its stream does not begin anew when it is "
+            "gone through again"
+        )
     observer.require_all_fired("input")
     return observer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from keeplora.errors import KeepLoraError
 
 
 def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) -> list[int]:
@@ -52,7 +55,9 @@ def statistics_batches(
 
     A `DataLoader` over a map-style dataset is rebuilt without shuffling and without ``drop_last``, so the pass draws
     no random number that training would have drawn, sees every sample once, and is cut by class where ``samples``
-    caps it. Any other iterable is taken as it comes and cut after ``samples``.
+    caps it. One over an `IterableDataset` is rebuilt too: the first ``samples`` of the stream, read by one worker at
+    most, since a stream that does not share itself out would come once from each. Of any other iterable, ``capped(samples)``
+    is asked for where it has that; else it is taken as it comes and cut after the batch that reaches ``samples``.
     """
     dataset = getattr(batches, "dataset", None)
     if isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset):
@@ -67,7 +72,45 @@ def statistics_batches(
             shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
             worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-    return batches if samples is None else _first(batches, samples)
+    if isinstance(batches, DataLoader) and isinstance(dataset, IterableDataset):
+        return _stream_loader(batches, dataset, samples, seed)
+    if samples is None:
+        return batches
+    capped = getattr(batches, "capped", None)
+    return capped(samples) if capped is not None else _first(batches, samples)
+
+
+class Head(IterableDataset[Any]):
+    """The first ``samples`` of a stream (None: all), from its start whenever it is gone through."""
+
+    def __init__(self, stream: Iterable[Any], samples: int | None) -> None:
+        self.stream, self.samples = stream, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.stream), self.samples)
+
+
+def _stream_loader(batches: DataLoader[Any], stream: Iterable[Any], samples: int | None, seed: int) -> Iterable[Any]:
+    whole = batches.batch_size is None  # the stream brings batches of its own, which are counted when they come
+    rebuilt: DataLoader[Any] = DataLoader(
+        Head(stream, None if whole else samples), batch_size=batches.batch_size, collate_fn=batches.collate_fn,
+        num_workers=min(1, batches.num_workers), worker_init_fn=batches.worker_init_fn,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    return _first(rebuilt, samples) if whole and samples is not None else rebuilt
+
+
+def check_repeatable(batches: Iterable[Any], what: str) -> None:
+    """Refuse what can be gone through only once: the gradient pass, training and the feature pass each begin anew.
+
+    Raises:
+        KeepLoraError: an iterator or generator.
+    """
+    if isinstance(batches, Iterator):
+        raise KeepLoraError(
+            f"{what} is a {type(batches).__name__}, which can be gone through only once, and a task goes through its data "
+            "several times; give a DataLoader, a list, or an object whose __iter__ begins anew"
+        )
 
 
 def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:

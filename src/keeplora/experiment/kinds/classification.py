@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from keeplora.data import PictureSet, TaskData
+from keeplora.data.streams import SampleStream
 from keeplora.data.video import Sampling
 from keeplora.errors import ConfigError
 from keeplora.experiment.candidates import Candidates, candidates_for
@@ -28,6 +29,7 @@ from keeplora.experiment.pictures import (
     shuffled_loader,
     worker_caches,
 )
+from keeplora.experiment.streams import PictureItems, StreamOrder, StreamTensors, streamed_loader
 from keeplora.methods import Method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
@@ -87,7 +89,15 @@ class Classification:
             self.data_set(task.validation) if task.validation is not None else None,
         )  # fmt: skip
 
-    def data_set(self, samples: PictureSet) -> PictureTensors:
+    def data_set(self, samples: PictureSet | SampleStream) -> Any:
+        if isinstance(samples, SampleStream):
+            if self.family.clip_frames is not None:
+                raise ConfigError(
+                    f"{samples.name}: a stream brings pictures, but {self.config.model.name} reads videos alone; choose CLIP or "
+                    "another model for pictures"
+                )
+            items = PictureItems(self.family, samples.spec.max_pixels)
+            return StreamTensors(samples, items, self.config.seed, self.sampling())
         self._check_medium(samples)
         cache = self._clips if samples.medium == "video" else self._cache
         return PictureTensors(samples, self.family, cache, sampling=self.sampling(), frames=self._frames)
@@ -102,14 +112,16 @@ class Classification:
     def objective(self, task: TaskData) -> TaskObjective:
         return TaskObjective(self.family, task, self.precision)
 
-    def prepare_head(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> None:
+    def prepare_head(
+        self, objective: TaskObjective, data: PictureTensors | StreamTensors, training: TrainingConfig
+    ) -> None:
         if self.method.classifier:
             objective.head = initial_head(objective, data, training.eval_batch_size)
 
     def statistics(
         self,
         objective: TaskObjective,
-        data: PictureTensors,
+        data: PictureTensors | StreamTensors,
         training: TrainingConfig,
         config: KeepLoraConfig,
         seed: int,
@@ -125,15 +137,20 @@ class Classification:
         }  # fmt: skip
 
     def batches(
-        self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig, seed: int
+        self, objective: TaskObjective, data: PictureTensors | StreamTensors, training: TrainingConfig, seed: int
     ) -> TaskBatches:
+        if isinstance(data, StreamTensors):
+            stream = StreamOrder(data.stream, training.batch_size, seed)
+            read = streamed_loader(data, stream, objective.collate, workers=training.workers)
+            return TaskBatches(data, stream, read, objective.split)
         order = ShuffledBatches(len(data), training.batch_size, seed)
         brought = shuffled_loader(data, order, objective.collate, workers=training.workers)
         return TaskBatches(data, order, brought, objective.split)
 
-    def first_batch(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> tuple[Any, int]:
+    def first_batch(self, objective: TaskObjective, data: Any, training: TrainingConfig) -> tuple[Any, int]:
         n = min(len(data), training.batch_size)
-        return objective.collate([data[i] for i in range(n)]), n
+        items = data.first(n) if isinstance(data, StreamTensors) else [data[i] for i in range(n)]
+        return objective.collate(items), n
 
     def _candidates(self, task: TaskData, learner: ContinualLearner) -> Candidates:
         learned = {record.name for record in learner.records}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from keeplora.data.conversations import ConversationSet, ConversationTask
+from keeplora.data.streams import SampleStream
 from keeplora.evaluation.judges import Judge, make_judge
 from keeplora.evaluation.scorers import JUDGED, score
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
@@ -31,6 +32,7 @@ from keeplora.experiment.environment import memory_bytes
 from keeplora.experiment.kinds.base import Sets
 from keeplora.experiment.pictures import TaskBatches, worker_caches
 from keeplora.experiment.samples import write_samples
+from keeplora.experiment.streams import ConversationItems, StreamOrder, StreamTensors, split_joined, streamed_loader
 from keeplora.files import atomic_write_text
 from keeplora.methods import Method
 from keeplora.models.generative import Generative
@@ -123,8 +125,11 @@ class Generation:
     def data_set(self, samples: ConversationSet) -> ConversationTensors:
         return self._tensors(samples, answers=False)
 
-    def _tensors(self, samples: ConversationSet, *, answers: bool) -> ConversationTensors:
+    def _tensors(self, samples: ConversationSet | SampleStream, *, answers: bool) -> Any:
         sampling = self.config.video.sampling_of()
+        if isinstance(samples, SampleStream):
+            items = ConversationItems(self.family, samples.spec.max_pixels)
+            return StreamTensors(samples, items, self.config.seed, sampling)
         return ConversationTensors(
             samples, self.family, self._cache, answers=answers, sampling=sampling, frames=self._frames
         )
@@ -152,7 +157,8 @@ class Generation:
     def prepare_head(self, objective: GenerationObjective, data: Any, training: TrainingConfig) -> None: ...
 
     def statistics(
-        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, config: KeepLoraConfig,
+        self, objective: GenerationObjective, data: ConversationTensors | StreamTensors, training: TrainingConfig,
+        config: KeepLoraConfig,
         seed: int,
     ) -> dict[str, Any]:  # fmt: skip
         size = training.micro_batch or training.batch_size
@@ -165,18 +171,29 @@ class Generation:
         }  # fmt: skip
 
     def batches(
-        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig, seed: int
+        self,
+        objective: GenerationObjective,
+        data: ConversationTensors | StreamTensors,
+        training: TrainingConfig,
+        seed: int,
     ) -> TaskBatches:
+        if isinstance(data, StreamTensors):
+            stream = StreamOrder(data.stream, training.batch_size, seed, grouped=training.group_by_length)
+            parts = Parts(self.family.join, training.micro_batch)
+            return TaskBatches(
+                data, stream, streamed_loader(data, stream, parts, workers=training.workers), split_joined
+            )
         order = training_order(data, training.batch_size, seed=seed, grouped=training.group_by_length)
         collate = Parts(self.family.join, training.micro_batch)
         loader = training_loader(data, order, collate, workers=training.workers)
         return TaskBatches(data, order, loader, partial(split_conversations, data, self.family.join))
 
     def first_batch(
-        self, objective: GenerationObjective, data: ConversationTensors, training: TrainingConfig
+        self, objective: GenerationObjective, data: ConversationTensors | StreamTensors, training: TrainingConfig
     ) -> tuple[Any, int]:
         n = min(len(data), training.micro_batch or training.batch_size)
-        return self.family.join([data[i] for i in range(n)]), n
+        items = data.first(n) if isinstance(data, StreamTensors) else [data[i] for i in range(n)]
+        return self.family.join(items), n
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
