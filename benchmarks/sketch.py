@@ -19,6 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -55,8 +56,9 @@ def gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def leading(X: Tensor, r: int) -> Tensor:
-    """The top r right singular vectors of X as rows."""
-    return torch.linalg.svd(X, full_matrices=False)[2][:r]
+    """The top r right singular vectors of X as rows, by the smaller Gram matrix: what matters here is energy alone."""
+    _, vectors = torch.linalg.eigh(X @ X.T)
+    return torch.linalg.qr(X.T @ vectors[:, -r:]).Q.T
 
 
 def ours(G: Tensor, r: int, numbers: int, seed: int) -> Tensor:
@@ -129,32 +131,26 @@ def _train(model: nn.Module, batches: Any, objective: Any, rate: float, epochs: 
 
 def energy(suite: str, tasks: int, seeds: Sequence[int]) -> None:
     shares: dict[tuple[str, str], list[float]] = {}
-    layers = 0
+    first, layers = next(iter(WAYS)), 0
     for _, _, G, r in real_residuals(suite, tasks):
         layers += 1
-        best = float(torch.linalg.svdvals(G)[:r].square().sum())
         n_out, n_in = G.shape
+        best = float(torch.linalg.svdvals(G)[:r].square().sum())
         if best == 0:
             continue
-
-        def note(budget: str, name: str, way: Way, numbers: int, G: Tensor = G, r: int = r, best: float = best) -> None:
+        tried = [(f"l = r + {p}r rows of in", first, ours, sketch_rows(n_out, r, p * r) * n_in) for p in (1, 2, 3, 7)]
+        tried += [
+            (f"(r + {p}r)(in + out)", name, way, (1 + p) * r * (n_in + n_out)) for p in (1, 2, 3) for name, way in WAYS.items()
+        ]  # fmt: skip
+        for budget, name, way, numbers in tried:
             for seed in seeds:
                 A = way(G, r, numbers, seed * 1_000_003 + layers)
                 shares.setdefault((budget, name), []).append(float((G @ A.T).square().sum()) / best)
-
-        for p in (1, 2, 3, 7):
-            note(f"l = r + {p}r" if p > 1 else "l = r + r", next(iter(WAYS)), ours, sketch_rows(n_out, r, p * r) * n_in)
-        for p in (1, 2, 3):
-            for name, way in WAYS.items():
-                note(f"(r + {p}r)(in + out)", name, way, (1 + p) * r * (n_in + n_out))
     print(f"{suite}, {layers} layers of {tasks} tasks, seeds {list(seeds)} of Ψ; {machine()}\n")
     print("| numbers per layer | way | median | 1st percentile | worst |\n| --- | --- | ---: | ---: | ---: |")
     for (budget, name), found in shares.items():
         found.sort()
-        print(
-            f"| {budget}{' rows of in' if budget[0] == 'l' else ''} | {name} | {median(found):.4f} | "
-            f"{found[len(found) // 100]:.4f} | {found[0]:.4f} |"
-        )
+        print(f"| {budget} | {name} | {median(found):.4f} | {found[len(found) // 100]:.4f} | {found[0]:.4f} |")
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
@@ -192,7 +188,7 @@ def cost(width: int, ranks: Sequence[int], tokens: int, repeats: int, factor: bo
         M4 = ["–", "–"]
         if factor:
             U = Subspace(torch.linalg.qr(torch.randn(width, width // 4)).Q)
-            M4 = [f"{timed(lambda M=M: residual_factor(M, U, r)):.2f}" for M in (G, Z)]
+            M4 = [f"{timed(partial(residual_factor, M, U, r)):.2f}" for M in (G, Z)]
         print(
             f"| {r} | {len(Z)} | {' | '.join(f'{size / 2**20:.1f}' for size in sizes)} | 1/{sizes[0] / sizes[1]:.1f} | "
             f"1/{sizes[0] / (sizes[1] + sizes[2]):.1f} | {seconds[0]:.3f} | {seconds[1]:.3f} | "
