@@ -139,6 +139,7 @@ def test_the_same_seed_gives_the_same_A_and_the_record_says_how_it_was_made():
     assert same(factors(one), factors(again))
     assert not same(factors(one), factors(other))
     assert not same(factors(one), factors(exact))
+    assert not same(factors(one), factors(opened(**{**SKETCH, "sketch_oversampling": 0})))
     for learner, mode in ((exact, "exact"), (one, "sketch")):
         record = learner.finish_task()
         assert record is not None
