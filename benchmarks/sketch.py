@@ -210,13 +210,10 @@ def accuracy(suite: str, seeds: Sequence[int], output: Path, overrides: Sequence
             config = load_config(values, {**given, "seed": seed, "output": str(path)}, known_methods=method_names())
             there = (path / "config.yaml").is_file()
             results = Experiment.resume(path, quiet=True) if there else Experiment(config, quiet=True).run()
-            last = dict(zip(results["tasks"] + results["probes"], results["accuracy"][-1], strict=False))
-            rows.append(
-                {
-                    "mean of the tasks": fmean(last[name] for name in results["tasks"]),
-                    "mean of the probes": fmean(last[name] for name in results["probes"]),
-                }
-            )
+            scores = [*results["accuracy"][-1], *results["probe_accuracy"][-1]]
+            last = dict(zip([*results["tasks"], *results["probes"]], scores, strict=True))
+            groups = {"mean of the tasks": results["tasks"], "mean of the probes": results["probes"]}
+            rows.append({group: fmean(last[name] for name in names) for group, names in groups.items() if names})
             print(f"seed {seed}, {mode}: {rows[-1]}", flush=True)
     print(f"\n{suite}, seeds {list(seeds)}, accuracy after the last task in percent; {machine()}\n")
     print("| | exact | sketch | sketch − exact, paired |\n| --- | ---: | ---: | ---: |")

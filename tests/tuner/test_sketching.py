@@ -72,7 +72,7 @@ def test_under_autocast_it_is_summed_in_float32():
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_checkpointed_blocks_every_sample_counts_once(reentrant):
-    model = llama.load()
+    model: Any = llama.load()
     learner = ContinualLearner(model, llama.config())
     exact = collect_gradients(model, learner.targets, learner.store, llama.batches(), llama.mean_loss)
     start = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5 on
