@@ -37,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def config(small: dict[str, Any], method: str, **training: Any) -> dict[str, Any]:
     method, _, sketched = method.partition(" ")
-    found = copy.deepcopy(small) | {"method": method}
+    found: dict[str, Any] = copy.deepcopy(small) | {"method": method}
     if sketched:
         found["tuner"] |= {"residual_gradient": "sketch", "sketch_oversampling": 2}
     found["training"] |= training
