@@ -50,7 +50,9 @@ def test_the_page_says_what_the_command_prints(printed):
 
 def test_fewer_targets_give_the_numbers_that_the_page_promises(printed):
     found = rows(printed[1], "│")
-    said = re.search(r"G falls to ([\d.]+ GiB), C to ([\d.]+ GiB)", " ".join(PAGE.read_text(encoding="utf-8").split()))
+    said = re.search(
+        r"G falls to ([\d.]+ [GM]iB), C to ([\d.]+ GiB)", " ".join(PAGE.read_text(encoding="utf-8").split())
+    )
     assert said is not None
     assert (found["G of all targets"][3], found["C of all inputs"][3]) == said.groups()
     assert "64 in model.language_model" in printed[1]

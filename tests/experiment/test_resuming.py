@@ -73,6 +73,7 @@ def assert_same(path: Path, straight: Path) -> None:
 
 CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("keeplora++", {}, PAINT + 3, "kill"),  # at the end of the first epoch
+    ("keeplora++", {"tuner": {"residual_gradient": "sketch", "sketch_oversampling": 2}}, PAINT + 5, "kill"),
     ("keeplora++-cls", {}, PAINT + 5, "kill"),
     ("keeplora++-cls", VALIDATED, 8, "term"),
     ("lora", VALIDATED, 9 + 5, "int"),

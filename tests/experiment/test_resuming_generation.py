@@ -36,7 +36,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def config(small: dict[str, Any], method: str, **training: Any) -> dict[str, Any]:
-    found = copy.deepcopy(small) | {"method": method}
+    method, _, sketched = method.partition(" ")
+    found: dict[str, Any] = copy.deepcopy(small) | {"method": method}
+    if sketched:
+        found["tuner"] |= {"residual_gradient": "sketch", "sketch_oversampling": 2}
     found["training"] |= training
     return found
 
@@ -50,6 +53,7 @@ def run(values: dict[str, Any], path: Path) -> Path:
     ("method", "training", "at", "how"),
     [
         ("keeplora++", {"micro_batch": 2}, STEPS + 3, "kill"),
+        ("keeplora++ sketched", {"micro_batch": 2}, STEPS + 5, "term"),
         ("replay", {"workers": 1, "group_by_length": False}, STEPS + 5, "term"),
     ],
 )

@@ -19,7 +19,7 @@ ROWS = (
     ("gradient of B and AdamW", "optimiser", "12 per trained parameter"),
     ("activations, micro-batch", "activations", "b T L block"),
     ("... checkpointed", "activations_checkpointed", "b T (L e H + block)"),
-    ("G of all targets", "gradients", "8 out in"),
+    ("G of all targets", "gradients", "8 out in; sketched 8 l in + 4 l out once"),
     ("C of all inputs", "covariances", "8 in^2"),
     ("keys and values, answering", "cache", "2 e L g d (T + new) eval_batch_size"),
     ("each past task beside it", "past", "4 r (in + out), quantised bases alone"),

@@ -84,6 +84,14 @@ class TunerConfig(Section):
     feature_samples: Samples | None = Field(
         default=None, description="cap on the samples of C: a number, a share of the task's data, or None for all"
     )
+    residual_gradient: Literal["auto", "exact", "sketch"] = Field(
+        default="auto",
+        description="what A is taken from: whole gradients, sketches of them, or auto: sketches where the gradients take more "
+        "than 4 GiB",
+    )
+    sketch_oversampling: int | None = Field(
+        default=None, ge=0, description="rows of a sketch beyond the rank; None: three times the rank"
+    )
     when_full: Literal["shrink", "freeze", "raise"] = Field(
         default="shrink", description="what becomes of a target without room for its rank"
     )

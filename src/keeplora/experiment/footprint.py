@@ -2,16 +2,17 @@
 
 Symbols, as in METHOD.md where it has them: P parameters, e bytes per element of the base's compute dtype (4 in fp32, else 2),
 T tokens of a sample in the language model, b the micro-batch, L blocks, H hidden width, I width of the MLP, h heads and g
-key/value heads of width d, V vocabulary, r' = min(r, in, out) of a target. Every function's docstring has its formula.
+key/value heads of width d, V vocabulary, r' = min(r, in, out) of a target, l rows of what the gradient pass sums of it: out, or
+min(out, r + p) where gradients are sketched. Every function's docstring has its formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keeplora.experiment.assumptions import Assumptions
-from keeplora.math import held_bytes
+from keeplora.math import held_bytes, sketch_rows
 
 BASES = ("fp32", "bf16", "8bit", "4bit")
 BLOCK_4BIT = 64
@@ -78,6 +79,7 @@ class Settings:
         protects: whether the method keeps U. gradients: M8g in place of M8.
         epochs, samples, gradient_samples, feature_samples, tests: one entry per task. probes: samples of all probes.
         free: those of ``trained`` that are the model's own, trained in full and not protected.
+        sketch: whether A is taken from sketched gradients. oversampling: p of these, None for 3 r.
     """
 
     trained: int
@@ -94,6 +96,12 @@ class Settings:
     tests: tuple[int, ...]
     probes: int = 0
     free: int = 0
+    sketch: bool = False
+    oversampling: int | None = None
+
+    def rows(self, target: Linear) -> int:
+        """l of a target."""
+        return sketch_rows(target.n_out, target.r, self.oversampling) if self.sketch else target.n_out
 
 
 def element(base: str) -> int:
@@ -121,9 +129,12 @@ def subspace_bytes(targets: Sequence[Linear], share: float) -> int:
     return sum(held_bytes(t.n_in, round(share * t.n_in)) for t in targets)
 
 
-def gradient_bytes(targets: Sequence[Linear]) -> int:
-    """G of all targets: Σ 8 out in, float64, and one float32 product 4 out in at a time."""
-    return sum(8 * t.n_in * t.n_out for t in targets) + max(4 * t.n_in * t.n_out for t in targets)
+def gradient_bytes(targets: Sequence[Linear], s: Settings) -> int:
+    """G of all targets: Σ 8 out in, float64, and one float32 product 4 out in at a time. Sketched, l in place of out, and
+    Ψ in float32, 4 l out for every height out and l that there is."""
+    heights = {(t.n_out, s.rows(t)) for t in targets} if s.sketch else set()
+    sums = sum(8 * t.n_in * s.rows(t) for t in targets) + max(4 * t.n_in * s.rows(t) for t in targets)
+    return sums + sum(4 * n_out * rows for n_out, rows in heights)
 
 
 def covariance_bytes(targets: Sequence[Linear]) -> int:
@@ -211,7 +222,7 @@ def memory(shape: ModelShape, targets: Sequence[Linear], settings: Settings, ass
 
     held, past = base_bytes(shape, base), factor_bytes(beside)
     factors, optimiser = 4 * (s.trained - s.free + s.frozen), 12 * s.trained
-    G = gradient_bytes(targets) if s.protects else 0
+    G = gradient_bytes(targets, s) if s.protects else 0
     C = covariance_bytes(targets) if s.protects and not s.gradients else 0
     cache = cache_bytes(shape, base, s.eval_batch, assume.answer_tokens)
     peak = max(
@@ -220,7 +231,7 @@ def memory(shape: ModelShape, targets: Sequence[Linear], settings: Settings, ass
     )  # fmt: skip
     copies = element(base) * (sum(t.n_in * t.n_out for t in merged) + s.free)
     U = 2 * subspace_bytes(targets, assume.k) if s.protects else 0
-    one = max(8 * t.n_in * (t.n_out if s.gradients else max(t.n_in, t.n_out)) for t in targets) if s.protects else 0
+    one = max(8 * t.n_in * (t.n_out if s.gradients else max(t.n_in, s.rows(t))) for t in targets) if s.protects else 0
     return Memory(
         held, factors, optimiser, activations(False), activations(True), G, C, cache, past,
         device=held + past * max(0, tasks - 1) + peak, copies=copies,
@@ -259,9 +270,11 @@ def seconds(
     """Estimated seconds per phase of the whole run.
 
     training: Σ epochs · N · (forward + backward + head 4 H V a + adapter (+ the blocks' forward again, checkpointed)) / tflops.
-    statistics: per sample of the gradient pass (forward + backward + head) / tflops + 2 out in T of every target / fp32_tflops,
-    with M8g once more after the task; with M8 forward / tflops + 2 in² T of every C / fp32_tflops.
-    decompositions: an SVD per target once (M1) and per task (M4), and an eigh 9 in³ (M8) or another SVD (M8g), on the host.
+    statistics: per sample of the gradient pass (forward + backward + head) / tflops + 2 out in T of every target, sketched
+    2 l (out + in) T, / fp32_tflops, with M8g once more after the task; with M8 forward / tflops + 2 in² T of every C /
+    fp32_tflops.
+    decompositions: an SVD per target once (M1) and per task (M4, of l rows), and an eigh 9 in³ (M8) or another SVD (M8g), on
+    the host.
     evaluation: (tasks + 1) · (tests · forward / tflops + batches · answer tokens · base / bandwidth).
     """
     fast, slow, host = 1e12 * assume.tflops, 1e12 * assume.fp32_tflops, 1e9 * assume.host_gflops
@@ -274,13 +287,14 @@ def seconds(
     out = {"training": sum(n * e for n, e in zip(s.samples, s.epochs, strict=True)) * step / fast if s.trained else 0.0}
     if s.protects:
         again = language if s.checkpointing else 0
-        outer = sum(2 * t.n_in * t.n_out * t.tokens for t in targets)
+        outer = sum(2 * t.tokens * (s.rows(t) * (t.n_in + t.n_out) if s.sketch else t.n_in * t.n_out) for t in targets)
         gram = sum(2 * t.n_in**2 * t.tokens for t in targets if not t.shared)
         G = (forward + backward_flops(shape) + head + again) / fast + outer / slow
         C = forward / fast + gram / slow
         after = sum(s.gradient_samples) * G if s.gradients else sum(s.feature_samples) * C
         svd = sum(svd_flops(t) for t in targets)
+        factor = sum(svd_flops(replace(t, n_out=s.rows(t))) for t in targets)
         protect = svd if s.gradients else sum(9 * t.n_in**3 for t in targets)
         out["statistics"] = sum(s.gradient_samples) * G + after
-        out["decompositions"] = (svd + len(s.epochs) * (svd + protect)) / host
+        out["decompositions"] = (svd + len(s.epochs) * (factor + protect)) / host
     return out | {"evaluation": (len(s.epochs) + 1) * tests * forward / fast + decoding}

@@ -19,6 +19,7 @@ from keeplora.experiment.results import peak_memory
 from keeplora.experiment.setup import Setup, load_tasks
 from keeplora.methods import get_method
 from keeplora.tuner.adapter import TaskAdapter, random_factor
+from keeplora.tuner.sketching import gradient_mode
 from keeplora.tuner.targets import Target
 
 if TYPE_CHECKING:
@@ -186,6 +187,8 @@ def make_footprint(config: ExperimentConfig, assume: Assumptions, setup: Setup |
         gradient_samples=tuple(min(n, c.gradient_samples or n) for n, c in zip(counts, tuners, strict=True)),
         feature_samples=tuple(min(n, c.feature_samples or n) for n, c in zip(counts, tuners, strict=True)),
         tests=tuple(row["test"] for row in rows), probes=sum(len(probe.test) for probe in probes), free=free,
+        sketch=gradient_mode(learner.config, [(t.n_in, t.n_out) for t in learner.targets]) == "sketch",
+        oversampling=learner.config.sketch_oversampling,
     )  # fmt: skip
     return Footprint(
         rows, missing, learner.targets, linears, shape, settings, assume, _base(config, drawn, setup),

@@ -22,6 +22,7 @@ from keeplora.math.leak import (
     weight_leak,
 )
 from keeplora.math.scales import SCHEDULES, layer_scales
+from keeplora.math.sketch import sketch, sketch_matrix, sketch_rows
 from keeplora.math.subspace import (
     append_directions,
     explained_share,
@@ -60,6 +61,9 @@ __all__ = [
     "rounding_floor",
     "spectral_norm",
     "shares",
+    "sketch",
+    "sketch_matrix",
+    "sketch_rows",
     "weight_basis",
     "weight_leak",
 ]

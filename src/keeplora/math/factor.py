@@ -16,7 +16,8 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     """A: the top directions of the residual gradient Ĝ = G (I − U Uᵀ) (M3, M4).
 
     Args:
-        G: (out, in), the new task's gradient at the merged weights.
+        G: (out, in), the new task's gradient at the merged weights, or its sketch Ψ G (l, in) with l ≥ min(r, out)
+            (`keeplora.math.sketch`).
         U: (in, k) orthonormal, the protected subspace; k may be 0 or in. As a `Subspace` it may be held by its complement N:
             Ĝ = (G N) Nᵀ then, and what is decomposed is (out, in − k).
         rank: r ≥ 1 as configured.

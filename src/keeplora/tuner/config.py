@@ -13,7 +13,13 @@ ROLE_KEYS = ("vision", "text", "language", "default")
 """Keys of per-tower mappings that may name a tower the model lacks: they come from presets that serve many families."""
 
 MEMORIES = ("features", "gradients")
+RESIDUAL_GRADIENTS = ("auto", "exact", "sketch")
 WHEN_FULL = ("shrink", "freeze", "raise")
+
+SKETCH_NEEDS_FEATURES = (
+    "residual_gradient: sketch never holds a whole gradient, which memory: gradients (M8g) protects; set memory: features "
+    "(the presets that end in -features), or residual_gradient: auto"
+)
 
 
 def _help(text: str, default: Any = None, **kwargs: Any) -> Any:
@@ -68,6 +74,13 @@ class KeepLoraConfig:
     gradient_samples: int | None = _help(
         "Cap on the samples that the gradient G is taken over, stratified by class; None: all.", None
     )
+    residual_gradient: str = _help(
+        "What A is taken from (M3, M4): exact (G of every target, held at once), sketch (Z = Ψ G, r + p random mixtures of "
+        "its rows: a fraction of the memory), or auto (exact while G of all targets takes at most 4 GiB, and always with "
+        "memory: gradients).",
+        "auto",
+    )
+    sketch_oversampling: int | None = _help("p, rows of the sketch beyond the rank; None: 3 r.", None)
     feature_samples: int | None = _help(
         "Cap on the samples that the covariance C is taken over, stratified by class; None: all.", None
     )
@@ -107,6 +120,17 @@ class KeepLoraConfig:
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")
         if self.memory not in MEMORIES:
             raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
+        if self.residual_gradient not in RESIDUAL_GRADIENTS:
+            raise ConfigError(
+                f"residual_gradient: unknown mode {self.residual_gradient!r}"
+                f"{did_you_mean(str(self.residual_gradient), RESIDUAL_GRADIENTS)}"
+            )
+        if self.residual_gradient == "sketch" and self.memory == "gradients":
+            raise ConfigError(SKETCH_NEEDS_FEATURES)
+        self._check(
+            "sketch_oversampling", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+            "be an integer of at least 0, or None for 3 r",
+        )  # fmt: skip
         if self.when_full not in WHEN_FULL:
             raise ConfigError(
                 f"when_full: unknown policy {self.when_full!r}{did_you_mean(str(self.when_full), WHEN_FULL)}"

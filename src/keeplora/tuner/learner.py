@@ -30,6 +30,7 @@ from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect
 from keeplora.tuner.sampling import check_repeatable, statistics_batches
+from keeplora.tuner.sketching import gradients_for_factor
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
@@ -345,7 +346,7 @@ class ContinualLearner(TaskHistory):
         started = time.perf_counter()
         batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
         targets = [t for t in self.targets if t.name not in task.frozen]
-        G = collect_gradients(self.model, targets, self.store, batches, task.loss_fn, task.mask_fn)
+        G = gradients_for_factor(self, task, targets, batches)
         A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U.subspace(t.name), t.r) for t in targets}
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")

@@ -119,6 +119,10 @@ class GradientObserver(_Observer):
         super().__init__(targets, store)
         self.G: dict[str, Tensor] = {}
 
+    def _product(self, target: Target, g: Tensor, x: Tensor) -> Tensor:
+        """What a batch adds: gᵀ x of the output's gradient g (T, out) and the input x (T, in), float32."""
+        return g.T @ x
+
     def _attach(self, target: Target, module: nn.Linear) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():  # the first half of a checkpointed block; it comes again with gradients
@@ -135,7 +139,7 @@ class GradientObserver(_Observer):
                     raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
                 with torch.autocast(g.device.type, enabled=False):
                     rows = self._rows(target, x, 1.0)
-                    G = g.detach().to(torch.float32).reshape(-1, g.shape[-1]).T @ rows
+                    G = self._product(target, g.detach().to(torch.float32).reshape(-1, g.shape[-1]), rows)
                 self.fired.add(target.name)
                 if target.name in self.G:
                     self.G[target.name] += G
@@ -215,27 +219,31 @@ def sum_and_count(loss: Any, batch: Any) -> tuple[Tensor, int]:
 def collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
     mask_fn: MaskFn = attention_masks,
+    observe: Callable[[Sequence[Target], WeightStore], GradientObserver] = GradientObserver,
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
     Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+
+    Args:
+        observe: makes the observer; another than the default's may sum something else that is linear in G.
 
     Raises:
         TargetError: a target that no gradient reached in the first batch.
         FloatingPointError: a loss that is not finite.
     """
     return in_smaller_batches(
-        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn)
+        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn, observe)
     )
 
 
 def _collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
-    mask_fn: MaskFn,
+    mask_fn: MaskFn, observe: Callable[[Sequence[Target], WeightStore], GradientObserver],
 ) -> dict[str, Tensor]:  # fmt: skip
     device = store.module(targets[0].name).weight.device
     total = 0
-    with quiet_model(model), GradientObserver(targets, store) as observer:
+    with quiet_model(model), observe(targets, store) as observer:
         for batch in batches:
             batch = to_device(batch, device)
             observer.masks = mask_fn(batch)
