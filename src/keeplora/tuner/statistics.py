@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from keeplora.errors import CapacityError
-from keeplora.tuner.observers import FeatureObserver, collect_features
+from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
+from keeplora.tuner.observers import FeatureObserver, collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.targets import Target
 
@@ -17,14 +18,48 @@ if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner, OpenTask
 
 
-def task_features(learner: ContinualLearner, task: OpenTask) -> FeatureObserver:
-    """C of every target over the task's data at the model's present weights (M8); the adapter must be out."""
+def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = False) -> FeatureObserver:
+    """C of every target over the task's data at the model's present weights (M8); the adapter must be out.
+
+    ``exact``: C itself also where the config asks for a sketch.
+    """
     config, batches = learner.config, task.feature_batches
+    tolerance, enough = config.statistics_tolerance, None
     if batches is None:
-        batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
-    return collect_features(
-        learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn
+        batches = statistics_batches(
+            task.batches, config.feature_samples, config.seed, task.labels, endable=tolerance is not None
+        )
+    if tolerance is not None:
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy))
+    found = collect_features(
+        learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
+        None if exact else config.covariance_sketch,
+    )  # fmt: skip
+    _note(task, "features", enough)
+    return found
+
+
+def task_gradients(
+    learner: ContinualLearner, task: OpenTask, targets: Sequence[Target], *, memory: bool = False
+) -> dict[str, Tensor]:
+    """G of ``targets`` over the task's data at the model's present weights (M2), for A or, with ``memory``, for M8g."""
+    config, tolerance, enough = learner.config, learner.config.statistics_tolerance, None
+    batches = statistics_batches(
+        task.batches, config.gradient_samples, config.seed, task.labels, endable=tolerance is not None
     )
+    if tolerance is not None:
+        subspace = learner.U.subspace
+        change = BasisChange(subspace, learner.feature_energy, gradients=True) if memory else FactorChange(targets, subspace)
+        enough = Enough(tolerance, change)
+    G = collect_gradients(learner.model, targets, learner.store, batches, task.loss_fn, task.mask_fn, enough)
+    _note(task, "memory" if memory else "gradient", enough)
+    return G
+
+
+def _note(task: OpenTask, what: str, enough: Enough | None) -> None:
+    """Say in the task's info how many samples a pass took that might end early."""
+    if enough is not None:
+        task.info["statistics"] = {**task.info.get("statistics", {}), what: enough.report()}
 
 
 def report_capacity(task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str) -> None:
