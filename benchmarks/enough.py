@@ -95,9 +95,7 @@ def one_task(setup: Any, task: Any) -> list[list[Any]]:
         kept = gains(A)
         worst = min(a / b for a, b in zip(kept, best, strict=True) if b > 0)
         _, V, used_basis, seconds_basis = statistics.basis(tolerance)
-        true = {
-            name: explained_share(torch.cat([statistics.U[name], v], dim=1), C(name)) for name, (v, _) in V.items()
-        }
+        true = {name: explained_share(torch.cat([statistics.U[name], v], dim=1), C(name)) for name, (v, _) in V.items()}
         low = min(true, key=true.__getitem__)
         columns = sum(v.shape[1] for v, _ in V.values()) / sum(v.shape[1] for v, _ in V_all.values())
         rows.append(
@@ -126,7 +124,9 @@ def accuracy(suite: str, seeds: list[int], output: Path) -> None:
     base = [fmean(r["accuracy"][-1]) for r in found[None]]
     for tolerance, runs in found.items():
         last = [fmean(r["accuracy"][-1]) for r in runs]
-        print(f"| {tolerance} | {mean_interval(last)} | {paired_difference(last, base) if tolerance is not None else ''} |")
+        print(
+            f"| {tolerance} | {mean_interval(last)} | {paired_difference(last, base) if tolerance is not None else ''} |"
+        )
 
 
 if __name__ == "__main__":

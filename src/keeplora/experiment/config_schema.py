@@ -89,7 +89,8 @@ class TunerConfig(Section):
         "less than this share; None: all samples"
     )  # fmt: skip
     covariance_sketch: Count | None = Field(
-        default=None, description="rows that stand for C where a layer's inputs are at least four times as wide; None: C itself"
+        default=None,
+        description="rows that stand for C where a layer's inputs are at least four times as wide; None: C itself",
     )
     when_full: Literal["shrink", "freeze", "raise"] = Field(
         default="shrink", description="what becomes of a target without room for its rank"

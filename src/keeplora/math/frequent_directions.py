@@ -1,10 +1,10 @@
 """A covariance in few rows: frequent directions, with an error bound that is known afterwards.
 
-C = Σ x xᵀ of a layer that reads ``in`` numbers takes in² of them; the sketch B takes ℓ × in, and BᵀB stands for C. Liberty (KDD
-2013), Ghashami, Liberty, Phillips & Woodruff (SIAM J. Comput. 2016, arXiv 1501.01711). Rows are collected until the buffer is full;
-then its spectrum is cut to ℓ directions and δ = σ²_{ℓ+1} is taken off. Where Liberty takes δ off all of the ℓ, here it is
-taken off the last fifth of them alone (α-FD with α = 0.2: Desai, Ghashami & Phillips, IEEE TKDE 2016, arXiv 1501.06561): the leading
-directions keep their energy, which matters since what they explain is reported, and the bound stays.
+C = Σ x xᵀ of a layer that reads ``in`` numbers takes in² of them; the sketch B takes ℓ × in, and BᵀB stands for C. Liberty
+(KDD 2013); Ghashami, Liberty, Phillips & Woodruff (SIAM J. Comput. 2016, arXiv 1501.01711). Rows are collected until the buffer
+is full; then its spectrum is cut to ℓ directions and δ = σ²_{ℓ+1} is taken off. Where Liberty takes δ off all of the ℓ, here it
+is taken off the last fifth of them alone (α-FD with α = 0.2: Desai, Ghashami & Phillips, IEEE TKDE 2016, arXiv 1501.06561): the
+leading directions keep their energy, which matters since what they explain is reported, and the bound stays.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FrequentDirections:
     >>> for x in torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0], [3.0, 0.0, 0.0], [1.0, 0.0, 0.0]]):
     ...     fd.add(x[None])
     >>> sketch = fd.sketch()
-    >>> sketch.trace, round(sketch.shed, 3), round(24 * float(sketch.shares(torch.eye(3)[:, :1])), 3)   # 19 lie along the first axis
+    >>> sketch.trace, round(sketch.shed, 3), round(24 * float(sketch.shares(torch.eye(3)[:, :1])), 3)   # axis 1 has 19
     (24.0, 1.0, 19.0)
     """
 

@@ -67,9 +67,9 @@ def right_vectors(M: Tensor) -> tuple[Tensor, Tensor]:
         M: (out, in) float64.
 
     Returns:
-        (sigma, V): sigma (n,) falling, V (in, n), n = min(out, in). In fp64 a singular value is right to about
-        eps(fp64) · σ_1² / σ_i, so what lies below σ_1 · 1e-7 is noise; everything that calls this cuts at max(out, in) · eps(fp32) ·
-        σ_1, far above. Columns of V for out < in are Mᵀ L / σ: orthonormal to eps(fp64) · (σ_1 / σ_i)², to be passed through a QR.
+        (sigma, V): sigma (n,) falling, V (in, n), n = min(out, in). A singular value is right to about eps(fp64) · σ_1² / σ_i,
+        so what lies below σ_1 · 1e-7 is noise; everything that calls this cuts at max(out, in) · eps(fp32) · σ_1, far above.
+        Columns of V for out < in are Mᵀ L / σ: orthonormal to eps(fp64) · (σ_1 / σ_i)², to be passed through a QR.
 
     Only one side's vectors are made: 0.6 of an SVD's time for a square matrix, a third and less for one of 4 : 1
     (``benchmarks/task_boundary.py``).

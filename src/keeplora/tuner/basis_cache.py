@@ -1,7 +1,7 @@
 """U₀ of weights that were decomposed before (M1), from the user's cache.
 
-One safetensors file per weight under ``bases/`` of `keeplora.files.cache_dir`. Its name is a SHA-256 of everything that the bits of U₀
-depend on: the weight's bytes, dtype and shape, ε_w, this module's `RECIPE`, and what computes: torch, its BLAS and the
+One safetensors file per weight under ``bases/`` of `keeplora.files.cache_dir`. Its name is a SHA-256 of everything that the bits
+of U₀ depend on: the weight's bytes, dtype and shape, ε_w, this module's `RECIPE`, and what computes: torch, its BLAS and the
 instructions of the processor. What is read is the same bits that would be computed; a file that is damaged, or is not of that
 weight, counts as none. The cache is never needed: ``KEEPLORA_NO_CACHE=1`` turns it off, files may be deleted at any time, and no
 fault of the disk is anyone's concern.
@@ -33,7 +33,7 @@ SMALLEST_SIDE = 256
 DEFAULT_BYTES = 4 * 2**30
 """Most that the cache takes; ``KEEPLORA_BASES_BYTES`` sets another number. What was used longest ago goes first."""
 LEAST_AGE = 3600.0
-"""Seconds for which a file that was used is left alone, so that a model larger than the cache does not push its own layers out."""
+"""Seconds for which a file that was used is left alone: a model larger than the cache must not push its own layers out."""
 _ORTHONORMAL = 1e-5
 _SLACK = 1e-4
 
@@ -78,19 +78,25 @@ def _folder() -> Path:
 def _computer() -> str:
     """What the bits of a decomposition depend on beside its input."""
     return json.dumps(
-        [RECIPE, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__config__.show()]
+        [
+            RECIPE,
+            torch.__version__,
+            platform.machine(),
+            torch.backends.cpu.get_cpu_capability(),
+            torch.__config__.show(),
+        ]
     )
 
 
 def _key(W: Tensor, energy: float) -> str:
     W = W.detach().cpu().contiguous()
     digest = hashlib.sha256(json.dumps([_computer(), str(W.dtype), list(W.shape), float(energy)]).encode())
-    digest.update(W.view(torch.uint8).numpy())
+    digest.update(memoryview(W.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
 def _sum(held: Tensor) -> str:
-    return hashlib.sha256(held.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(memoryview(held.contiguous().view(torch.uint8).numpy())).hexdigest()
 
 
 def _read(path: Path, key: str, W: Tensor, energy: float) -> Subspace | None:

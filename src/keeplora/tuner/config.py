@@ -72,8 +72,8 @@ class KeepLoraConfig:
         "Cap on the samples that the covariance C is taken over, stratified by class; None: all.", None
     )
     statistics_tolerance: float | None = _help(
-        "Stop a statistics pass (G, and C) early: samples come in a seeded order with the classes mixed, and the pass ends once "
-        "twice as many samples change what is taken from them by less than this share, 0 to below 1 (`keeplora.tuner.convergence`). "
+        "End a statistics pass (G, and C) early: samples come in a seeded order with the classes mixed, and the pass ends once "
+        "twice the samples change what is taken from them by less than this share, 0 to below 1 (keeplora.tuner.convergence). "
         "None: all samples.",
         None,
     )

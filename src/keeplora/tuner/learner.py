@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
-from keeplora.math import residual_factor
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
@@ -31,7 +30,7 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect
-from keeplora.tuner.statistics import report_capacity, task_features, task_gradients
+from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
@@ -348,10 +347,7 @@ class ContinualLearner(TaskHistory):
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
         """A per target: the top directions of the residual gradient (M2–M4)."""
         started = time.perf_counter()
-        targets = [t for t in self.targets if t.name not in task.frozen]
-        G, U = task_gradients(self, task, targets), self.U
-        factors = over_layers(lambda t: residual_factor(G.pop(t.name).cpu(), U.subspace(t.name), t.r), targets)
-        A = {t.name: a for t, a in zip(targets, factors, strict=True)}
+        A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
@@ -370,7 +366,7 @@ class ContinualLearner(TaskHistory):
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""
         if self.config.memory == "gradients":
-            protect(self, record, task_gradients(self, task, self.targets, memory=True).pop)
+            protect(self, record, task_gradients(self, task).pop)
         else:
             features = task_features(self, task)
             protect(self, record, features.C, features.leader)

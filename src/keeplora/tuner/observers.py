@@ -152,7 +152,7 @@ class GradientObserver(_Observer):
 
 
 SKETCH_WIDTH = 4
-"""A sketch of ℓ rows is held where the inputs are at least this many times ℓ wide: half of C's bytes, its buffer being 2 ℓ rows."""
+"""A sketch of ℓ rows is held where the inputs are at least this many times ℓ wide: its buffer of 2 ℓ rows is half of C then."""
 
 
 class FeatureObserver(_Observer):
@@ -270,7 +270,8 @@ def collect_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
-    With ``enough`` the pass may end before the last batch. Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    With ``enough`` the pass may end before the last batch.
+    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
 
     Raises:
         TargetError: a target that no gradient reached in the first batch.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from keeplora.tuner.ledger import TaskRecord
 
 SKETCH = "covariance_sketch"
-"""Key of ``record.info``: the rows ℓ, and per layer that a sketch stood in for C at, the bound on ‖C − BᵀB‖₂ as a share of tr C."""
+"""Key of ``record.info``: the rows ℓ, and per layer where a sketch stood for C the bound on ‖C − BᵀB‖₂, as a share of tr C."""
 GIVEN_UP = "given_up"
 """Key of ``record.info``: per layer and task, ε_t before and after the directions that this record took out of force."""
 
@@ -42,7 +42,10 @@ class _Joined:
 
 
 def protect(
-    learner: ContinualLearner, record: TaskRecord, source: Callable[[str], Matrix], shared: Mapping[str, str] | None = None
+    learner: ContinualLearner,
+    record: TaskRecord,
+    source: Callable[[str], Matrix],
+    shared: Mapping[str, str] | None = None,
 ) -> None:
     """Fill the record with what the task adds to U, and give the learner the U that follows.
 
@@ -84,8 +87,17 @@ def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str
     done: list[tuple[Subspace, Tensor, Tensor, float, _Joined]] = []
     joined: dict[str, _Joined] = {}
     for name in names:
-        S, added, mask, energy = U.subspace(name), U.added_in_force(name), U.in_force(name), learner.feature_energy(name)
-        same = (j for s, a, m, e, j in done if e == energy and _same(s, S) and torch.equal(a, added) and torch.equal(m, mask))
+        S, added, mask, energy = (
+            U.subspace(name),
+            U.added_in_force(name),
+            U.in_force(name),
+            learner.feature_energy(name),
+        )
+        same = (
+            j
+            for s, a, m, e, j in done
+            if e == energy and _same(s, S) and torch.equal(a, added) and torch.equal(m, mask)
+        )
         twin = next(same, None)
         if twin is not None:
             joined[name] = replace(twin, V=twin.V.clone())  # records are written tensor by tensor

@@ -88,7 +88,12 @@ class EndableBatches:
 
 
 def statistics_batches(
-    batches: Iterable[Any], samples: int | None, seed: int, labels: Sequence[int] | None = None, *, endable: bool = False
+    batches: Iterable[Any],
+    samples: int | None,
+    seed: int,
+    labels: Sequence[int] | None = None,
+    *,
+    endable: bool = False,
 ) -> Iterable[Any]:
     """The batches for one pass of statistics.
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from keeplora.errors import CapacityError
+from keeplora.math import residual_factor
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
+from keeplora.tuner.layerwise import over_layers
 from keeplora.tuner.observers import FeatureObserver, collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.targets import Target
@@ -39,21 +41,36 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
     return found
 
 
-def task_gradients(
-    learner: ContinualLearner, task: OpenTask, targets: Sequence[Target], *, memory: bool = False
-) -> dict[str, Tensor]:
-    """G of ``targets`` over the task's data at the model's present weights (M2), for A or, with ``memory``, for M8g."""
-    config, tolerance, enough = learner.config, learner.config.statistics_tolerance, None
-    batches = statistics_batches(
-        task.batches, config.gradient_samples, config.seed, task.labels, endable=tolerance is not None
-    )
+def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
+    """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
+    tolerance, U = learner.config.statistics_tolerance, learner.U
+    targets = [t for t in learner.targets if t.name not in task.frozen]
+    change = FactorChange(targets, U.subspace)
+    enough = None if tolerance is None else Enough(tolerance, change)
+    G = _gradients(learner, task, targets, enough)
+    _note(task, "gradient", enough)
+    if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
+        return change.A
+    factors = over_layers(lambda t: residual_factor(G.pop(t.name).cpu(), U.subspace(t.name), t.r), targets)
+    return {t.name: a for t, a in zip(targets, factors, strict=True)}
+
+
+def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
+    """G of every target over the task's data at the model's present weights, to be remembered (M8g)."""
+    tolerance, enough = learner.config.statistics_tolerance, None
     if tolerance is not None:
-        subspace = learner.U.subspace
-        change = BasisChange(subspace, learner.feature_energy, gradients=True) if memory else FactorChange(targets, subspace)
-        enough = Enough(tolerance, change)
-    G = collect_gradients(learner.model, targets, learner.store, batches, task.loss_fn, task.mask_fn, enough)
-    _note(task, "memory" if memory else "gradient", enough)
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True))
+    G = _gradients(learner, task, learner.targets, enough)
+    _note(task, "memory", enough)
     return G
+
+
+def _gradients(
+    learner: ContinualLearner, task: OpenTask, targets: Sequence[Target], enough: Enough | None
+) -> dict[str, Tensor]:
+    samples, seed = learner.config.gradient_samples, learner.config.seed
+    batches = statistics_batches(task.batches, samples, seed, task.labels, endable=enough is not None)
+    return collect_gradients(learner.model, targets, learner.store, batches, task.loss_fn, task.mask_fn, enough)
 
 
 def _note(task: OpenTask, what: str, enough: Enough | None) -> None:
