@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,7 +50,8 @@ def test_the_same_bits_and_the_same_layout(folder, computed, energy, dtype):
     assert made.by_complement == read.by_complement == plain.by_complement
     assert torch.equal(made.held, read.held)
     assert torch.equal(made.held, plain.held)
-    assert made.held.stride() == read.held.stride()
+    assert made.held.is_contiguous()
+    assert read.held.is_contiguous()
 
 
 def test_what_the_result_depends_on_is_in_the_name(folder, computed, monkeypatch):
@@ -173,18 +174,20 @@ def test_a_model_larger_than_the_cache_does_not_push_its_own_layers_out(folder, 
     assert len(computed) == 3  # the first is there each time
 
 
-def _write(path: str, seed: int) -> bool:
-    os.environ |= {"KEEPLORA_CACHE": path, "KEEPLORA_NO_CACHE": "0"}
-    cache.SMALLEST_SIDE = 32
-    torch.set_num_threads(1)
-    plain = weight_basis(weight(seed), 0.3)
-    return all(torch.equal(weight_subspace(weight(seed), 0.3).held, plain) for _ in range(20))
+def test_writers_at_once(folder, computed):
+    """None of them sees a part of a file, whoever is first."""
+    plain = weight_basis(weight(), 0.3)
 
+    def work(i: int) -> bool:
+        if i % 3 == 0:
+            for file in files(folder):
+                file.unlink(missing_ok=True)
+        return torch.equal(weight_subspace(weight(), 0.3).held, plain)
 
-def test_two_writers_at_once(folder):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert pool.starmap(_write, [(str(folder.parent), 0)] * 4) == [True] * 4
-    assert len(files(folder)) == 1
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(60)))
+    assert 1 < len(computed) < 60
+    assert len(files(folder)) <= 1
 
 
 def test_a_learner_starts_from_it(folder, computed):

@@ -31,6 +31,7 @@ def statistics(loader=None, labels=None, **kwargs):
     """The info and the record of one task under these settings."""
     learner = ContinualLearner(make_net(), config(**kwargs))
     loader = data() if loader is None else loader
+    torch.manual_seed(0)  # dropout
     with learner.task("one", loader, loss_fn, labels=labels) as model:
         train(model, list(data(16)), steps=1)
     return learner.records[0]
@@ -90,7 +91,7 @@ def test_deterministic_and_by_the_seed():
 
 
 def test_gradient_memory():
-    told = statistics(statistics_tolerance=0.3, memory="gradients").info["statistics"]
+    told = statistics(statistics_tolerance=0.9, memory="gradients").info["statistics"]
     assert set(told) == {"gradient", "memory"}
     assert told["memory"]["samples"] < N
 

@@ -72,6 +72,7 @@ def learned(n: int) -> ContinualLearner:
     learner = ContinualLearner(make_net(), config())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("keeplora.tuner.layerwise.one_thread", lambda: nullcontext(n))
+        torch.manual_seed(0)  # dropout
         with learner.task("one", loader(), loss_fn) as model:
             train(model, loader())
     return learner

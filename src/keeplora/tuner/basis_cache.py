@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,14 +90,19 @@ def _computer() -> str:
 
 
 def _key(W: Tensor, energy: float) -> str:
-    W = W.detach().cpu().contiguous()
+    W = W.detach().cpu()
     digest = hashlib.sha256(json.dumps([_computer(), str(W.dtype), list(W.shape), float(energy)]).encode())
-    digest.update(memoryview(W.view(torch.uint8).numpy()))
+    digest.update(_bytes(W))
     return digest.hexdigest()
 
 
+def _bytes(M: Tensor) -> memoryview:
+    data: Any = M.flatten().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
 def _sum(held: Tensor) -> str:
-    return hashlib.sha256(memoryview(held.contiguous().view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(_bytes(held)).hexdigest()
 
 
 def _read(path: Path, key: str, W: Tensor, energy: float) -> Subspace | None:
