@@ -2,6 +2,7 @@
 
     python benchmarks/enough.py                                # the statistics of the demo suite's tasks: ten minutes
     python benchmarks/enough.py --tasks 2                      # of its first two tasks
+    python benchmarks/enough.py --suite demo-small --tasks 1 --rows 96    # covariances in 96 rows in place of 384 × 384
     python benchmarks/enough.py --accuracy 0 1 2 --output runs/enough     # and whole runs on demo, paired by seed (hours)
 
 For every task on the untouched model and every tolerance:
@@ -107,6 +108,25 @@ def one_task(setup: Any, task: Any) -> list[list[Any]]:
     return rows
 
 
+def in_few_rows(setup: Any, task: Any, rows: int) -> None:
+    """What a sketch of ``rows`` rows claims to explain, and what its directions truly do, beside C itself."""
+    statistics = Statistics(setup, task)
+    learner, U = statistics.learner, statistics.U
+    C, exact, _, _ = statistics.basis(None)
+    features = collect_features(
+        learner.model, statistics.vision, learner.store, statistics.batches(None), statistics.objective.forward,
+        statistics.given["mask_fn"], sketch=rows,
+    )  # fmt: skip
+    claimed, true, columns = [], [], []
+    for name, (v, _) in exact.items():
+        V, share = directions(U.subspace(name), features.C(name), learner.feature_energy(name))
+        claimed.append(share)
+        true.append(explained_share(torch.cat([U[name], V], dim=1), C(name)))
+        columns.append(V.shape[1] / max(1, v.shape[1]))
+    for what, values in (("ε_t claimed", claimed), ("true", true), ("columns, of those from C", columns)):
+        print(f"{task.name}, {rows} rows: {what}: least {min(values):.3f}, median {median(values):.3f}", flush=True)
+
+
 def accuracy(suite: str, seeds: list[int], output: Path) -> None:
     """Final accuracy and statistics seconds of whole runs, with and without a tolerance, paired by seed."""
     found: dict[float | None, list[dict[str, Any]]] = {}
@@ -133,6 +153,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--suite", default="demo")
     parser.add_argument("--tasks", type=int, default=None, help="the first so many tasks; default: all")
+    parser.add_argument("--rows", type=int, default=None, help="only compare sketches of so many rows with C")
     parser.add_argument("--accuracy", type=int, nargs="*", metavar="SEED", help="whole runs under these seeds")
     parser.add_argument("--output", type=Path, default=Path("runs/enough"))
     given = parser.parse_args()
@@ -140,6 +161,10 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         config = load_config({"suite": given.suite, "method": "keeplora++"}, {}, known_methods=method_names())
         setup = prepare(config)
+        if given.rows is not None:
+            for task in setup.tasks[: given.tasks]:
+                in_few_rows(setup, task, given.rows)
+            parser.exit()
         columns = ("task", "tolerance", "used for A", "gain", "worst layer", "time", "used for U", "ε_t worst layer", "median",
                    "claimed there", "columns", "time")  # fmt: skip
         print(f"ε_f: {config.tuner.energy_features}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")

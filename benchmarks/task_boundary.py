@@ -96,8 +96,20 @@ def side_by_side(repeat: int) -> None:
     def work(x: Tensor) -> Tensor:
         return new_directions(S, x.T @ x, 0.99)[0]
 
-    found = pair(lambda: over_layers(work, layers), lambda: [work(x) for x in layers], repeat, time.perf_counter)
-    print(f"| twelve layers of 384, {torch.get_num_threads()} threads / one by one, wall time | {found} |", flush=True)
+    def one_by_one(threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for x in layers:
+            work(x)
+        torch.set_num_threads(before)
+
+    threads = torch.get_num_threads()
+    for n in sorted({1, threads}):
+        found = pair(lambda: over_layers(work, layers), lambda n=n: one_by_one(n), repeat, time.perf_counter)
+        print(
+            f"| twelve layers of 384 on {threads} cores / one by one with {n} threads each, wall time | {found} |",
+            flush=True,
+        )
 
 
 def sketched(repeat: int, n: int = 3072, rank: int = 384) -> None:

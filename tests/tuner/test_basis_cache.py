@@ -92,7 +92,7 @@ def rewritten(path, change):
 
 def flip(path):
     data = bytearray(path.read_bytes())
-    data[-5] ^= 1  # the lowest bits of a number: still orthonormal
+    data[-4] ^= 1  # the lowest bit of the last number: still orthonormal
     path.write_bytes(data)
 
 

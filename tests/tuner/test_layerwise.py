@@ -49,6 +49,7 @@ def test_as_many_as_there_are_threads_and_one_thread_each(threads):
 
     assert over_layers(work, range(3)) == [(0, 1), (1, 1), (2, 1)]
     assert torch.get_num_threads() == 3
+    assert over_layers(lambda i: torch.get_num_threads(), [0]) == [1]
 
 
 def test_the_first_error_comes_out(threads):
