@@ -92,6 +92,14 @@ class TunerConfig(Section):
     sketch_oversampling: int | None = Field(
         default=None, ge=0, description="rows of a sketch beyond the rank; None: three times the rank"
     )
+    statistics_tolerance: float | None = Field(
+        default=None, ge=0, lt=1, description="end a statistics pass once twice the samples change what is taken from them by "
+        "less than this share; None: all samples"
+    )  # fmt: skip
+    covariance_sketch: Count | None = Field(
+        default=None,
+        description="rows that stand for C where a layer's inputs are at least four times as wide; None: C itself",
+    )
     when_full: Literal["shrink", "freeze", "raise"] = Field(
         default="shrink", description="what becomes of a target without room for its rank"
     )

@@ -137,6 +137,11 @@ class _FeatureBatches:
         fewer = self._pictures if pictures is None else pictures
         return _FeatureBatches(self._objective, fewer, max(1, self._prompts // 2))
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("samples", "classes", "open", "end"):  # it is the pictures that may end early; every prompt counts
+            return getattr(self._pictures, name)
+        raise AttributeError(name)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._pictures:
             yield {"pixel_values": batch["pixel_values"]}

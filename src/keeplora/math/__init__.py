@@ -10,6 +10,7 @@ from keeplora.math.complement import (
     shares,
 )
 from keeplora.math.factor import layer_alpha, lora_delta, residual_factor
+from keeplora.math.frequent_directions import CovarianceSketch, FrequentDirections, new_sketched_directions
 from keeplora.math.leak import (
     backward_bound,
     backward_harm,
@@ -36,6 +37,8 @@ from keeplora.math.subspace import (
 __all__ = [
     "SCHEDULES",
     "Candidates",
+    "CovarianceSketch",
+    "FrequentDirections",
     "Subspace",
     "append_directions",
     "backward_bound",
@@ -54,6 +57,7 @@ __all__ = [
     "lora_delta",
     "new_directions",
     "new_gradient_directions",
+    "new_sketched_directions",
     "orthonormality_error",
     "product_norm",
     "project_out",

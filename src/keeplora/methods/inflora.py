@@ -97,13 +97,15 @@ class InfLora(ContinualLearner):
                 "only once, but inflora takes the features before training and after it; give a list or a DataLoader"
             )
         started = time.perf_counter()
-        features = task_features(self, task)
+        features = task_features(self, task, exact=True)
         A = {}
         for t in self.targets:
             if t.name in task.frozen:
                 continue
             rank = min(t.r, t.n_out)  # a B with fewer rows than columns has nothing more to tell apart
-            A[t.name] = interference_free_factor(features.C(t.name).cpu(), self.U.subspace(t.name), rank)
+            C = features.C(t.name).cpu()
+            assert isinstance(C, Tensor)
+            A[t.name] = interference_free_factor(C, self.U.subspace(t.name), rank)
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(
             task, self.targets, A,

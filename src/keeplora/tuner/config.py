@@ -84,6 +84,17 @@ class KeepLoraConfig:
     feature_samples: int | None = _help(
         "Cap on the samples that the covariance C is taken over, stratified by class; None: all.", None
     )
+    statistics_tolerance: float | None = _help(
+        "End a statistics pass (G, and C) early: samples come in a seeded order with the classes mixed, and the pass ends once "
+        "twice the samples change what is taken from them by less than this share, 0 to below 1 (keeplora.tuner.convergence). "
+        "None: all samples.",
+        None,
+    )
+    covariance_sketch: int | None = _help(
+        "ℓ: layers whose inputs are at least 4 ℓ wide hold ℓ rows (frequent directions) in place of the covariance C; what they "
+        "explain is then a lower bound. None: C itself everywhere.",
+        None,
+    )
     when_full: str = _help(
         "What becomes of a target whose residual space has no room for its rank: shrink (the rank goes down to what is left, "
         "and where nothing is the target sits the task out), freeze (it is not adapted any more, from then on), or raise "
@@ -115,6 +126,18 @@ class KeepLoraConfig:
                 name, lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
                 "be an integer of at least 1, or None for all samples",
             )  # fmt: skip
+        self._check(
+            "statistics_tolerance", lambda v: v is None or (_is_number(v) and 0 <= v < 1),
+            "be at least 0 and below 1, or None for all samples",
+        )  # fmt: skip
+        self._check(
+            "covariance_sketch", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+            "be a number of rows, at least 1, or None for the covariance itself",
+        )  # fmt: skip
+        if self.covariance_sketch is not None and self.keep_covariance:
+            raise ConfigError(
+                "keep_covariance keeps the exact covariances, which covariance_sketch does not make: turn one of them off"
+            )
         for value in self._values("schedule"):
             if isinstance(value, str) and value not in SCHEDULES:
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")

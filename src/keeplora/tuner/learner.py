@@ -13,25 +13,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
-from keeplora.math import residual_factor, weight_basis
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.basis import Bases
+from keeplora.tuner.basis_cache import weight_subspace
 from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before_full
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
+from keeplora.tuner.layerwise import over_layers
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.objective import Objective
-from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
+from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect
-from keeplora.tuner.sampling import check_repeatable, statistics_batches
-from keeplora.tuner.sketching import gradients_for_factor
-from keeplora.tuner.statistics import report_capacity, task_features
+from keeplora.tuner.sampling import check_repeatable
+from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
@@ -108,8 +108,14 @@ class ContinualLearner(TaskHistory):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
-            self._U = Bases.of({name: weight_basis(self.store.W0[name], share) for name, share in energy.items()})
+            start = over_layers(lambda name: weight_subspace(self.store.W0[name], energy[name]), list(energy))
+            self._U = Bases.of(dict(zip(energy, start, strict=True)))
         return self._U
+
+    def feature_energy(self, name: str) -> float:
+        """ε_f of a target."""
+        tower = next(t.tower for t in self.targets if t.name == name)
+        return float(self.config.for_tower("energy_features", tower))
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -344,10 +350,7 @@ class ContinualLearner(TaskHistory):
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
         """A per target: the top directions of the residual gradient (M2–M4)."""
         started = time.perf_counter()
-        batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
-        targets = [t for t in self.targets if t.name not in task.frozen]
-        G = gradients_for_factor(self, task, targets, batches)
-        A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U.subspace(t.name), t.r) for t in targets}
+        A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
@@ -365,14 +368,11 @@ class ContinualLearner(TaskHistory):
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""
-        config = self.config
-        if config.memory == "gradients":
-            batches = statistics_batches(task.batches, config.gradient_samples, config.seed, task.labels)
-            G = collect_gradients(self.model, self.targets, self.store, batches, task.loss_fn, task.mask_fn)
-            source: Callable[[str], Tensor] = G.pop
+        if self.config.memory == "gradients":
+            protect(self, record, task_gradients(self, task).pop)
         else:
-            source = task_features(self, task).C
-        protect(self, record, source)
+            features = task_features(self, task)
+            protect(self, record, features.C, features.leader)
 
     # ---- looking and keeping -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ back to the shallowest target, and G = Σ g xᵀ is formed from what passes by (
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import TargetError
-from keeplora.tuner.memory import in_smaller_batches
+from keeplora.math import CovarianceSketch, FrequentDirections
+from keeplora.tuner.convergence import Enough
+from keeplora.tuner.memory import in_smaller_batches, release_cached
 from keeplora.tuner.sampling import batch_size, to_device
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
@@ -152,20 +155,68 @@ class GradientObserver(_Observer):
         return module.register_forward_hook(hook)
 
 
-class FeatureObserver(_Observer):
-    """Accumulates C = Σ x xᵀ over the inputs of every target, float64, (in, in); targets with one input share one C."""
+SKETCH_WIDTH = 4
+"""A sketch of ℓ rows is held where the inputs are at least this many times ℓ wide: its buffer of 2 ℓ rows is half of C then."""
 
-    def __init__(self, targets: Sequence[Target], store: WeightStore) -> None:
+
+class FeatureObserver(_Observer):
+    """Accumulates C = Σ x xᵀ over the inputs of every target, float64, (in, in); targets with one input share one C.
+
+    Args:
+        sketch: ℓ, to hold frequent directions in place of C where the inputs are ≥ `SKETCH_WIDTH` ℓ wide; None: C everywhere.
+
+    Where a GPU has no memory for a C, all of them move to the CPU, which is said once; the sums are the same.
+    """
+
+    def __init__(self, targets: Sequence[Target], store: WeightStore, sketch: int | None = None) -> None:
         super().__init__(targets, store)
+        self._sketch = sketch
+        self._sketches: dict[str, FrequentDirections] = {}
+        self._on_cpu = False
         self.leader: dict[str, str] = {}
         """Target name → the target whose C it shares: q, k and v of a block read the same tensor."""
         self._C: dict[str, Tensor] = {}
         self._last: dict[str, weakref.ref[Tensor]] = {}
         self._block = {t.name: (t.tower, t.depth) for t in targets}
 
-    def C(self, name: str) -> Tensor:
-        """Covariance of a target's inputs, (in, in), float64."""
-        return self._C[self.leader[name]]
+    def C(self, name: str) -> Tensor | CovarianceSketch:
+        """Covariance of a target's inputs, (in, in), float64, or what stands for it."""
+        leader = self.leader[name]
+        return self._sketches[leader].sketch() if leader in self._sketches else self._C[leader]
+
+    def leaders(self) -> dict[str, Tensor | CovarianceSketch]:
+        """C so far of every target that does not share another's."""
+        return {name: self.C(name) for name in self._last}
+
+    def _add(self, target: Target, x: Tensor) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self._rows(target, x, 0.5)  # C has x twice
+            if self._sketch is not None and target.n_in >= SKETCH_WIDTH * self._sketch:
+                if target.name not in self._sketches:
+                    self._sketches[target.name] = FrequentDirections(self._sketch, target.n_in, self._device(x))
+                self._sketches[target.name].add(rows)
+                return
+            C = rows.T @ rows
+            if target.name in self._C:
+                self._C[target.name] += C.to(self._C[target.name].device)
+            else:
+                self._C[target.name] = C.to(self._device(x), torch.float64)
+
+    def _device(self, x: Tensor) -> torch.device:
+        return torch.device("cpu") if self._on_cpu else x.device
+
+    def _offload(self) -> None:
+        """Move what has been summed to the CPU."""
+        self._on_cpu = True
+        self._C = {name: C.cpu() for name, C in self._C.items()}
+        for sketch in self._sketches.values():
+            sketch.to("cpu")
+        release_cached()
+        warnings.warn(
+            "the memory of the GPU does not hold the covariances of all targets beside the model: they are summed on the CPU, "
+            "which takes longer; covariance_sketch makes them smaller",
+            stacklevel=2,
+        )
 
     def _find_leader(self, name: str, x: Tensor) -> str:
         for other, reference in self._last.items():
@@ -190,13 +241,14 @@ class FeatureObserver(_Observer):
                     )
                 return
             self._last[name] = weakref.ref(x)
-            with torch.autocast(x.device.type, enabled=False):
-                rows = self._rows(target, x, 0.5)  # C has x twice
-                C = rows.T @ rows
-            if name in self._C:
-                self._C[name] += C
-            else:
-                self._C[name] = C.to(torch.float64)
+            try:
+                self._add(target, x)
+                return
+            except torch.OutOfMemoryError:
+                if self._on_cpu:  # it is the batch that is too large: `in_smaller_batches`
+                    raise
+            self._offload()
+            self._add(target, x)
 
         return module.register_forward_pre_hook(hook)
 
@@ -218,11 +270,12 @@ def sum_and_count(loss: Any, batch: Any) -> tuple[Tensor, int]:
 
 def collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
-    mask_fn: MaskFn = attention_masks,
+    mask_fn: MaskFn = attention_masks, enough: Enough | None = None,
     observe: Callable[[Sequence[Target], WeightStore], GradientObserver] = GradientObserver,
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
+    With ``enough`` the pass may end before the last batch.
     Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
 
     Args:
@@ -233,16 +286,18 @@ def collect_gradients(
         FloatingPointError: a loss that is not finite.
     """
     return in_smaller_batches(
-        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn, observe)
+        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn, enough, observe)
     )
 
 
 def _collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
-    mask_fn: MaskFn, observe: Callable[[Sequence[Target], WeightStore], GradientObserver],
+    mask_fn: MaskFn, enough: Enough | None, observe: Callable[[Sequence[Target], WeightStore], GradientObserver],
 ) -> dict[str, Tensor]:  # fmt: skip
     device = store.module(targets[0].name).weight.device
     total = 0
+    if enough is not None:
+        enough.restart()
     with quiet_model(model), observe(targets, store) as observer:
         for batch in batches:
             batch = to_device(batch, device)
@@ -254,6 +309,8 @@ def _collect_gradients(
             if total == 0:
                 observer.require_all_fired("gradient")
             total += n
+            if enough is not None and enough.reached(batches, batch_size(batch), lambda: observer.G) and _end(batches):
+                break
     if total == 0:
         raise ValueError("the gradient pass was given no sample: the loader is empty")
     return {
@@ -261,32 +318,46 @@ def _collect_gradients(
     }  # in place: G of all targets is the largest thing held
 
 
+def _end(batches: Any) -> bool:
+    """Have ``batches`` end by themselves, where they can: what follows their samples is still to come; True where they cannot."""
+    if hasattr(batches, "end"):
+        batches.end()
+        return False
+    return True
+
+
 def collect_features(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
-    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn = attention_masks,
+    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn = attention_masks, enough: Enough | None = None,
+    sketch: int | None = None,
 ) -> FeatureObserver:  # fmt: skip
     """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired.
 
-    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    With ``enough`` the pass may end before the last batch; ``sketch`` is `FeatureObserver`'s. Where a GPU's memory does not
+    hold a batch, the pass is taken again with smaller ones.
     """
     return in_smaller_batches(
-        "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn)
+        "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn, enough, sketch)
     )
 
 
 @torch.no_grad()
 def _collect_features(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
-    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn,
+    forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn, enough: Enough | None, sketch: int | None,
 ) -> FeatureObserver:  # fmt: skip
     device = store.module(targets[0].name).weight.device
     seen = False
-    with quiet_model(model), FeatureObserver(targets, store) as observer:
+    if enough is not None:
+        enough.restart()
+    with quiet_model(model), FeatureObserver(targets, store, sketch) as observer:
         for batch in batches:
             seen = True
             batch = to_device(batch, device)
             observer.masks = mask_fn(batch)
             forward_fn(model, batch)
+            if enough is not None and enough.reached(batches, batch_size(batch), observer.leaders) and _end(batches):
+                break
     if not seen:
         raise ValueError(
             "the feature pass was given no sample: the loader is empty, or its stream does not begin anew when it is "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from keeplora.errors import ConfigError
-from keeplora.math import Candidates, held_bytes, keep_most_valuable, new_directions, new_gradient_directions, shares
+from keeplora.math import Candidates, CovarianceSketch, Subspace, held_bytes, keep_most_valuable
 from keeplora.tuner.basis import added_columns, in_force
+from keeplora.tuner.convergence import Matrix, directions, explained
+from keeplora.tuner.layerwise import over_layers
 
 if TYPE_CHECKING:
     from keeplora.tuner.basis import Bases
@@ -19,37 +22,104 @@ if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
     from keeplora.tuner.ledger import TaskRecord
 
+SKETCH = "covariance_sketch"
+"""Key of ``record.info``: the rows ℓ, and per layer where a sketch stood for C the bound on ‖C − BᵀB‖₂, as a share of tr C."""
 GIVEN_UP = "given_up"
 """Key of ``record.info``: per layer and task, ε_t before and after the directions that this record took out of force."""
 
 
-def protect(learner: ContinualLearner, record: TaskRecord, source: Callable[[str], Tensor]) -> None:
+@dataclass(frozen=True)
+class _Joined:
+    """What one target's statistics say: new directions, ε_t, tr C_t, shares of the columns that were there, and of the new."""
+
+    V: Tensor
+    share: float
+    trace: float
+    old: Tensor
+    new: Tensor
+    shed: float | None
+    matrix: Tensor | None
+
+
+def protect(
+    learner: ContinualLearner,
+    record: TaskRecord,
+    source: Callable[[str], Matrix],
+    shared: Mapping[str, str] | None = None,
+) -> None:
     """Fill the record with what the task adds to U, and give the learner the U that follows.
 
     Args:
-        source: per target, C (in, in), or G (out, in) where ``config.memory`` is "gradients"; asked for once each.
+        source: per target, C (in, in) or its sketch, or G (out, in) where ``config.memory`` is "gradients"; asked for once each.
+        shared: per target, the one whose C it shares; None: none does.
     """
     config, U = learner.config, learner.U
-    gradients = config.memory == "gradients"
-    find = new_gradient_directions if gradients else new_directions
+    groups: dict[str, list[str]] = {}
     for t in learner.targets:
-        M = source(t.name).cpu()
-        V, share = find(U.subspace(t.name), M, config.for_tower("energy_features", t.tower))
-        C = M.to(torch.float64).T @ M.to(torch.float64) if gradients else M
-        mask = U.in_force(t.name)
-        old = torch.zeros(len(mask), dtype=torch.float64)
-        if bool(mask.any()):
-            old[mask] = shares(U.added_in_force(t.name), C)
-        record.basis = {**record.basis, t.name: V}
-        record.values[t.name] = torch.cat([old, shares(V, C)]).to(torch.float32)
-        record.explained[t.name] = share
-        record.trace[t.name] = float(M.square().sum() if gradients else M.diagonal().sum())
+        groups.setdefault((shared or {}).get(t.name, t.name), []).append(t.name)
+    joined: dict[str, _Joined] = {}
+    for found in over_layers(lambda names: _join(learner, names, source), list(groups.values())):
+        joined |= found
+    basis, shed = dict(record.basis), {}
+    for t in learner.targets:
+        one = joined[t.name]
+        basis[t.name] = one.V
+        record.values[t.name] = torch.cat([one.old, one.new]).to(torch.float32)
+        record.explained[t.name], record.trace[t.name] = one.share, one.trace
+        if one.shed is not None:
+            shed[t.name] = one.shed / one.trace if one.trace > 0 else 0.0
         if config.keep_covariance:
-            record.covariance[t.name] = M.to(torch.float32)
+            assert one.matrix is not None
+            record.covariance[t.name] = one.matrix.to(torch.float32)
+    record.basis = basis
+    if shed:
+        record.info[SKETCH] = {"rows": config.covariance_sketch, "error": shed}
     if config.max_basis_bytes is not None:
         _fit(learner, record, config.max_basis_bytes)
     learner._U = U.extended(record)
     record.used = learner._U.dims()
+
+
+def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str], Matrix]) -> dict[str, _Joined]:
+    """`protect` for targets that share one C: where their U is the same too (no U₀, the same past), so is what they add."""
+    config, U = learner.config, learner.U
+    gradients = config.memory == "gradients"
+    done: list[tuple[Subspace, Tensor, Tensor, float, _Joined]] = []
+    joined: dict[str, _Joined] = {}
+    for name in names:
+        S, added, mask, energy = (
+            U.subspace(name),
+            U.added_in_force(name),
+            U.in_force(name),
+            learner.feature_energy(name),
+        )
+        same = (
+            j
+            for s, a, m, e, j in done
+            if e == energy and _same(s, S) and torch.equal(a, added) and torch.equal(m, mask)
+        )
+        twin = next(same, None)
+        if twin is not None:
+            joined[name] = replace(twin, V=twin.V.clone())  # records are written tensor by tensor
+            continue
+        M = source(name).cpu()
+        V, share = directions(S, M, energy, gradients=gradients)
+        C = M.double().T @ M.double() if gradients and isinstance(M, Tensor) else M
+        old = torch.zeros(len(mask), dtype=torch.float64)
+        if bool(mask.any()):
+            old[mask] = explained(added, C)
+        trace = C.trace if isinstance(C, CovarianceSketch) else float(C.diagonal().sum())
+        if gradients and isinstance(M, Tensor):
+            trace = float(M.square().sum())
+        shed = C.shed if isinstance(C, CovarianceSketch) else None
+        kept = M if isinstance(M, Tensor) and config.keep_covariance else None
+        joined[name] = _Joined(V, share, trace, old, explained(V, C), shed, kept)
+        done.append((S, added, mask, energy, joined[name]))
+    return joined
+
+
+def _same(one: Subspace, other: Subspace) -> bool:
+    return one.by_complement == other.by_complement and torch.equal(one.held, other.held)
 
 
 def check_budget(U: Bases, config: KeepLoraConfig) -> None:

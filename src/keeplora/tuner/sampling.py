@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from keeplora.errors import KeepLoraError
+from keeplora.tuner.memory import halved
 
 
 def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) -> list[int]:
@@ -24,6 +25,16 @@ def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) ->
     n = len(labels)
     if samples is None or samples >= n:
         return list(range(n))
+    return sorted(stratified_order(labels, seed)[:samples])
+
+
+def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
+    """All indices in a random order, fixed by ``seed``, of which every beginning holds the classes as evenly as it can.
+
+    >>> [[0, 0, 0, 0, 1][i] for i in stratified_order([0, 0, 0, 0, 1], seed=0)[:2]]
+    [1, 0]
+    """
+    n = len(labels)
     generator = torch.Generator().manual_seed(seed)
     queues: dict[int, list[int]] = {}
     for i in torch.randperm(n, generator=generator).tolist():
@@ -32,11 +43,10 @@ def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) ->
     # Where there are fewer samples than classes, which classes go without is drawn, too.
     order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
     chosen: list[int] = []
-    while len(chosen) < samples:
-        for label in order:
-            if queues[label] and len(chosen) < samples:
-                chosen.append(queues[label].pop())
-    return sorted(chosen)
+    while order:
+        chosen += [queues[label].pop() for label in order]
+        order = [label for label in order if queues[label]]
+    return chosen
 
 
 def find_labels(dataset: Any) -> Sequence[int] | None:
@@ -48,8 +58,44 @@ def find_labels(dataset: Any) -> Sequence[int] | None:
     return None
 
 
+class EndableBatches:
+    """Batches that whoever goes through them may end before the last: `end` takes hold at the next one.
+
+    Attributes:
+        samples: how many there are in all; None where that is not known. classes: how many of them differ in class, 1 if unknown.
+        open: whether batches of it are under way.
+    """
+
+    def __init__(self, batches: Iterable[Any], samples: int | None = None, classes: int = 1) -> None:
+        self._batches = batches
+        self.samples, self.classes = samples, classes
+        self.open = False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.open = True
+        for batch in self._batches:
+            yield batch
+            if not self.open:
+                return
+        self.open = False
+
+    def end(self) -> None:
+        """No further batch."""
+        self.open = False
+
+    def halved(self) -> EndableBatches | None:
+        """The same samples in batches of half the size, or None (`keeplora.tuner.memory.halved`)."""
+        smaller = halved(self._batches)
+        return None if smaller is None else EndableBatches(smaller, self.samples, self.classes)
+
+
 def statistics_batches(
-    batches: Iterable[Any], samples: int | None, seed: int, labels: Sequence[int] | None = None
+    batches: Iterable[Any],
+    samples: int | None,
+    seed: int,
+    labels: Sequence[int] | None = None,
+    *,
+    endable: bool = False,
 ) -> Iterable[Any]:
     """The batches for one pass of statistics.
 
@@ -58,6 +104,9 @@ def statistics_batches(
     caps it. One over an `IterableDataset` is rebuilt too: the first ``samples`` of the stream, read by one worker at
     most, since a stream that does not share itself out would come once from each. Of any other iterable, ``capped(samples)``
     is asked for where it has that; else it is taken as it comes and cut after the batch that reaches ``samples``.
+
+    ``endable``: the pass may end early (`EndableBatches`), so the samples come in `stratified_order`, where every beginning
+    stands for the whole. Of an iterable that is no such loader the order is its own, and should be a shuffled one.
     """
     dataset = getattr(batches, "dataset", None)
     if isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset):
@@ -65,19 +114,23 @@ def statistics_batches(
         n = len(dataset)  # type: ignore[arg-type]
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels has {len(labels)} entries but the loader's dataset has {n}")
-        chosen = stratified_indices(labels if labels is not None else [0] * n, samples, seed)
+        known = labels if labels is not None else [0] * n
+        chosen = stratified_order(known, seed)[:samples] if endable else stratified_indices(known, samples, seed)
         # A loader without a generator of its own draws from torch's global state whenever it is gone through.
-        return DataLoader(
+        loader = DataLoader(
             Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
             shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
             worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
+        return EndableBatches(loader, len(chosen), len({int(label) for label in known})) if endable else loader
     if isinstance(batches, DataLoader) and isinstance(dataset, IterableDataset):
-        return _stream_loader(batches, dataset, samples, seed)
-    if samples is None:
-        return batches
-    capped = getattr(batches, "capped", None)
-    return capped(samples) if capped is not None else _first(batches, samples)
+        found: Iterable[Any] = _stream_loader(batches, dataset, samples, seed)
+    elif samples is None:
+        found = batches
+    else:
+        capped = getattr(batches, "capped", None)
+        found = capped(samples) if capped is not None else _first(batches, samples)
+    return EndableBatches(found) if endable else found
 
 
 class Head(IterableDataset[Any]):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keeplora.math import sketch, sketch_matrix, sketch_rows
 from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.convergence import Enough
 from keeplora.tuner.observers import GradientObserver, collect_gradients
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
@@ -68,11 +69,13 @@ class SketchObserver(GradientObserver):
 
 
 def gradients_for_factor(
-    learner: ContinualLearner, task: OpenTask, targets: Sequence[Target], batches: Iterable[Any]
-) -> dict[str, Tensor]:
+    learner: ContinualLearner, task: OpenTask, targets: Sequence[Target], batches: Iterable[Any],
+    enough: Enough | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Per target what `residual_factor` takes: G (out, in) (M2), or Z = Ψ G (l, in); the task's info says which.
 
-    Ψ follows from the config's seed and the task's name: every process draws the same, and no task the one before it.
+    With ``enough`` the pass may end before the last batch. Ψ follows from the config's seed and the task's name: every process
+    draws the same, and no task the one before it.
     """
     config = learner.config
     mode = gradient_mode(config, [(t.n_in, t.n_out) for t in learner.targets])
@@ -82,4 +85,6 @@ def gradients_for_factor(
         observe = partial(
             SketchObserver, oversampling=config.sketch_oversampling, key=f"{config.seed}/{task.name}"
         )  # fmt: skip
-    return collect_gradients(learner.model, targets, learner.store, batches, task.loss_fn, task.mask_fn, observe)
+    return collect_gradients(
+        learner.model, targets, learner.store, batches, task.loss_fn, task.mask_fn, enough, observe
+    )

@@ -3,28 +3,87 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from keeplora.errors import CapacityError
-from keeplora.tuner.observers import FeatureObserver, collect_features
+from keeplora.math import residual_factor
+from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
+from keeplora.tuner.layerwise import over_layers
+from keeplora.tuner.observers import FeatureObserver, collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.sketching import gradients_for_factor
 from keeplora.tuner.targets import Target
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner, OpenTask
 
 
-def task_features(learner: ContinualLearner, task: OpenTask) -> FeatureObserver:
-    """C of every target over the task's data at the model's present weights (M8); the adapter must be out."""
+def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = False) -> FeatureObserver:
+    """C of every target over the task's data at the model's present weights (M8); the adapter must be out.
+
+    ``exact``: C itself also where the config asks for a sketch.
+    """
     config, batches = learner.config, task.feature_batches
+    tolerance, enough = config.statistics_tolerance, None
     if batches is None:
-        batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
-    return collect_features(
-        learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn
+        batches = statistics_batches(
+            task.batches, config.feature_samples, config.seed, task.labels, endable=tolerance is not None
+        )
+    if tolerance is not None:
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy))
+    found = collect_features(
+        learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
+        None if exact else config.covariance_sketch,
+    )  # fmt: skip
+    _note(task, "features", enough)
+    return found
+
+
+def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
+    """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
+    tolerance, U = learner.config.statistics_tolerance, learner.U
+    targets = [t for t in learner.targets if t.name not in task.frozen]
+    change = FactorChange(targets, U.subspace)
+    enough = None if tolerance is None else Enough(tolerance, change)
+    G = gradients_for_factor(learner, task, targets, _batches(learner, task, enough), enough)
+    _note(task, "gradient", enough)
+    if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
+        return change.A
+    factors = over_layers(lambda t: residual_factor(G.pop(t.name).cpu(), U.subspace(t.name), t.r), targets)
+    return {t.name: a for t, a in zip(targets, factors, strict=True)}
+
+
+def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
+    """G of every target over the task's data at the model's present weights, to be remembered (M8g)."""
+    tolerance, enough = learner.config.statistics_tolerance, None
+    if tolerance is not None:
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True))
+    G = collect_gradients(
+        learner.model,
+        learner.targets,
+        learner.store,
+        _batches(learner, task, enough),
+        task.loss_fn,
+        task.mask_fn,
+        enough,
     )
+    _note(task, "memory", enough)
+    return G
+
+
+def _batches(learner: ContinualLearner, task: OpenTask, enough: Enough | None) -> Iterable[Any]:
+    """Of a gradient pass."""
+    samples, seed = learner.config.gradient_samples, learner.config.seed
+    return statistics_batches(task.batches, samples, seed, task.labels, endable=enough is not None)
+
+
+def _note(task: OpenTask, what: str, enough: Enough | None) -> None:
+    """Say in the task's info how many samples a pass took that might end early."""
+    if enough is not None:
+        task.info["statistics"] = {**task.info.get("statistics", {}), what: enough.report()}
 
 
 def report_capacity(task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str) -> None:

@@ -129,7 +129,8 @@ class Classification:
         fewer = data.sampled(self.sampling(statistics=True))
         source = data if self.method.learns_from_batches else fewer
         pictures = loader(fewer, training.eval_batch_size, Collate(), workers=training.workers)
-        pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels)
+        endable = config.statistics_tolerance is not None
+        pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels, endable=endable)
         return {
             "batches": loader(source, training.batch_size, objective.collate, workers=training.workers),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
