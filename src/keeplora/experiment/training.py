@@ -188,7 +188,7 @@ class _Loop:
         sums.seen += tally.samples
         state.step += 1
         sums.seconds = time.perf_counter() - self.epoch_started
-        self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy(), data_wait=sums.waited / sums.seconds)
+        self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy(), data_wait=sums.data_wait)
         if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):
             self._look_at_size()
         if self.keeper is not None:
@@ -235,7 +235,7 @@ class _Loop:
         entry: dict[str, Any] = {"epoch": state.epoch, "loss": sums.loss / sums.seen}
         if sums.right is not None:
             entry["train_accuracy"] = self._accuracy()
-        entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3), "data_wait": round(sums.waited / sums.seconds, 4)}
+        entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3), "data_wait": sums.data_wait}
         if sums.penalty:
             entry["penalty"] = sums.penalty / sums.seen
         score = None if selection is None else self._validate(selection)

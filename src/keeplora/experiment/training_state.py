@@ -43,6 +43,11 @@ class Sums:
     seconds: float = 0.0
     waited: float = 0.0
 
+    @property
+    def data_wait(self) -> float:
+        """Share of the time so far in which the model waited for its data, 0 to 1."""
+        return round(self.waited / self.seconds, 4) if self.seconds > 0 else 0.0
+
 
 @dataclass
 class LoopState:

@@ -144,6 +144,7 @@ class Info(TypedDict, total=False):
     seconds: dict[str, Number] | None
     epochs: list[Epoch] | None
     best_epoch: Count
+    data_wait: Number
     trained_parameters: Count
     rank_shrunk: list[str] | None
     not_adapted: list[str] | None
