@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from keeplora.experiment import Experiment
+from keeplora.experiment import Experiment, step_features
 from keeplora.experiment import runner as runner_module
-from keeplora.experiment import step_features
 from keeplora.experiment.device import Precision
 from keeplora.experiment.objective import TaskObjective
 from keeplora.experiment.step_features import StepFeatures
@@ -88,13 +87,17 @@ def test_pictures_go_once_through_a_picture_tower_that_does_not_train(
     assert results_of(tmp_path / "reused")["accuracy"] == results_of(tmp_path / "again")["accuracy"]
 
 
-@pytest.mark.parametrize("changes", [TEXT, VISION, {"training": {"prompt_tokens": 12}}], ids=["text", "vision", "bound"])
+@pytest.mark.parametrize(
+    "changes", [TEXT, VISION, {"training": {"prompt_tokens": 12}}], ids=["text", "vision", "bound"]
+)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_disturbed(
     world: World, tmp_path: Any, changes: dict[str, Any]
 ) -> None:
     wanted = settings("keeplora++", **changes)
     straight, _ = world.run(**wanted)
-    dies(world.config(**wanted), tmp_path / "run", PAINT - 1, "term")  # in the second epoch, with a part of its pictures left
+    dies(
+        world.config(**wanted), tmp_path / "run", PAINT - 1, "term"
+    )  # in the second epoch, with a part of its pictures left
     Experiment.resume(tmp_path / "run", quiet=True)
     assert_same(tmp_path / "run", straight)
 

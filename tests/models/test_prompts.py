@@ -100,9 +100,7 @@ def test_pads_are_cut_off_where_the_family_does_not_read_them(family: Any, monke
         assert max(widths) == whole
 
 
-def test_with_a_bound_the_backward_pass_holds_one_batch_at_a_time(
-    family: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_bound_the_backward_pass_holds_one_batch_at_a_time(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def held(most: int | None) -> int:
         kept = []
 

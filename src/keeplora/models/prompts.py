@@ -41,7 +41,9 @@ def cut_by_length(lengths: Sequence[int], *, overhead: int, most: int | None = N
     sizes = sorted(set(lengths))
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     ends = [0] + [sum(length <= size for length in lengths) for size in sizes]
-    best: list[tuple[int, int]] = [(0, 0)]  # of the texts up to each length: the least cost, and where its last batch begins
+    best: list[tuple[int, int]] = [
+        (0, 0)
+    ]  # of the texts up to each length: the least cost, and where its last batch begins
     for j in range(1, len(ends)):
         best.append(min((best[i][0] + (ends[j] - ends[i]) * sizes[j - 1] + overhead, i) for i in range(j)))
     cuts = [len(ends) - 1]

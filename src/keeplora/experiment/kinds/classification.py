@@ -105,9 +105,7 @@ class Classification:
         return {"classes": task.classes, "templates": task.templates} | video
 
     def objective(self, task: TaskData) -> TaskObjective:
-        return TaskObjective(
-            self.family, task, self.precision, prompt_tokens=self.config.training.prompt_tokens
-        )
+        return TaskObjective(self.family, task, self.precision, prompt_tokens=self.config.training.prompt_tokens)
 
     def prepare_head(self, objective: TaskObjective, data: PictureTensors, training: TrainingConfig) -> None:
         if self.method.classifier:
