@@ -191,8 +191,8 @@ class TaskBatches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         brought = self._loader
-        # Pictures that workers have decoded are kept here, in the main process. Those of the next epoch are copies of it and
-        # find them; when all are here, none is needed.
+        # What workers decode of pictures is kept here, in the main process: the next epoch's workers start as copies of it and
+        # find it. Once all pictures are here, no worker is needed.
         keep = brought.num_workers > 0 and isinstance(self._data, PictureTensors) and not self._data.videos
         if keep and self._data.kept:
             brought = DataLoader(
