@@ -98,9 +98,11 @@ def test_bytes_are_bounded_and_what_does_not_fit_is_still_answered() -> None:
 
 
 def test_a_kept_row_does_not_hold_its_batch() -> None:
-    memory = RowMemory(1 << 20)
-    for _ in range(2):
-        found = memory("f", rows(8), Exact())
+    memory, function = RowMemory(1 << 20), Exact()
+    memory("f", rows(8), function)
+    function.calls.clear()
+    found = memory("f", rows(8, seed=1), function)
+    assert function.calls == [8]
     assert all(answer["y"].untyped_storage().nbytes() == 2 * 4 for answer in found)
 
 

@@ -67,7 +67,7 @@ class VisionCache:
             rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
             def compute(some: list[tuple[Tensor, ...]]) -> Any:
-                given = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*some, strict=True)]
+                given = [torch.cat(parts) for parts in zip(*some, strict=True)]
                 beside = {**others, **dict(zip(names, given[1:], strict=True))}
                 found = inner(given[0], **beside) if args else inner(**{name: given[0]}, **beside)
                 return found if rounded is None else _rounded(found, rounded)
