@@ -238,6 +238,7 @@ class _Loop:
         entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3), "data_wait": sums.data_wait}
         if sums.penalty:
             entry["penalty"] = sums.penalty / sums.seen
+        self.progress.advance(0, data_wait=sums.data_wait)
         score = None if selection is None else self._validate(selection)
         with STOP.held():
             self._close(entry, score)
