@@ -30,7 +30,7 @@ def told(answer, code=0):
 
 
 def without_times(events):
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in events]
+    return [{k: v for k, v in e.items() if k not in ("seconds", "data_wait")} for e in events]
 
 
 def active(path):

@@ -38,7 +38,7 @@ def wait_for(child, condition, seconds=600.0):
 
 
 def events_without_times(path):
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in RunDirectory(path).read_events()]
+    return [{k: v for k, v in e.items() if k not in ("seconds", "data_wait")} for e in RunDirectory(path).read_events()]
 
 
 def assert_as_undisturbed(path, straight):

@@ -78,6 +78,7 @@ def expected_points(told) -> dict[tuple[str, int], float]:
                 step += 1
                 points[f"loss/{info['name']}", step] = epoch["loss"]
                 points[f"train_accuracy/{info['name']}", step] = epoch["train_accuracy"]
+                points[f"data_wait/{info['name']}", step] = epoch["data_wait"]
                 points["lr", step] = epoch["lr"]
             points |= {(f"seconds/{key}", step): value for key, value in info["seconds"].items()}
         points |= {(f"accuracy/{task}", step): value for task, value in zip(results["tasks"], row, strict=True)}

@@ -50,7 +50,8 @@ class Plane(TaskObjective):
     def __init__(self, model: nn.Module, head: nn.Parameter | None = None) -> None:
         self.model, self.head = model, head
         self.precision = Precision("fp32", torch.device("cpu"))
-        self.collate = Collate()
+        self.collate, self.text_batch = Collate(), {}
+        self.family = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
         self.task = SimpleNamespace(name="plane")  # type: ignore[assignment]
         self.order: list[int] = []
         self.broken_at: int | None = None

@@ -109,3 +109,47 @@ def test_an_exception_inside_gives_the_tower_back(tower: Tower) -> None:
     with pytest.raises(RuntimeError), VisionCache(tower).active():
         raise RuntimeError
     assert "forward" not in vars(tower)
+
+
+def test_new_pictures_go_through_eight_at_a_time_with_what_stands_beside_them(tower: Tower) -> None:
+    class Masked(Tower):
+        def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor) -> BaseModelOutputWithPooling:  # type: ignore[override]
+            pictures = (pixel_values * mask[:, None, None, None]).flatten(1)
+            x = torch.cat(
+                [self.linear(row) for row in pictures.split(1)]
+            )  # a product of eight rows may have other bits
+            return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=2 * x, hidden_states=(x, None, x + 1))
+
+    masked, pictures, mask = Masked(), torch.randn(24, 3, 2, 2), torch.arange(1.0, 25.0)
+    with torch.no_grad():
+        alone = [masked(pictures[i : i + 1], mask[i : i + 1]) for i in range(24)]
+    calls: list[int] = []
+    inner = masked.forward
+
+    def counted(pixel_values: torch.Tensor, mask: torch.Tensor) -> BaseModelOutputWithPooling:
+        calls.append(len(pixel_values))
+        return inner(pixel_values, mask)
+
+    masked.forward = counted  # type: ignore[method-assign]
+    cache = VisionCache(masked)
+    forward = cache._around(counted, 0)
+    forward(pixel_values=pictures[:8], mask=mask[:8])
+    assert calls == [8] + [1] * 8  # what eight together say is held against what each says alone
+    calls.clear()
+    found = forward(pixel_values=pictures[4:20], mask=mask[4:20])
+    assert calls == [8, 4] + [1] * 4  # of four there had been no trial
+    for i, wanted in enumerate(alone[4:20]):
+        assert torch.equal(found.last_hidden_state[i : i + 1], wanted.last_hidden_state)
+        assert torch.equal(found.pooler_output[i : i + 1], wanted.pooler_output)
+        assert torch.equal(found.hidden_states[2][i : i + 1], wanted.hidden_states[2])
+
+
+def test_pictures_of_one_call_are_not_mixed_up(tower: Tower) -> None:
+    pictures = torch.randn(11, 3, 2, 2)
+    with torch.no_grad():
+        wanted = tower(pictures)
+    with VisionCache(tower).active():
+        tower(pictures[[2, 7, 9]])  # these are known when the others come
+        order = [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 4]
+        found = tower(pictures[order])
+    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state[order])

@@ -157,14 +157,19 @@ def finished_tasks(run: Path) -> dict[str, str]:
 def _told(run: Path) -> dict[str, Any]:
     """results.json without what differs between any two runs: times and memory."""
     results = results_of(run)
-    infos = [{k: v for k, v in info.items() if k != "seconds"} for info in results["tasks_info"]]
+    infos = [{k: v for k, v in info.items() if k not in ("seconds", "data_wait")} for info in results["tasks_info"]]
     for info in infos:
-        info["epochs"] = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in info["epochs"]]
+        info["epochs"] = [
+            {k: v for k, v in epoch.items() if k not in ("seconds", "data_wait")} for epoch in info["epochs"]
+        ]
     return {**{k: v for k, v in results.items() if k != "cost"}, "tasks_info": infos}
 
 
 def _events(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in RunDirectory(run).read_events()]
+    return [
+        {k: v for k, v in event.items() if k not in ("seconds", "data_wait")}
+        for event in RunDirectory(run).read_events()
+    ]
 
 
 def assert_as_undisturbed(run: Path, straight: Path, *, report: bool = True) -> None:

@@ -145,6 +145,11 @@ class TrainingConfig(Section):
     cache_vision: bool = Field(
         default=True, description="keep what a frozen vision tower says of each picture in memory, up to 4 GiB"
     )
+    prompt_tokens: Count | None = Field(
+        default=None, description="tokens of class prompts, pads included, whose activations a training step of a dual encoder "
+        "holds at once; beyond it they are computed in batches, and again in the backward pass: less memory, more time. None: "
+        "no limit"
+    )  # fmt: skip
     gradient_checkpointing: bool = Field(default=False, description="trade time for memory in a generative model")
     workers: int = Field(default=0, ge=0, description="processes that load data; 0: none beside the main one")
     checkpoint_minutes: float | None = Field(

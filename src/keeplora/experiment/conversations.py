@@ -47,6 +47,11 @@ class ConversationTensors(Dataset[dict[str, Any]]):
             self.conversations, self._family, self._cache, answers=self.answers, sampling=sampling, frames=self._frames
         )
 
+    @property
+    def pinned(self) -> bool:
+        """Whether batches lie in pinned memory, from which they are copied to a GPU while it computes."""
+        return self._family.device.type == "cuda"
+
     def __len__(self) -> int:
         return len(self.conversations)
 
@@ -91,14 +96,14 @@ def ordered_loader(
     """A loader in the set's order; of a stream, in the one that its seed gives."""
     if isinstance(data, StreamTensors):
         return StreamLoader(data, batch_size, collate, workers=workers)
-    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers, pin_memory=data.pinned)
 
 
 def chosen_loader(
     data: ConversationTensors, batches: list[list[int]], collate: Callable[[Any], Any], workers: int
 ) -> DataLoader[Any]:
     """A loader of exactly these batches."""
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=data.pinned)
 
 
 def training_order(data: ConversationTensors, batch_size: int, *, seed: int, grouped: bool) -> BatchOrder:
@@ -113,7 +118,7 @@ def training_loader(
 ) -> DataLoader[Any]:
     """A loader of the batches of ``order``."""
     return DataLoader(
-        data, batch_sampler=order, collate_fn=collate, num_workers=workers,
+        data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=data.pinned,
         # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
         generator=torch.Generator(),
         # Workers live as long as the task: what they have decoded is there in the next epoch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,9 +14,11 @@ from keeplora.data import TaskData
 from keeplora.experiment.candidates import Candidates
 from keeplora.experiment.device import Precision
 from keeplora.experiment.pictures import Collate, PictureTensors, loader
+from keeplora.experiment.step_features import StepFeatures
 from keeplora.experiment.streams import StreamTensors
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner.memory import Pieces, halved
+from keeplora.tuner.sampling import to_device
 
 HEAD_SCALE = 30.0
 """Scale of the class-weight cosines that the "cls" variant adds to the logits (METHOD.md)."""
@@ -31,10 +34,17 @@ class TaskObjective:
 
     Args:
         head: class weights [C, D] of the "cls" variant, or None.
+        prompt_tokens: most tokens of class prompts whose activations a training step holds; None: all.
     """
 
-    def __init__(self, family: DualEncoder, task: TaskData, precision: Precision, head: nn.Parameter | None = None):
+    _step: StepFeatures | None = None
+
+    def __init__(
+        self, family: DualEncoder, task: TaskData, precision: Precision, head: nn.Parameter | None = None,
+        prompt_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.family = family
+        self.prompt_tokens = prompt_tokens
         self.task = task
         self.precision = precision
         self.head = head
@@ -52,6 +62,21 @@ class TaskObjective:
             return self.family
         return self.family.around(model)
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around a task's training loop: a step computes no more of the towers than it must (`StepFeatures`).
+
+        What requires a gradient must not change inside.
+        """
+        self._step = StepFeatures(self.family, self.prompt_tokens)
+        try:
+            yield
+        finally:
+            self._step = None
+
+    def _steps(self, model: nn.Module | None) -> StepFeatures | None:
+        return self._step if model is None or model is self.family.model else None
+
     def image_features(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """[N, D] float32, unit norm; ``model``: a copy of the family's module to use instead of it."""
         with self.precision.autocast():
@@ -59,7 +84,10 @@ class TaskObjective:
 
     def text_features(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """[C, D] float32, unit norm (X-CLIP's keep their length), of the prompts in ``batch``."""
+        steps = self._steps(model)
         with self.precision.autocast():
+            if steps is not None:
+                return steps.texts(self._text(batch))
             return self._family(model).text_features(self._text(batch))
 
     def logits_of(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -70,7 +98,12 @@ class TaskObjective:
         """[N, C] float32 logits of a batch of pictures against the class prompts in it, differentiable."""
         with self.precision.autocast():
             texts = self.text_features(batch, model)
-            logits, image_features = self._family(model).compare(batch["pixel_values"], texts)
+            steps = self._steps(model)
+            if steps is not None and steps.pictures_fixed:
+                image_features = steps.pictures(batch["pixel_values"])
+                logits = self.family.logits(image_features, texts)
+            else:
+                logits, image_features = self._family(model).compare(batch["pixel_values"], texts)
         return (logits if self.head is None else add_head(logits, image_features, self.head)).float()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -79,7 +112,12 @@ class TaskObjective:
         return nn.functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="none")
 
     def parts(self, batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-        return [batch]
+        """The batch as one part, with pictures and labels on the model's device: they are copied there once a step.
+
+        The prompts stay: in most steps of a task whose text tower does not train, nothing reads them.
+        """
+        read = {key: batch[key] for key in ("pixel_values", "labels")}
+        return [{**batch, **to_device(read, self.family.device)}]
 
     def count(self, part: Mapping[str, Tensor]) -> int:
         return len(part["labels"])
@@ -204,10 +242,12 @@ def accuracy(
     right = 0
     workers = 0 if data.kept else workers
     own, pieces = torch.tensor(candidates.own), Pieces("evaluation")
+    pin = family.device.type == "cuda"
     with family.evaluating(), precision.autocast():
-        for batch in loader(data, batch_size, Collate(), workers=workers):
+        for batch in loader(data, batch_size, Collate(), workers=workers, pin=pin):
             if workers:
                 data.keep(batch)
+            batch = {**batch, "pixel_values": to_device(batch["pixel_values"], family.device)}
             pixels, wanted = batch["pixel_values"], own[batch["labels"]]
 
             def named(start: int, end: int, pixels: Tensor = pixels, wanted: Tensor = wanted) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from keeplora.data import PictureSet, TaskData
 from keeplora.data.video import FrameCache, Sampling
@@ -104,7 +104,9 @@ class PictureTensors(Dataset[dict[str, Any]]):
         return self._family.preprocess_clip(clip.frames, self.sampling.frames)
 
     def _keep(self, index: int, pixels: Tensor) -> None:
-        if self._cache is not None and self._cache.admit(pixels):
+        # A worker that loads pictures ends with the epoch, in which it sees each of them once: the main process keeps them.
+        passing = not self.videos and get_worker_info() is not None
+        if self._cache is not None and not passing and self._cache.admit(pixels):
             self._kept[index] = pixels
 
     def keep(self, batch: Mapping[str, Tensor]) -> None:
@@ -131,20 +133,24 @@ class Collate:
 
 
 def loader(
-    data: PictureTensors | StreamTensors, batch_size: int, collate: Collate, *, workers: int = 0
+    data: PictureTensors | StreamTensors, batch_size: int, collate: Collate, *, workers: int = 0, pin: bool = False
 ) -> DataLoader[Any] | StreamLoader:
-    """A loader in the set's order; of a stream, in the one that its seed gives."""
+    """A loader in the set's order; of a stream, in the one that its seed gives. ``pin``: into pinned memory.
+
+    What is in memory already needs no ``workers``.
+    """
     if isinstance(data, StreamTensors):
         return StreamLoader(data, batch_size, collate, workers=workers)
-    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    workers = 0 if data.kept else workers
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers, pin_memory=pin)
 
 
 def shuffled_loader(
-    data: PictureTensors, order: ShuffledBatches, collate: Collate, *, workers: int = 0
+    data: PictureTensors, order: ShuffledBatches, collate: Collate, *, workers: int = 0, pin: bool = False
 ) -> DataLoader[Any]:
-    """A loader of the batches of ``order``."""
+    """A loader of the batches of ``order``; ``pin``: into pinned memory."""
     return DataLoader(
-        data, batch_sampler=order, collate_fn=collate, num_workers=workers,
+        data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin,
         # The loader draws a seed for its workers whenever it is gone through, and not from torch's global state.
         generator=torch.Generator(),
         # They live as long as the training does: what they have decoded is there in the next epoch.
@@ -198,7 +204,20 @@ class TaskBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._loader)
+        brought = self._loader
+        # What workers decode of pictures is kept here, in the main process: the next epoch's workers start as copies of it and
+        # find it. Once all pictures are here, no worker is needed.
+        keep = brought.num_workers > 0 and isinstance(self._data, PictureTensors) and not self._data.videos
+        if keep and self._data.kept:
+            brought = DataLoader(
+                self._data, batch_sampler=self._order, collate_fn=brought.collate_fn, pin_memory=brought.pin_memory,
+                generator=brought.generator,
+            )  # fmt: skip
+            keep = False
+        for batch in brought:
+            if keep:
+                self._data.keep(batch)
+            yield batch
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
         return [self._data.where(int(i)) for i in batch["index"]]

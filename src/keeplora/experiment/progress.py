@@ -33,7 +33,11 @@ def duration(seconds: float) -> str:
 
 
 def fields_text(fields: dict[str, Any]) -> str:
-    """``{"loss": 0.5, "accuracy": 87.25}`` as ``loss 0.5000, accuracy 87.2``; None is left out."""
+    """``{"loss": 0.5, "accuracy": 87.25}`` as ``loss 0.5000, accuracy 87.2``; None is left out.
+
+    >>> fields_text({"lr": 0.001, "data_wait": 0.034})
+    'lr 1.00e-03, data wait 3 %'
+    """
     shown = []
     for key, value in fields.items():
         if value is None:
@@ -42,6 +46,8 @@ def fields_text(fields: dict[str, Any]) -> str:
             value = (
                 f"{value:.1f}"
                 if "accuracy" in key or "score" in key
+                else f"{100 * value:.0f} %"
+                if key == "data_wait"
                 else f"{value:.2e}"
                 if key == "lr"
                 else f"{value:.4f}"

@@ -127,7 +127,7 @@ def task_info(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
     """What results.json tells of a task, from its record."""
     return {
         "name": name, "seconds": info.get("seconds", {}), "epochs": info.get("epochs", []),
-        "best_epoch": info.get("best_epoch"), "accepted": not info.get("undone", False),
+        "best_epoch": info.get("best_epoch"), "data_wait": info.get("data_wait"), "accepted": not info.get("undone", False),
         "trained_parameters": info.get("trained_parameters", 0),
         "rank_shrunk": info.get("rank_shrunk", []), "not_adapted": info.get("not_adapted", []),
         "frozen": info.get("frozen", []),

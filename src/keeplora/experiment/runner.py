@@ -247,10 +247,11 @@ class Run:
             kind.repeat(after)
         else:
             keep = self.directory.path / "predictions" / f"after-{after}"
-            rows = {
-                name: [self._score(t, sets[t.name].test, keep=keep / f"{t.name}.jsonl") for t in group]
-                for name, group in groups
-            }
+            with kind.evaluation(self.learner):
+                rows = {
+                    name: [self._score(t, sets[t.name].test, keep=keep / f"{t.name}.jsonl") for t in group]
+                    for name, group in groups
+                }
         self._tell_row(after, rows["task"], rows["probe"])
         known = [value for value in rows["task"] if value is not None]
         if known:
@@ -358,7 +359,7 @@ class Run:
         try:
             log = self._train(model, objective, training, seed, task, keeper)
             info["seconds"] = {"training": round(log.seconds, 3)}
-            info |= {"epochs": log.epochs, "best_epoch": log.best_epoch}
+            info |= {"epochs": log.epochs, "best_epoch": log.best_epoch, "data_wait": log.data_wait}
             tensors = {}
             if objective.head is not None:
                 tensors["head"] = objective.head.detach().float()
@@ -383,11 +384,12 @@ class Run:
         if self._joint:
             parts = [kind.batches(kind.objective(t), sets[t.name].train, training, seed) for t in self.setup.tasks]
             batches = MixedBatches(parts, seed=seed)
-        return train_task(
-            model, objective, batches, training, hooks=self.learner, progress=self.progress,
-            on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
-            selection=None if self._joint else self._selection(task, objective), keeper=keeper, warn=self._warning,
-        )  # fmt: skip
+        with objective.training():
+            return train_task(
+                model, objective, batches, training, hooks=self.learner, progress=self.progress,
+                on_epoch=lambda entry: self._event({"event": "epoch", "task": task.name, **entry}),
+                selection=None if self._joint else self._selection(task, objective), keeper=keeper, warn=self._warning,
+            )  # fmt: skip
 
     def _sit_out(self, task: Any, info: dict[str, Any], why: str) -> None:
         self._warning(why)

@@ -151,6 +151,7 @@ class _Loop:
         """The epoch's batches; a loader process that was stopped with this one is no fault."""
         stream = iter(self.batches)
         while True:
+            asked = time.perf_counter()
             try:
                 batch = next(stream)
             except StopIteration:
@@ -160,6 +161,7 @@ class _Loop:
                     self.keeper.save(self._steps(), self._snapshot)
                 STOP.check()
                 raise
+            self.state.sums.waited += time.perf_counter() - asked
             yield batch
 
     # ---- a step -------------------------------------------------------------------------------------------------
@@ -185,7 +187,8 @@ class _Loop:
             sums.right = (sums.right or 0) + tally.right
         sums.seen += tally.samples
         state.step += 1
-        self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy())
+        sums.seconds = time.perf_counter() - self.epoch_started
+        self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy(), data_wait=sums.data_wait)
         if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):
             self._look_at_size()
         if self.keeper is not None:
@@ -232,9 +235,10 @@ class _Loop:
         entry: dict[str, Any] = {"epoch": state.epoch, "loss": sums.loss / sums.seen}
         if sums.right is not None:
             entry["train_accuracy"] = self._accuracy()
-        entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3)}
+        entry |= {"lr": sums.lr, "seconds": round(sums.seconds, 3), "data_wait": sums.data_wait}
         if sums.penalty:
             entry["penalty"] = sums.penalty / sums.seen
+        self.progress.advance(0, data_wait=sums.data_wait)
         score = None if selection is None else self._validate(selection)
         with STOP.held():
             self._close(entry, score)

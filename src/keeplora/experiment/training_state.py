@@ -22,10 +22,18 @@ class TrainingLog:
     best_epoch: int | None = None
     seconds: float = 0.0
 
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the epochs' time in which the model waited for its data, 0 to 1; None without an epoch."""
+        seconds = sum(entry["seconds"] for entry in self.epochs)
+        known = [entry["data_wait"] * entry["seconds"] for entry in self.epochs if "data_wait" in entry]
+        return round(sum(known) / seconds, 4) if known and seconds else None
+
 
 @dataclass
 class Sums:
-    """The epoch under way: Σ loss and Σ penalty over samples, samples seen, how many of them right, the last rate, time."""
+    """The epoch under way: Σ loss and Σ penalty over samples, samples seen, how many of them right, the last rate, its time
+    and the part of it spent waiting for data."""
 
     loss: float = 0.0
     penalty: float = 0.0
@@ -33,6 +41,12 @@ class Sums:
     right: int | None = None
     lr: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time so far in which the model waited for its data, 0 to 1."""
+        return round(self.waited / self.seconds, 4) if self.seconds > 0 else 0.0
 
 
 @dataclass

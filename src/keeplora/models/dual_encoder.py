@@ -255,6 +255,13 @@ class DualEncoder:
         mask = text_batch.get("attention_mask")
         return {} if mask is None else {self.towers["text"]: mask.bool()}
 
+    def text_lengths(self, text_batch: Mapping[str, Tensor]) -> list[int]:
+        """Tokens of each of C texts from `tokenize` that its feature depends on; what is behind them may be cut off."""
+        mask = text_batch.get("attention_mask")
+        if mask is None or self._padding != "longest":
+            return [text_batch["input_ids"].shape[1]] * len(text_batch["input_ids"])
+        return mask.sum(dim=1).tolist()
+
     def text_features(self, text_batch: Mapping[str, Tensor]) -> Tensor:
         """Features of a batch from `tokenize`: [C, D], float32, L2-normalised, differentiable."""
         batch = {key: value.to(self.device) for key, value in text_batch.items()}

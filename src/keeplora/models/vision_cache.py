@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from keeplora.models.row_memory import RowMemory
+
 
 class VisionCache:
     """Answers ``forward`` of one or several towers from memory, picture by picture and frame by frame, while `active`.
 
-    A picture that is not there is computed in a batch of its own, so that what is kept does not depend on which pictures
-    came with it: an interrupted run that is resumed reads the same numbers. Calls without a gradient are answered whose
-    first argument is ``pixel_values`` [N, 3, H, W] (a video's frames are N pictures; tensors beside it have one row per
-    picture), or Qwen-VL's patches [P, D] with their ``grid_thw`` [N, 3] (a video is one row, with all its frames). All
-    others go to the tower.
+    Pictures that are not there are computed eight or four at a time where that gives the bits of each picture alone, else
+    one by one (`row_memory`): what is kept does not depend on which pictures came with it, so that an interrupted run that
+    is resumed reads the same numbers.
+
+    Calls without a gradient are answered whose first argument is ``pixel_values`` [N, 3, H, W] (a video's frames are N
+    pictures; tensors beside it have one row per picture), or Qwen-VL's patches [P, D] with their ``grid_thw`` [N, 3] (a video
+    is one row, with all its frames). All others go to the tower.
 
     Under autocast the output is given, and kept, in autocast's dtype: it is what the first product behind the tower takes.
 
@@ -29,9 +32,15 @@ class VisionCache:
 
     def __init__(self, *towers: nn.Module, max_bytes: int = 2 << 30) -> None:
         self.towers = towers
-        self.left = max_bytes
-        self.hits = self.misses = 0
-        self._kept: dict[bytes, Any] = {}
+        self.memory = RowMemory(max_bytes)
+
+    @property
+    def hits(self) -> int:
+        return self.memory.hits
+
+    @property
+    def misses(self) -> int:
+        return self.memory.misses
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -54,33 +63,26 @@ class VisionCache:
             rows = _rows(pixels, rest)
             if rows is None:
                 return inner(*args, **kwargs)
+            device = pixels.device.type
+            rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+            def compute(some: list[tuple[Tensor, ...]]) -> Any:
+                given = [torch.cat(parts) for parts in zip(*some, strict=True)]
+                beside = {**others, **dict(zip(names, given[1:], strict=True))}
+                found = inner(given[0], **beside) if args else inner(**{name: given[0]}, **beside)
+                return found if rounded is None else _rounded(found, rounded)
+
+            names, others, tensors = rows
             with torch.no_grad():
-                return _join(
-                    [self._row(row, beside, number, inner, name if not args else None) for row, beside in rows]
-                )
+                answers: list[Any] = [None] * len(tensors)
+                for form, places in _by_form(f"{number} {rounded} {sorted(others.items())} {names}", tensors).items():
+                    # A video of patches is one row, and its output has as many as it has patches.
+                    found = self.memory(form, [tensors[i] for i in places], compute, together=pixels.ndim == 4)
+                    for i, answer in zip(places, found, strict=True):
+                        answers[i] = answer
+                return _join(answers)
 
         return forward
-
-    def _row(self, pixels: Tensor, beside: dict[str, Any], number: int, inner: Any, name: str | None) -> Any:
-        device = pixels.device.type
-        dtype = str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else pixels.dtype)
-        setting = sorted((key, _told(value)) for key, value in beside.items())
-        told = f"{number} {dtype} {tuple(pixels.shape)} {setting}".encode()
-        tensors = [pixels, *(beside[key] for key in sorted(beside) if isinstance(beside[key], Tensor))]
-        key = hashlib.blake2b(b"|".join([told, *map(_raw, tensors)]), digest_size=16).digest()
-        found = self._kept.get(key)
-        if found is not None:
-            self.hits += 1
-            return found
-        self.misses += 1
-        found = inner(pixels, **beside) if name is None else inner(**{name: pixels}, **beside)
-        if torch.is_autocast_enabled(device):
-            found = _rounded(found, torch.get_autocast_dtype(device))
-        size = sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(found)}.values())
-        if size <= self.left:
-            self.left -= size
-            self._kept[key] = found
-        return found
 
 
 def _rounded(output: Any, dtype: torch.dtype) -> Any:
@@ -94,47 +96,39 @@ def _rounded(output: Any, dtype: torch.dtype) -> Any:
     return output
 
 
-def _rows(pixels: Tensor, beside: Mapping[str, Any]) -> list[tuple[Tensor, dict[str, Any]]] | None:
-    """Each picture or video with its rows of what stands beside it; None where the call is not of a known form."""
-    tensors = {key: value for key, value in beside.items() if isinstance(value, Tensor)}
+def _rows(
+    pixels: Tensor, beside: Mapping[str, Any]
+) -> tuple[list[str], dict[str, Any], list[tuple[Tensor, ...]]] | None:
+    """Names of the tensors beside the pictures, all other settings, and each picture or video with its rows of those tensors.
+
+    None where the call is not of a known form.
+    """
+    tensors = {key: value for key, value in sorted(beside.items()) if isinstance(value, Tensor)}
     others = {key: value for key, value in beside.items() if key not in tensors}
     if not _plain(others):
         return None
     grid = tensors.get("grid_thw")
     if pixels.ndim == 2 and grid is not None and len(tensors) == 1:
         parts = pixels.split(grid.prod(dim=1).tolist())
-        return [(part, {**others, "grid_thw": grid[i : i + 1]}) for i, part in enumerate(parts)]
+        return ["grid_thw"], others, [(part, grid[i : i + 1]) for i, part in enumerate(parts)]
     if pixels.ndim != 4 or any(len(value) != len(pixels) for value in tensors.values()):
         return None
-    return [
-        (pixels[i : i + 1], {**others, **{key: value[i : i + 1] for key, value in tensors.items()}})
-        for i in range(len(pixels))
-    ]
+    every = (pixels, *tensors.values())
+    return list(tensors), others, [tuple(value[i : i + 1] for value in every) for i in range(len(pixels))]
 
 
-def _told(value: Any) -> str:
-    return f"tensor {value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _by_form(call: str, rows: list[tuple[Tensor, ...]]) -> dict[str, list[int]]:
+    """Places of the rows that have the same shapes and dtypes."""
+    forms: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        forms.setdefault(f"{call} {[(t.dtype, tuple(t.shape)) for t in row]}", []).append(i)
+    return forms
 
 
 def _plain(kwargs: Mapping[str, Any]) -> bool:
     """Whether the arguments are values that a key can be made of."""
     flat = [v for value in kwargs.values() for v in (value if isinstance(value, list | tuple) else [value])]
     return all(value is None or isinstance(value, bool | int | float | str) for value in flat)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 def _join(rows: list[Any]) -> Any:

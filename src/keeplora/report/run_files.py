@@ -30,6 +30,7 @@ class Epoch(TypedDict, total=False):
     train_accuracy: Number
     lr: Number
     seconds: Number
+    data_wait: Number
 
 
 @with_config(_STRICT)
@@ -43,6 +44,7 @@ class TaskInfo(TypedDict, total=False):
     seconds: dict[str, Number] | None
     epochs: list[Epoch] | None
     best_epoch: Count
+    data_wait: Number
     accepted: bool | None
     trained_parameters: Count
     rank_shrunk: list[str] | None
@@ -142,6 +144,7 @@ class Info(TypedDict, total=False):
     seconds: dict[str, Number] | None
     epochs: list[Epoch] | None
     best_epoch: Count
+    data_wait: Number
     trained_parameters: Count
     rank_shrunk: list[str] | None
     not_adapted: list[str] | None

@@ -258,6 +258,7 @@ def task_table(run: Run) -> Table:
                 *(duration(seconds.get(part)) for part in ("statistics", "training", "evaluation")),
                 str(len(epochs)) if epochs else "–",
                 str(info["best_epoch"]) if info.get("best_epoch") is not None else "–",
+                "–" if info.get("data_wait") is None else f"{100 * info['data_wait']:.0f} %",
                 number(epochs[-1].get("loss"), 3) if epochs else "–",
                 count(info.get("trained_parameters")),
                 "removed"
@@ -272,11 +273,14 @@ def task_table(run: Run) -> Table:
         "evaluation",
         "epochs",
         "epoch used",
+        "waited for data",
         "final loss",
         "trained parameters",
         "result",
     ]
-    return Table("Cost and outcome of each task", head, rows, (8,))
+    if all(row[6] == "–" for row in rows):  # runs of before 0.2 did not measure it
+        rows, head = [[*row[:6], *row[7:]] for row in rows], [*head[:6], *head[7:]]
+    return Table("Cost and outcome of each task", head, rows, (len(head) - 1,))
 
 
 def loss_table(epochs: Sequence[dict[str, Any]]) -> Table:

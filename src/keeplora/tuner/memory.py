@@ -38,6 +38,7 @@ def halved(batches: Iterable[Any]) -> Iterable[Any] | None:
         return DataLoader(
             batches.dataset, batch_size=batches.batch_size // 2, collate_fn=batches.collate_fn,
             num_workers=batches.num_workers, worker_init_fn=batches.worker_init_fn, generator=batches.generator,
+            pin_memory=batches.pin_memory,
         )  # fmt: skip
     ask: Callable[[], Iterable[Any] | None] | None = getattr(batches, "halved", None)
     return None if ask is None else ask()

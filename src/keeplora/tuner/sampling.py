@@ -120,7 +120,8 @@ def statistics_batches(
         loader = DataLoader(
             Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
             shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
-            worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=batches.worker_init_fn, pin_memory=batches.pin_memory,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         return EndableBatches(loader, len(chosen), len({int(label) for label in known})) if endable else loader
     if isinstance(batches, DataLoader) and isinstance(dataset, IterableDataset):
@@ -196,9 +197,13 @@ def batch_size(batch: Any) -> int:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on ``device``; mappings, lists and tuples are followed."""
+    """The batch with its tensors on ``device``; mappings, lists and tuples are followed.
+
+    From pinned memory to a GPU the copies run beside the GPU's work; what reads them on it waits for them.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # The other way round, nobody waits: the host could read what has not arrived.
+        return batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and not hasattr(batch, "_fields"):

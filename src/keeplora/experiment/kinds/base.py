@@ -35,6 +35,10 @@ class TrainingObjective(Protocol):
         """Class weights that train beside the adapter, or None."""
         ...
 
+    def training(self) -> AbstractContextManager[object]:
+        """Around the task's training loop, when what trains requires its gradients."""
+        ...
+
     def parts(self, batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """The batch as what goes through the model at once: one part, or several whose gradients add up."""
         ...
@@ -103,6 +107,10 @@ class Kind(Protocol):
         Args:
             head: class weights that are being trained. keep: a file to write every answer to.
         """
+        ...
+
+    def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
+        """Around the scores of one row of the accuracy matrix: no weight changes inside."""
         ...
 
     def steps(self, data: Any) -> int:

@@ -51,6 +51,11 @@ class Classification:
         self._clips, self._frames = worker_caches(config)
 
     @property
+    def _pin(self) -> bool:
+        """Whether batches lie in pinned memory, from which they are copied to a GPU while it computes."""
+        return self.family.device.type == "cuda"
+
+    @property
     def _videos(self) -> bool:
         return any(task.medium == "video" for task in [*self.tasks, *self.probes])
 
@@ -110,7 +115,7 @@ class Classification:
         return {"classes": task.classes, "templates": task.templates} | video
 
     def objective(self, task: TaskData) -> TaskObjective:
-        return TaskObjective(self.family, task, self.precision)
+        return TaskObjective(self.family, task, self.precision, prompt_tokens=self.config.training.prompt_tokens)
 
     def prepare_head(
         self, objective: TaskObjective, data: PictureTensors | StreamTensors, training: TrainingConfig
@@ -128,11 +133,11 @@ class Classification:
     ) -> dict[str, Any]:
         fewer = data.sampled(self.sampling(statistics=True))
         source = data if self.method.learns_from_batches else fewer
-        pictures = loader(fewer, training.eval_batch_size, Collate(), workers=training.workers)
+        pictures = loader(fewer, training.eval_batch_size, Collate(), workers=training.workers, pin=self._pin)
         endable = config.statistics_tolerance is not None
         pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels, endable=endable)
         return {
-            "batches": loader(source, training.batch_size, objective.collate, workers=training.workers),
+            "batches": loader(source, training.batch_size, objective.collate, workers=training.workers, pin=self._pin),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
             "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
         }  # fmt: skip
@@ -145,7 +150,7 @@ class Classification:
             read = streamed_loader(data, stream, objective.collate, workers=training.workers)
             return TaskBatches(data, stream, read, objective.split)
         order = ShuffledBatches(len(data), training.batch_size, seed)
-        brought = shuffled_loader(data, order, objective.collate, workers=training.workers)
+        brought = shuffled_loader(data, order, objective.collate, workers=training.workers, pin=self._pin)
         return TaskBatches(data, order, brought, objective.split)
 
     def first_batch(self, objective: TaskObjective, data: Any, training: TrainingConfig) -> tuple[Any, int]:
@@ -180,6 +185,12 @@ class Classification:
                 self.family, self._candidates(task, learner), data, self.precision, self.config.training.eval_batch_size,
                 head, on_batch, learner.readout, self.config.training.workers if data.videos else 0,
             )  # fmt: skip
+
+    def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
+        """Class features that several sets have among their candidates are computed once; but not where a method answers
+        for each task with a model of its own."""
+        same = type(learner).serving is ContinualLearner.serving
+        return self.family.evaluating() if same else nullcontext()
 
     def steps(self, data: PictureTensors) -> int:
         return -(-len(data) // self.config.training.eval_batch_size)

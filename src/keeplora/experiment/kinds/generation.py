@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -73,6 +73,9 @@ class GenerationObjective:
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """`token_losses`; ``model`` is the family's own module, adapted in place."""
         return self.token_losses(batch)
+
+    def training(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def parts(self, batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return batch["parts"]
@@ -254,6 +257,9 @@ class Generation:
             keep.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(keep, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return None if scored.value is None else scored.value * share
+
+    def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def steps(self, data: ConversationTensors) -> int:
         return -(-len(data) // self.config.training.eval_batch_size)

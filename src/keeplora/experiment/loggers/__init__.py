@@ -141,7 +141,7 @@ class _Timeline:
         return [({**row, **mean}, self.step)] if row else []
 
 
-_EPOCH_KEYS = ("loss", "penalty", "train_accuracy", "validation_accuracy")
+_EPOCH_KEYS = ("loss", "penalty", "train_accuracy", "validation_accuracy", "data_wait")
 
 
 def _names(config: Mapping[str, Any], run_dir: Path) -> tuple[str, str]:
