@@ -83,5 +83,5 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """
     known = sorted(map(str, choices))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{hint} (one of: {', '.join(known)})"

@@ -24,8 +24,8 @@ def run(world, tmp_path):
     return world.copied(world.run()[0], tmp_path / "run")
 
 
-def told(answer):
-    assert answer.code == 0, answer.err
+def told(answer, code=0):
+    assert answer.code == code, answer.err
     return json.loads(answer.out)
 
 
@@ -62,6 +62,7 @@ def test_log_and_show(world, cli):
     missing = cli("ledger", "show", path, "stripe")
     assert (missing.code, missing.out) == (1, "")
     assert "no task 'stripe'; did you mean 'stripes'?" in missing.err
+    assert "no task 'xyz' (one of: " in cli("ledger", "show", path, "xyz").err
 
 
 def test_rollback_then_resume_is_the_run_again(world, cli, run):
@@ -129,7 +130,9 @@ def test_removed_task_is_not_learned_again_and_its_classes_are_gone(world, cli, 
     assert results_of(run)["removed"] == ["stripes"]
     assert results_of(run)["accuracy"] == before["accuracy"]  # what was measured was measured
     assert status_of(run)["state"] == "finished"
-    assert "Task stripes was removed since" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    for word in ("Task stripes was removed since", "was taken out since: all numbers", "2 · stripes (taken out since)"):
+        assert word in report
     picture = world.root / "paint" / "test" / "red" / "0.png"
     (found,) = [
         json.loads(line) for line in cli("predict", run, "--image", picture, "--json", "--top", "9").out.splitlines()
@@ -140,6 +143,7 @@ def test_removed_task_is_not_learned_again_and_its_classes_are_gone(world, cli, 
     resumed = cli("resume", run)
     assert resumed.code == 0, resumed.err
     assert "task " not in resumed.err
+    assert "Measured with stripes in the model" in " ".join(resumed.out.split())
     after = results_of(run)
     assert [info["name"] for info in after["tasks_info"]] == ORDER
     assert [i["seconds"] for i in after["tasks_info"]] == [i["seconds"] for i in before["tasks_info"]]
@@ -276,7 +280,9 @@ def test_diff(world, cli, run):
     assert same["only_a"] == same["only_b"] == []
     assert all(row["difference"] == 0 for row in same["layers"])
     assert cli("ledger", "remove", run, "stripes").code == 0
-    apart = told(cli("ledger", "diff", straight, run, "--json"))
+    assert "no difference" in cli("ledger", "diff", straight, straight).out
+    assert "entry 4 of the ledger is a remove, not a task" in cli("ledger", "show", run, "4").err
+    apart = told(cli("ledger", "diff", straight, run, "--json"), 1)
     assert (apart["common"], apart["only_b"]) == (3, [{"entry": 4, "kind": "remove", "name": "stripes"}])
     record = Ledger.open(straight / "ledger").record(2)
     for row in apart["layers"]:
@@ -285,7 +291,7 @@ def test_diff(world, cli, run):
         assert 0 <= row["relative"] <= 2
     text = cli("ledger", "diff", straight, run).out
     assert "the same base model, 3 entries in common" in " ".join(text.split())
-    other = told(cli("ledger", "diff", straight, world.run(method="lora")[0], "--json"))
+    other = told(cli("ledger", "diff", straight, world.run(method="lora")[0], "--json"), 1)
     assert (other["same_base"], other["common"]) == (True, 0)
 
 
@@ -320,6 +326,70 @@ def test_exports_equal_recomputation(world, cli, run, tmp_path, which):
     for name, W in whole.state_dict().items():
         if (layer := name.removesuffix(".weight")) in learner.store.delta:
             assert torch.equal(W, learner.store.current(layer))
+
+
+@pytest.mark.parametrize("command", [("ledger", "export"), ("export",)])
+@pytest.mark.parametrize("inside", ["", "ledger"])
+def test_a_run_names_its_own_model(cli, run, tmp_path, command, inside):
+    answer = cli(*command, run / inside, "--format", "peft", "--model", "another", "--output", tmp_path / "new")
+    assert answer.code == 1
+    assert "names its base model itself: leave --model out" in answer.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_still_holds_a_removed_task_is_told_so(cli, run, tmp_path):
+    for names in ("paint,stripes", "stripes"):
+        assert cli("export", run, "--format", "merged", "--tasks", names, "--output", tmp_path / names).code == 0
+    assert cli("ledger", "remove", run, "stripes").code == 0
+    for names in ("paint,stripes", "stripes"):
+        text = " ".join(cli("audit", run, "--export", tmp_path / names).out.split())
+        assert f"holding {names.replace(',', ', ')}. Of these stripes was taken out of the ledger since" in text
+    assert cli("ledger", "purge", run, "stripes", "--yes").code == 0
+    text = " ".join(cli("audit", run, "--export", tmp_path / "stripes").out.split())
+    assert "It may hold stripes, whose tensors were purged." in text
+
+
+@pytest.mark.parametrize("log", ["kept", "cut"])
+def test_a_lost_results_json_never_takes_the_trained_model_for_the_untouched_one(world, cli, run, log):
+    """It is made again from the ledger and metrics.jsonl; what neither has stays empty."""
+    straight = results_of(world.run()[0])
+    (run / "results.json").unlink()
+    if log == "cut":
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(line for line in lines if '"after":0' not in line))
+    for _ in range(2):
+        answer = cli("resume", run)
+        assert answer.code == 0, answer.err
+        assert "task 1/3" not in answer.err
+        found = results_of(run)
+        assert found["accuracy"][1:] == straight["accuracy"][1:]
+        assert found["accuracy"][0] == (straight["accuracy"][0] if log == "kept" else [None] * 3)
+    assert found["metrics"]["last"] == straight["metrics"]["last"]
+    if log == "kept":
+        assert found["metrics"] == straight["metrics"]
+        assert without_times(RunDirectory(run).read_events()) == without_times(
+            RunDirectory(world.run()[0]).read_events()
+        )
+    else:
+        assert "what the untouched model scored is not" in " ".join(found["warnings"])
+
+
+def test_an_unfinished_run_without_results_json_goes_on(world, cli, run):
+    straight = results_of(world.run()[0])
+    assert cli("ledger", "rollback", run, "paint").code == 0
+    (run / "results.json").unlink()
+    answer = cli("resume", run)
+    assert answer.code == 0, answer.err
+    assert results_of(run)["accuracy"] == straight["accuracy"]
+    assert status_of(run)["state"] == "finished"
+
+
+def test_a_damaged_results_json_says_which_file_to_delete(cli, run):
+    (run / "results.json").write_text("{")
+    for words in (("card", run), ("ledger", "rollback", run, "1")):
+        answer = cli(*words)
+        assert answer.code == 1
+        assert "delete this one file" in answer.err
 
 
 def test_a_saved_learner_is_exported_without_its_model(world, cli, run, tmp_path):

@@ -20,6 +20,10 @@ def capacity(
     from keeplora.tuner.capacity import gauge_ledger
     from keeplora.tuner.persistence import open_ledger
 
+    if plot is not None:
+        from keeplora.report.audit_plot import check_plot_name
+
+        check_plot_name(plot)
     found = gauge_ledger(open_ledger(directory))
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
@@ -31,6 +35,5 @@ def capacity(
     if plot is not None:
         from keeplora.report.capacity import plot_capacity
 
-        plot_capacity(found.to_dict(), plot)
-        if not as_json:
-            typer.echo(str(plot))
+        plot_capacity(found.to_dict(), plot, title=directory.name)
+        typer.echo(f"Plot: {plot}", err=as_json)

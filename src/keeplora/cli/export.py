@@ -23,7 +23,7 @@ def export(
 
     target = output or directory / f"export-{format}"
     names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
-    if (directory / "config.yaml").is_file() or not directory.is_dir():
+    if model is None and ((directory / "config.yaml").is_file() or not directory.is_dir()):
         written = TrainedModel(directory, device="cpu").export(target, format, upto=upto, tasks=names)
     else:
         from keeplora.experiment.ledgers import LedgerPlace

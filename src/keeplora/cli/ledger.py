@@ -132,13 +132,15 @@ def diff(
     other: Annotated[Path, typer.Argument(help="The other.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say where two ledgers part, and how far their updates lie apart in each layer."""
+    """Say where two ledgers part, and how far their updates lie apart in each layer; exit status 1 if they differ."""
     from keeplora.cli import ledger_text
     from keeplora.experiment.ledgers import LedgerPlace
-    from keeplora.tuner.ledger_check import compare_ledgers
+    from keeplora.tuner.ledger_check import compare_ledgers, differ
 
     told = compare_ledgers(LedgerPlace.open(directory).ledger, LedgerPlace.open(other).ledger)
     _say(told, ledger_text.diff_tables(told, str(directory), str(other)), as_json)
+    if differ(told):
+        raise typer.Exit(1)
 
 
 def _confirm(task: str, yes: bool) -> None:

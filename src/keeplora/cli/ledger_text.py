@@ -11,7 +11,7 @@ from rich.text import Text
 
 from keeplora.tuner import Ledger
 from keeplora.tuner.chain import TASK
-from keeplora.tuner.ledger_check import Check
+from keeplora.tuner.ledger_check import Check, differ
 
 
 def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
@@ -127,6 +127,8 @@ def check_table(found: Sequence[Check], where: str) -> list[Any]:
 
 def diff_tables(told: Mapping[str, Any], a: str, b: str) -> list[Any]:
     """`compare_ledgers` for a person."""
+    if not differ(told):
+        return [Text(f"{a} and {b}: no difference, {told['common']} entries")]
     same = "the same base model" if told["same_base"] else "DIFFERENT base models"
     head = Text(f"{a} and {b}: {same}, {told['common']} entries in common")
     only = _table("", "only in", "entry", "what", "task")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+OWN_MARK = "This card is written by `keeplora`"
+"""Stands in every card, and tells it from a file that must not be overwritten."""
 Directory = Annotated[Path, typer.Argument(help="A run directory, or a folder that save_pretrained wrote.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of what was learned; the card says it.")]
 Languages = Annotated[list[str] | None, typer.Option("--language", help="Of the data, such as en. Repeatable.")]
@@ -89,10 +91,13 @@ def card(
     title: Title = None,
 ) -> None:
     """Write the model card of a run or a saved learner."""
+    from keeplora.errors import KeepLoraError
     from keeplora.experiment.card_facts import Told
     from keeplora.experiment.publish import write_card
     from keeplora.hub import check_repo_id
 
     check_repo_id(repo_id)
+    if output is not None and output.is_file() and OWN_MARK not in output.read_text(encoding="utf-8", errors="replace"):
+        raise KeepLoraError(f"{output} exists and is no card of keeplora's: give another name, or remove it first")
     text = write_card(directory, output, repo_id, Told(license, tuple(language or ()), base_model, title))
     typer.echo(str(output) if output is not None else text, nl=output is not None)

@@ -138,6 +138,10 @@ class LedgerPlace:
     ) -> Path:  # fmt: skip
         """`TrainedModel.export` for any ledger; an adapter needs the base model only where whole modules were trained."""
         if self.run:
+            if model is not None:
+                raise KeepLoraError(
+                    f"{self.root} is a run directory, which names its base model itself: leave --model out"
+                )
             return TrainedModel(self.root, device="cpu").export(target, format, upto=upto, tasks=tasks)
         target = check_export(target, format)
         if reason := self.ledger.told.get("unmergeable"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,16 @@ class Columns:
             return [v if isinstance(v, int | float) else None for v in found]
 
         return values("tasks", self.tasks), values("probes", self.probes)
+
+    def first_of(self, events: Iterable[Mapping[str, Any]]) -> tuple[list[float | None], list[float | None]]:
+        """The untouched model's values out of the events of a run; None for what they do not tell."""
+        told = [e for e in events if e.get("event") == "evaluation" and e.get("after") == 0]
+        values = {(e.get("kind"), e.get("set")): e.get("accuracy") for e in told}
+        found = {
+            kind: [v if isinstance(v := values.get((kind, name)), int | float) else None for name in names]
+            for kind, names in (("task", self.tasks), ("probe", self.probes))
+        }
+        return found["task"], found["probe"]
 
     def events(self, after: int, tasks: Row, probes: Row) -> Iterator[dict[str, Any]]:
         """The events of one row."""

@@ -28,7 +28,7 @@ from keeplora.files import (
     sweep,
 )
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
-from keeplora.report.run_files import check_shape
+from keeplora.report.run_files import check_shape, remedy
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
@@ -61,9 +61,9 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise KeepLoraError(f"{path} is damaged ({error}); this file is written by keeplora alone") from None
+        raise KeepLoraError(f"{path} is damaged ({error}); {remedy(path)}") from None
     if not isinstance(value, dict):
-        raise KeepLoraError(f"{path} is damaged (it holds no object); this file is written by keeplora alone")
+        raise KeepLoraError(f"{path} is damaged (it holds no object); {remedy(path)}")
     check_shape(value, path.name, path)
     return value
 

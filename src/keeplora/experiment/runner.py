@@ -86,6 +86,8 @@ class Run:
         done = settled_count((record.name for record in settled), order, self.directory.path)
         self.checkpoints.drop_finished(done)
         try:
+            if done and not self.scores.tasks:
+                self._recover_first_row()
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
             self.scores = Scores(self.scores.tasks[: done + 1], self.scores.probes[: done + 1])
             if self.scores.tasks and self.learner._ledger is not None:
@@ -136,6 +138,19 @@ class Run:
         results = self._write()
         self._report()
         return results
+
+    def _recover_first_row(self) -> None:
+        """Tasks are learned but results.json is gone: the untouched model's row is in metrics.jsonl, or lost. The model at hand
+        has learned since and must not be taken for it; the other rows are kept beside their tasks."""
+        row = self.columns.first_of(self.directory.read_events())
+        if None in (*row[0], *row[1]):
+            self._warning(
+                "results.json is missing, and what the untouched model scored is not (or not wholly) in metrics.jsonl: those "
+                "scores stay empty, and so do the metrics that are taken from them"
+            )
+        else:
+            self._warning("results.json was missing; it was made again from the ledger and metrics.jsonl")
+        self.scores.add(*row)
 
     def _leave(self, state: str, error: str) -> None:
         with contextlib.suppress(OSError):  # on a full disk, what stopped the run matters more than that this fails too

@@ -41,15 +41,15 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     if S.n_in != n_in:
         raise ValueError(f"G has {n_in} input dimensions but U has {S.n_in}")
     limit = min(rank, n_out, n_in - S.k)
-    # ‖G‖₂ from the smaller Gram matrix: a tenth of another SVD's time, and only a tolerance is taken from it.
-    gram = G64 @ G64.T if n_out <= n_in else G64.T @ G64
-    norm = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) if G64.numel() else 0.0
-    if limit <= 0 or norm == 0.0:
+    if limit <= 0 or not bool(G64.any()):
         return G64.new_zeros((0, n_in), dtype=torch.float32)
     held = S.held.to(torch.float64)
-    _, sigma, Yt = torch.linalg.svd(G64 @ held if S.by_complement else S.project_out(G64), full_matrices=False)
-    r = min(limit, int((sigma > max(n_out, n_in) * EPS32 * norm).sum()))
-    V = held @ Yt[:r].T if S.by_complement else Yt[:r].T
+    sigma, V = _leading_right(G64 @ held if S.by_complement else S.project_out(G64), limit)
+    noise = max(n_out, n_in) * EPS32
+    r = int((sigma > noise * float(G64.norm())).sum())
+    if r < limit:  # ‖G‖_F ≥ ‖G‖₂ did not settle it; of ‖G‖₂ itself only the singular value is needed
+        r = int((sigma > noise * float(_leading_right(G64, 1)[0])).sum())
+    V = held @ V[:, :r] if S.by_complement else V[:, :r]
     # One pass leaves A U at about ‖P G‖/‖Ĝ‖ · eps: 1e-2 in fp32 when the residual is 1e-5 of G. Twice removes it.
     for _ in range(2):
         V = torch.linalg.qr(S.project_out(V.T).T).Q if r else V
@@ -62,6 +62,20 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
             f"A leaves the residual space: max |A U| = {float(overlap.max()):.2e} > {FACTOR_TOLERANCE:.0e}"
         )
     return A
+
+
+def _leading_right(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The r largest singular values of a float64 matrix and their right singular vectors, (r,) and (M.shape[1], r).
+
+    By eigenvectors of the smaller Gram matrix, a fifth of the time of an SVD. That squares the condition number, in float64:
+    vectors are good down to σ ≈ 1e-8 σ₁, three decimals below what counts as a direction.
+    """
+    tall = M.shape[0] >= M.shape[1]
+    values, vectors = torch.linalg.eigh(M.T @ M if tall else M @ M.T)
+    sigma, vectors = values[-r:].flip(0).clamp(min=0.0).sqrt(), vectors[:, -r:].flip(1)
+    if not tall:
+        vectors = M.T @ vectors / sigma.clamp(min=torch.finfo(M.dtype).tiny)
+    return sigma, vectors
 
 
 def layer_alpha(layer_scale: float, lora_alpha: float, r: int, r_layer: int) -> float:

@@ -71,17 +71,25 @@ def _put(groups: dict[str, tuple[list[float], list[float]]], label: str, leak: A
 
 
 def short_names(names: Sequence[str], most: int) -> list[str]:
-    """The names without the parts that all of them begin with; a long one keeps its first letters, the tower's, and its end.
+    """The names without the parts that all of them begin with; of a long one the tower, the block and the last part.
 
-    >>> short_names(["model.layers.0.q", "model.layers.1.q"], 30), short_names(["vision.encoder.3.query"], 16)
-    (['0.q', '1.q'], ['visi…der.3.query'])
+    >>> short_names(["model.layers.0.q", "model.layers.1.q"], 30), short_names(["vision_model.encoder.3.attention.query"], 20)
+    (['0.q', '1.q'], ['vision 3 · query'])
     """
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     short = [".".join(p[shared:]) for p in parts]
-    return [name if len(name) <= most else f"{name[:4]}…{name[5 - most :]}" for name in short]
+    return [name if len(name) <= most else _block_name(name, most) for name in short]
+
+
+def _block_name(name: str, most: int) -> str:
+    parts = name.split(".")
+    block = next((part for part in parts if part.isdigit()), None)
+    if block is not None:
+        name = f"{parts[0].removesuffix('_model')} {block} · {parts[-1]}"
+    return name if len(name) <= most else f"{name[:4]}…{name[5 - most :]}"
 
 
 def leak_level(leak: float) -> int:
@@ -117,7 +125,7 @@ def _heat(layers: Sequence[str], tasks: Sequence[str], grid: Grid) -> Markup:
     left, above = 150.0, 16.0
     tall = min(14.0, max(2.5, 420 / len(layers)))
     wide = (WIDTH - left - 4) / len(tasks)
-    every = math.ceil(11 / tall)
+    every = math.ceil(11 / tall) // 2 * 2 + 1  # odd, so that not the same half of a block's layers is named
     names = short_names(layers, 26)
     titled = len(layers) * len(tasks) <= TITLED
     step = math.ceil(len(tasks) / 14)

@@ -16,7 +16,7 @@ from keeplora.report.palette import HEAT, SERIES
 
 INK, SOFT, LINE, OVER, NONE = "#16202a", "#526070", "#d9e0e8", "#c0392b", "#e9edf1"
 SUFFIXES = (".png", ".svg", ".pdf")
-ROWS = 48
+ROWS = 96
 """Layers beyond this many are named in the picture every so often only."""
 
 
@@ -55,7 +55,7 @@ def plot_audit(
     found = precisions(audit)
     left = 2.6 + min(max(0.45 * len(tasks), 1.3), 8.0)
     right = 1.0 + 1.1 * max(len(found), 3) if found else 0.4
-    tall = min(max(0.19 * len(layers), 2.8), 10.0) + 1.6
+    tall = min(max(0.19 * len(layers), 2.8), 12.0) + 1.6
     figure = Figure(figsize=(left + right, tall), facecolor="white", layout="constrained")
     # The dots need no more height than a page is wide: what is left of a tall picture stays empty.
     share = min(1.0, 4.6 / tall)
@@ -86,7 +86,7 @@ def _grid(
     over = [(i, j) for i, row in enumerate(grid) for j, v in enumerate(row) if v is not None and v > LIMIT]
     for i, j in over[:400]:
         axes.text(j, i, "✗" if len(layers) <= ROWS else "", ha="center", va="center", color="white", fontsize=7)
-    every = math.ceil(len(layers) / ROWS)
+    every = math.ceil(len(layers) / ROWS) // 2 * 2 + 1  # odd, so that not the same half of a block's layers is named
     names = short_names(layers, 40)
     axes.set_yticks(range(0, len(layers), every), names[::every], fontsize=7 if len(layers) > 12 else 8)
     step = math.ceil(len(tasks) / 24)
@@ -101,7 +101,7 @@ def _grid(
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Factors: ‖B A U‖ / ‖B A‖", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_title("Factors\n‖B A U‖ / ‖B A‖", loc="left", fontsize=11, fontweight="bold", color=INK)
     bar = figure.colorbar(
         shown,
         ax=axes,
@@ -115,11 +115,12 @@ def _grid(
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
     bar.ax.tick_params(colors=SOFT, length=0, labelsize=8)
-    bar.ax.set_title("over", fontsize=8, color=OVER, pad=12)
+    bar.ax.set_title("over", fontsize=8, color=OVER, pad=12, loc="left")
 
 
 def _strips(axes: Any, found: Sequence[Precision]) -> None:
-    axes.set_title("Weights: ‖(W − W₀) V‖ / ‖W − W₀‖", loc="left", fontsize=11, fontweight="bold", color=INK)
+    # V: U₀ with t = 0, and what task t added with everything that came after it.
+    axes.set_title("Weights\n‖(W − Wₜ) V‖ / ‖W − Wₜ‖", loc="left", fontsize=11, fontweight="bold", color=INK)
     for i, one in enumerate(found):
         colour = SERIES["light"][i % 8]
         _dots(

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from keeplora.errors import KeepLoraError
 from keeplora.files import atomic_write_bytes
+from keeplora.report.audit_plot import check_plot_name
 from keeplora.report.charts import WIDTH, _rect, _svg, _text, number
 from keeplora.report.palette import HEAT, HEAT_LEVELS
 from keeplora.report.tables import Cell, Table
@@ -50,7 +51,11 @@ def figures(capacity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     found = []
     for tower, layers in by_tower(capacity or {}).items():
         tight = sum(1 for layer in layers if layer["state"] in ("tight", "full", "frozen"))
-        note = f"{tight} of {len(layers)} layers have no room for another task like the last"
+        note = (
+            f"{tight} of {len(layers)} layers have no room for another task like the last"
+            if tight
+            else f"all {len(layers)} layers have room for another task like the last"
+        )
         found.append({"title": f"{tower} tower, layer by layer", "note": note, "chart": _chart(tower, layers)})
     return found
 
@@ -111,20 +116,18 @@ def forecast_text(forecast: Mapping[str, Any]) -> str:
     return likely if low == high == likely else f"{likely} ({low}–{high})"
 
 
-def plot_capacity(capacity: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
-    """Write the charts of `figures` as one picture; ``path`` ends in ``.png``, ``.svg`` or ``.pdf``.
+def plot_capacity(
+    capacity: Mapping[str, Any], path: str | os.PathLike[str], *, title: str | None = None, dpi: int = 150
+) -> Path:
+    """Write the charts of `figures` as one picture under ``title``; ``path`` ends in ``.png``, ``.svg`` or ``.pdf``.
 
     Raises `KeepLoraError` for another ending, and where there is no layer to draw.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    target = Path(path)
+    target = check_plot_name(path)
     kind = target.suffix.lower()
-    if kind not in (".png", ".svg", ".pdf"):
-        raise KeepLoraError(
-            f"{target}: a plot is written as .png, .svg or .pdf, not as {target.suffix or 'a bare name'!r}"
-        )
     towers = by_tower(capacity)
     if not towers:
         raise KeepLoraError(f"{target}: there is no layer whose capacity could be drawn")
@@ -143,7 +146,7 @@ def plot_capacity(capacity: Mapping[str, Any], path: str | os.PathLike[str], *, 
         axes.set_title(f"{tower} tower", loc="left", fontsize=11)
         axes.set_yticks(range(len(layers)), [row_name(layer) for layer in layers], fontsize=7)
         axes.set_xticks(range(steps), ["W", *(str(i) for i in range(1, steps))], fontsize=8)
-        axes.set_xlabel("tasks learned", fontsize=8)
+        axes.set_xlabel("tasks learned (W: none)", fontsize=8)
         for y, row in enumerate(rows):
             for x, share in enumerate(row):
                 if steps <= 16:
@@ -156,8 +159,13 @@ def plot_capacity(capacity: Mapping[str, Any], path: str | os.PathLike[str], *, 
                         fontsize=6,
                         color="white" if share > 55 else "black",
                     )
+        axes.set_ylim(tallest - 0.5, -0.5)  # rows of one height in every tower
+        axes.spines[:].set_visible(False)
         if k == len(towers):
             figure.colorbar(image, ax=axes, label="protected dimensions, %")
+    figure.suptitle(
+        f"{title}: protected dimensions" if title else "Protected dimensions", x=0.01, ha="left", fontsize=12
+    )
     buffer = io.BytesIO()
     # Fixed metadata: the same run gives the same bytes.
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind, {})

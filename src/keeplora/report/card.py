@@ -176,6 +176,12 @@ class CardFacts:
     contents: Contents = Contents()
 
     @property
+    def measured_with(self) -> list[str]:
+        """Tasks that were in the model when it was measured last, and are not in what lies here."""
+        measured = self.run.tasks[: self.run.done] if self.run is not None else []
+        return [name for name in measured if name in (*self.removed, *self.gone)]
+
+    @property
     def learned(self) -> list[TaskFacts]:
         return [task for task in self.tasks if task.fate == "learned"]
 
@@ -217,7 +223,7 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     run = facts.run
-    if run is None or not run.done:
+    if run is None or not run.done or facts.measured_with:  # a leaderboard must not tell of another model
         return {}
     found = []
     for task in facts.learned:
@@ -312,7 +318,7 @@ def write_figure(run: Run, folder: Path) -> Path:
     figure = Figure(figsize=(7.2, 4.2), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     draw_curves(axes, run, run.label)
-    axes.set_ylim(0, nice_top([v for row in run.accuracy for v in row], 100.0))
+    axes.set_ylim(0, 1.03 * nice_top([v for row in run.accuracy for v in row], 100.0))  # markers at the top stay whole
     axes.set_ylabel(f"{run.kind.quantity} on the {run.kind.items} (%)", fontsize=9, color=SOFT)
     handles, labels = axes.get_legend_handles_labels()
     if labels:

@@ -167,6 +167,12 @@ def headline(run: Run, found: Sequence[Entry]) -> list[Markup]:
     value, level = metrics.get(kind.end), base.get(kind.end)
     if not run.accuracy:
         return [Markup("Nothing has been evaluated yet.")]
+    if run.removed:
+        said.append(
+            _strong(
+                "{} was taken out since: all numbers here were measured with it in the model.", ", ".join(run.removed)
+            )
+        )
     if not run.finished:
         said.append(
             _strong("{} of {} tasks are finished; the summary metrics follow when all are.", str(run.done), str(n))
@@ -199,9 +205,12 @@ def _kept(run: Run, base: dict[str, float | None]) -> list[Markup]:
         first = run.column(run.tasks[0])
         points = f"{number(abs(drop))} points"
         if "forgetting" in run.kind.told:
-            text = _strong(
-                "On average a task ended {} its earlier best.", f"{points} {'below' if drop >= 0 else 'above'}"
-            )
+            if abs(drop) < 0.05:
+                text = Markup("On average a task ended at its earlier best, to a tenth of a point.")
+            else:
+                text = _strong(
+                    "On average a task ended {} its earlier best.", f"{points} {'below' if drop > 0 else 'above'}"
+                )
         else:
             text = _strong(
                 "Between its learning and the end a task {} on average (BWT).",

@@ -36,14 +36,15 @@ def curves(run: Run, found: Sequence[Entry]) -> list[Figure]:
     for k, (name, lines) in enumerate(columns.items()):
         task = k < len(run.tasks) and run.learns
         own = run.column(name)
+        now = "before it was taken out" if name in run.removed else "now"
         series = [Series(e.label, line, e.index, e.strong) for e, line in zip(shown, lines, strict=True)]
         start = own[k + 1] if task and len(own) > k + 1 else own[0] if own else None
         if task and len(own) > k + 1:
-            note = f"{number(start)} when learned, {number(own[-1])} now"
+            note = f"{number(start)} when learned, {number(own[-1])} {now}"
         elif task:
             note = f"{number(start)} untouched; not learned yet"
         else:
-            note = f"{number(start)} before, {number(own[-1] if own else None)} now"
+            note = f"{number(start)} before, {number(own[-1] if own else None)} {now}"
         spoken = "; ".join(f"{s.name}: {', '.join(number(v) for v in s.values)}" for s in series)
         chart = line_chart(
             series,
@@ -53,8 +54,14 @@ def curves(run: Run, found: Sequence[Entry]) -> list[Figure]:
             learned_at=k + 1 if task else None,
             chance=chance.get(name),
         )
-        figures.append(_figure(f"{k + 1} · {name}" if k < len(run.tasks) else f"probe · {name}", chart, note))
+        figures.append(_figure(_set_title(run, k, name), chart, note))
     return figures
+
+
+def _set_title(run: Run, k: int, name: str) -> str:
+    if k >= len(run.tasks):
+        return f"probe · {name}"
+    return f"{k + 1} · {name}" + (" (taken out since)" if name in run.removed else "")
 
 
 def bars(kind: Kind, found: Sequence[Entry]) -> list[Figure]:

@@ -72,10 +72,7 @@ def _warnings(run: Run) -> list[str]:
     found += [
         f"Task {i.get('name')} was undone: it was not accepted." for i in run.tasks_info if i.get("accepted") is False
     ]
-    found += [
-        f"Task {name} was removed since; the rows up to then were measured with it."
-        for name in run.results.get("removed") or []
-    ]
+    found += [f"Task {name} was removed since; the rows up to then were measured with it." for name in run.removed]
     return list(dict.fromkeys(found))
 
 

@@ -196,3 +196,13 @@ changed or damaged; restore it from a copy
             f"{where}: {key} is {shown} ({first['msg'][:1].lower()}{first['msg'][1:]}): the file was changed or damaged; "
             "restore it from a copy"
         ) from None
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file of a run that cannot be read; never to delete the run, whose ledger may be whole."""
+    if path.name == "results.json":
+        return (
+            "restore it from a copy, or delete this one file: `keeplora resume` makes it again from the ledger and "
+            "metrics.jsonl"
+        )
+    return "restore it from a copy"

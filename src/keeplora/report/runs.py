@@ -15,7 +15,7 @@ from keeplora.errors import KeepLoraError
 from keeplora.files import read_regular, real_path
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.kinds import GENERATION, Kind, kind_named
-from keeplora.report.run_files import check_shape
+from keeplora.report.run_files import check_shape, remedy
 
 RESULTS_FORMAT = "keeplora-results"
 RESULTS_VERSION = 0
@@ -44,6 +44,11 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.results.get("name") or self.path.name)
+
+    @property
+    def removed(self) -> list[str]:
+        """Tasks that were taken out since the rows were measured."""
+        return [str(name) for name in self.results.get("removed") or []]
 
     @property
     def kind(self) -> Kind:
@@ -150,9 +155,9 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; {remedy(path)}") from None
     except ValueError as error:
-        raise KeepLoraError(f"{path} is not readable JSON ({error}); restore it or remove the run") from error
+        raise KeepLoraError(f"{path} is not readable JSON ({error}); {remedy(path)}") from error
     if not isinstance(value, dict):
         raise KeepLoraError(f"{path} holds a {type(value).__name__} where an object is expected")
     check_shape(value, path.name, path)
@@ -165,7 +170,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; restore it or remove the run") from None
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; {remedy(path)}") from None
 
 
 def _events(path: Path) -> tuple[dict[str, Any], ...]:

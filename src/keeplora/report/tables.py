@@ -249,7 +249,6 @@ def components_table(run: Run) -> Table | None:
 def task_table(run: Run) -> Table:
     """What each task cost and how it ended."""
     rows: list[list[Cell | str]] = []
-    removed = run.results.get("removed") or []
     for info in run.tasks_info:
         seconds = info.get("seconds") or {}
         epochs = info.get("epochs") or []
@@ -262,7 +261,7 @@ def task_table(run: Run) -> Table:
                 number(epochs[-1].get("loss"), 3) if epochs else "–",
                 count(info.get("trained_parameters")),
                 "removed"
-                if info.get("name") in removed
+                if info.get("name") in run.removed
                 else {True: "kept", False: "undone"}.get(info.get("accepted"), "–"),  # type: ignore[arg-type]
             ]
         )

@@ -57,6 +57,8 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = N
     winners = {key: best(found, key, higher) for key, _, higher, _ in metrics}
     for i, entry in enumerate(found):
         label = entry.label
+        if entry.run is not None and entry.run.removed:
+            label += f" (with {', '.join(entry.run.removed)}, taken out since)"
         if entry.run is not None and not entry.run.finished:
             label += f" ({entry.run.done} of {len(entry.run.tasks)} tasks)"
         # Text, not markup: a name may hold square brackets.
@@ -87,7 +89,11 @@ def matrix_table(results: Mapping[str, Any]) -> Table:
     title = Text(f"{run.label}: {run.kind.quantity} in percent")
     if run.scorers:
         title.append(f" ({scorer_note(run)})")
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    note = f"Measured with {', '.join(run.removed)} in the model, which was taken out since." if run.removed else None
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        caption=Text(note) if note else None, caption_justify="left",
+    )  # fmt: skip
     table.add_column("moment", no_wrap=True)
     for name in run.tasks:
         table.add_column(Text(name), justify="right")

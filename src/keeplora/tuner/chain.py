@@ -178,6 +178,11 @@ class Chain:
             preferred = [i for i in named if among is not None and i in set(among)]
             found = preferred or named or ([number] if number in tasks else [])
         if not found:
+            if str(task).isdecimal() and 0 < int(task) <= len(self.steps):
+                step = self.steps[int(task) - 1]
+                raise LedgerError(
+                    f"entry {task} of the ledger is a {step.kind}, not a task; `keeplora ledger log` lists both"
+                )
             known = dict.fromkeys(self.names(tasks))
             hint = did_you_mean(str(task), known) if known else "; it holds none"
             raise LedgerError(f"the ledger has no task {task!r}{hint}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,13 @@ def compare_ledgers(a: Ledger, b: Ledger) -> dict[str, Any]:
         "same_base": a.head["base"]["hash"] == b.head["base"]["hash"], "common": common, "only_a": rest[0],
         "only_b": rest[1], "layers": layers,
     }  # fmt: skip
+
+
+def differ(told: Mapping[str, Any]) -> bool:
+    """Whether `compare_ledgers` found anything."""
+    return (
+        not told["same_base"] or bool(told["only_a"] or told["only_b"]) or any(r["difference"] for r in told["layers"])
+    )
 
 
 def _content(value: dict[str, Any]) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ def test_an_adapter_that_was_changed_is_not_passed(learner, tmp_path):
     assert not audit.passed
     assert audit.factor_leak_max <= 1e-5, "the ledger's own factors are as they were"
     assert {r.layer for r in saved(audit) if judge(r.leak, r.floor) == "above"} == {LAYER}
-    assert f"{LAYER} is not what the tasks of the ledger add up to" in " ".join(audit.notes)
+    assert f"{LAYER} is not what the tasks in force add up to" in " ".join(audit.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

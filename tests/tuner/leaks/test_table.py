@@ -113,7 +113,7 @@ def test_weights_that_rounding_does_not_explain_are_named():
     bad = [ExportRow("saved", "bf16", "q", basis, leak, 0.01) for basis, leak in ((None, 0.2), ("pets", 0.5))]
     text = audit_text(Audit([LeakRow("q", "signs", 1e-8, 0.0, 0.0, (1e-8,))], (), (None,), tuple(bad)))
     said = "✗ the saved weights of q leak 5.0e-01 into what task pets protects, above the rounding floor of 1e-02: "
-    assert said + "something besides the tasks of the ledger is in them." in text
+    assert said + "something besides the tasks in force is in them." in text
     assert text.count("something besides") == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from keeplora.tuner.leaks.weights import DTYPES, Depth, adapter_rows, dtype_name
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.targets import Target
+from keeplora.tuner.weights import Update
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -83,7 +85,7 @@ def saved_rows(
     strange: list[str] = []
     for t in learner.targets:
         state, W0 = states[t.name], learner.store.W0[t.name]
-        distance = _distance(saved, t, W0, state)
+        distance = _distance(saved, t, W0, state.updates)
         if distance > SAME:
             strange.append(t.name)
         if saved.kind == "checkpoint":
@@ -97,7 +99,7 @@ def saved_rows(
         rows += adapter_rows(state, names, W0, depth, export="saved", dtype=saved.dtype, held=f)
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        notes.append(f"{folder}: {strange[0]}{more} is not what the tasks of the ledger add up to.")
+        notes.append(f"{folder}: {strange[0]}{more} is not what the tasks in force add up to.")
     return rows, notes
 
 
@@ -109,28 +111,52 @@ def _held_tasks(learner: ContinualLearner, saved: SavedExport) -> tuple[list[Tas
     candidates += [[r for r in records if r is not one] for one in records[:-1]] if len(records) > 2 else []
     targets = [t for t in learner.targets if any(t.name in r.updates for r in records)]
     sample = targets[:: max(1, len(targets) // 4)]
-    best, least = records, float("inf")
-    for held in candidates:
-        states = layer_states(learner, lambda record, held=held: any(record is one for one in held))
-        distance = max((_distance(saved, t, learner.store.W0[t.name], states[t.name]) for t in sample), default=0.0)
-        if distance < least:
-            best, least = held, distance
+    best, least = _closest(learner, saved, sample, candidates, records)
+    if least > SAME and learner.removed:
+        everything = sorted([*records, *(r for r in learner.removed if r.updates)], key=lambda record: record.entry)
+        more = [everything[:n] for n in range(len(everything), 0, -1)] + [[one] for one in everything]
+        told, near = _closest(learner, saved, sample, more, records)
+        if near <= SAME:
+            names = ", ".join(record.name for record in told)
+            out = ", ".join(record.name for record in told if not any(record is one for one in records))
+            return records, [
+                f"{saved.folder}: {_what(saved)} in {dtype_name(saved.dtype)}, holding {names}. Of these {out} was taken out of "
+                "the ledger since; the export still has it. It is audited as if it were meant to hold the tasks in force."
+            ]
     if least > SAME:
+        purged = [record.name for record in learner.removed if not record.updates]
+        gone = f" It may hold {', '.join(purged)}, whose tensors were purged." if purged else ""
         return records, [
             f"{saved.folder} does not hold the sum of any tasks of the ledger in {dtype_name(saved.dtype)}; it is audited "
-            "as if it were meant to hold them all."
+            f"as if it were meant to hold them all.{gone}"
         ]
     named = "all tasks" if len(best) == len(records) else ", ".join(record.name for record in best)
     return best, [f"{saved.folder}: {_what(saved)} in {dtype_name(saved.dtype)}, holding {named}."]
+
+
+def _closest(
+    learner: ContinualLearner, saved: SavedExport, sample: Sequence[Target], candidates: Iterable[list[TaskRecord]],
+    otherwise: list[TaskRecord],
+) -> tuple[list[TaskRecord], float]:  # fmt: skip
+    """The candidate whose updates add up to what is saved, and how far they are from it at most, over a few layers."""
+    best, least = otherwise, float("inf")
+    for held in candidates:
+        distance = max(
+            (_distance(saved, t, learner.store.W0[t.name], [r.updates.get(t.name) for r in held]) for t in sample),
+            default=0.0,
+        )
+        if distance < least:
+            best, least = held, distance
+    return best, least
 
 
 def _what(saved: SavedExport) -> str:
     return "an adapter" if saved.kind == "adapter" else "a merged checkpoint"
 
 
-def _distance(saved: SavedExport, t: Target, W0: Tensor, state: LayerState) -> float:
-    """‖what it holds − what the tasks of ``state`` add up to‖_F over the size of their update."""
-    expected = sum((dense(u) for u in state.updates if u is not None), torch.zeros(t.n_out, t.n_in))
+def _distance(saved: SavedExport, t: Target, W0: Tensor, updates: Iterable[Update | None]) -> float:
+    """‖what it holds − what the updates add up to‖_F over the size of their sum."""
+    expected = sum((dense(u) for u in updates if u is not None), torch.zeros(t.n_out, t.n_in))
     if saved.kind == "checkpoint":
         merged = (W0.to(torch.float32) + expected).to(saved.dtype)
         off = saved.weight(t).to(torch.float64) - merged.to(torch.float64)

@@ -78,7 +78,7 @@ def closing_lines(audit: Audit, every_layer: bool = False) -> list[str]:
         lines.append(f"✗ and {len(bad) - 5} more factor leaks above 1e-5.")
     lines += [
         f"✗ {_export(row)} of {row.layer} leak {row.leak:.1e} into what {_basis(row.basis)} protects, above the rounding "
-        f"floor{f' of {row.floor:.0e}' if row.floor is not None else ''}: something besides the tasks of the ledger is in them."
+        f"floor{f' of {row.floor:.0e}' if row.floor is not None else ''}: something besides the tasks in force is in them."
         for row in _unexplained(audit)[:5]
     ]
     broken = [row for row in audit.backward if row.holds is False]

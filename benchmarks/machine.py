@@ -1,0 +1,68 @@
+"""What the benchmarks share: the machine's name, peak memory, medians, and a table of ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def machine() -> str:
+    """Processor, threads, torch, GPU: a line that goes above a table."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{name}{gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def reset_peak() -> bool:
+    """Forget the process's peak of resident memory so far; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes of resident memory now, or with "VmHWM" at the peak since `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """(seconds, what ``work`` returned)."""
+    started = time.perf_counter()
+    found = work()
+    return time.perf_counter() - started, found
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """``median (least–most)``.
+
+    >>> spread([3.0, 1.0, 2.0])
+    '2.00 (1.00–3.00)'
+    """
+    middle = f"{statistics.median(values):.{digits}f}"
+    return f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})" if len(values) > 1 else middle
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Run by run, ours over theirs."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
