@@ -7,6 +7,7 @@ back to the shallowest target, and G = Σ g xᵀ is formed from what passes by (
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,16 +35,24 @@ def attention_masks(batch: Any) -> dict[str, Tensor]:
     return {"": mask.bool()} if isinstance(mask, Tensor) else {}
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Modules that somebody compiled run as they are written: only so do hooks see every layer, and nothing is compiled anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def quiet_model(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients inside; every flag as it was afterwards."""
+    """Evaluation mode, nothing compiled and no weight gradients inside; every flag as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
     try:
         model.eval()
         for p in flags:
             p.requires_grad_(False)
-        yield
+        with _uncompiled():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
