@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import TargetError
+from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.memory import in_smaller_batches
 from keeplora.tuner.sampling import batch_size, to_device
 from keeplora.tuner.targets import Target
@@ -47,6 +48,7 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, nothing compiled and no weight gradients inside; every flag as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
+    restore = lean_activations(model)
     try:
         model.eval()
         for p in flags:
@@ -54,6 +56,7 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
         with _uncompiled():
             yield
     finally:
+        restore()
         for module, mode in modes.items():
             module.training = mode
         for p, flag in flags.items():
