@@ -10,7 +10,7 @@ The arms of a model run in turn in one process, on one model, one batch and one 
 - lora: stock `peft.LoraConfig`, A and B train. ours: as `ContinualLearner` opens a task (A frozen, lean activations). Both with
   AdamW's step.
 - peft: stock PEFT with A frozen and nothing else, which shows what the lean activations do.
-- fused: `ours` with each linear and its adapter as one autograd function. A prototype that only this file has, see docs/speed-step.md.
+- fused: `ours` with each linear and its adapter as one autograd function: a prototype that only this file has.
 
 Kept: bytes that autograd holds for the backward pass, weights left out: the same on every machine. Peak: what a process of its
 own takes at most beyond what it held with the model loaded (on CUDA: the allocator's peak, in this process). Time: CPU seconds of
@@ -105,12 +105,14 @@ def llama_work(options: argparse.Namespace) -> Work:
 
 
 def demo_work(options: argparse.Namespace) -> Work:
-    """The demo's model (`keeplora assets fetch`), q, k, v and o of both towers: 16 pictures of 112 pixels, 10 prompts."""
+    """The demo's model (`keeplora assets fetch`), q, k, v and o of both towers: 16 pictures of 112 pixels, 6 prompts."""
     from keeplora.models import load_model
 
     family: Any = load_model("embedded", device=str(options.device))
     pixels = torch.randn(options.batch or 16, 3, 112, 112, device=options.device)
-    texts = family.tokenize([f"a photo of the digit {word}." for word in "zero one two three four five six".split()])
+    texts = family.tokenize(
+        [f"a photo of the digit {word}." for word in ("zero", "one", "two", "three", "four", "five")]
+    )
     labels = torch.arange(len(pixels), device=options.device) % len(texts["input_ids"])
 
     def logits() -> Tensor:
@@ -353,7 +355,9 @@ def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
             f"{values[arm] / 1e6:.1f} | {values[arm] / values['lora']:.3f} | {values[arm] / values['floor']:.3f}"
             for values in (kept, peak)
         ]
-        told = f"{median(taken[arm]) * 1e3:.0f} | {ratio(taken[arm], taken['lora'])} | {ratio(taken[arm], taken['floor'])}"
+        told = (
+            f"{median(taken[arm]) * 1e3:.0f} | {ratio(taken[arm], taken['lora'])} | {ratio(taken[arm], taken['floor'])}"
+        )
         yield f"| {arm} | {told} | {memory[0]} | {memory[1]} |"
     yield f"\nforward pass, merged / base: {serving(work, options.rounds, options.device)}"
 
