@@ -71,7 +71,7 @@ def clip_work(options: argparse.Namespace) -> Work:
     model = CLIPModel(settings).eval().to(options.device)
     pixels = torch.randn(options.batch or 8, 3, 224, 224, device=options.device)
     words = torch.randint(1, 400, (20, 12), device=options.device)
-    words[:, -1] = settings.text_config.eos_token_id
+    words[:, -1] = model.config.text_config.eos_token_id
     labels = torch.arange(len(pixels), device=options.device) % 20
 
     def logits() -> Tensor:

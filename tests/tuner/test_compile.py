@@ -5,6 +5,8 @@ Traced and differentiated by torch's compiler ("aot_eager") without code being g
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ def learn(model: nn.Module, learner: ContinualLearner, *, compile_adapted: bool 
     for seed, name in enumerate("ab"):
         batches = list(loader(seed=seed, n=8))
         with learner.task(name, batches, loss_fn) as peft_model:
-            trained = torch.compile(peft_model, backend="aot_eager") if compile_adapted else peft_model
+            trained: Any = torch.compile(peft_model, backend="aot_eager") if compile_adapted else peft_model
             train(trained, batches, steps=1)
     return learner
 
@@ -78,7 +80,7 @@ def test_a_model_that_was_compiled_before(how, plain):
     model, backend = net(), Counting()
     if how == "in place":
         model.compile(backend=backend)
-    given = model if how == "in place" else torch.compile(model, backend=backend)
+    given: Any = model if how == "in place" else torch.compile(model, backend=backend)
     # It has run on such batches with and without gradients, so code without any hook in it is at hand.
     for batch in loader(n=8):
         loss_fn(given, batch)
