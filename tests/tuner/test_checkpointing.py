@@ -154,6 +154,33 @@ def test_training_with_frozen_A_is_the_same_with_checkpointing(reentrant):
             assert a.factors[name].B.abs().max() > 0.005
 
 
+def test_nothing_below_the_shallowest_target_runs_backwards():
+    """Blocks are computed again only where a gradient passes; embeddings and lower weights never get one."""
+    for reentrant, again in ((False, 1), (True, 2)):
+        model = load()
+        enable(model, reentrant)
+        if not reentrant:
+            model.disable_input_require_grads()  # as `Generative.gradient_checkpointing`; PEFT would ask again
+        learner = ContinualLearner(model, config(target_modules=r".*layers\.1\..*(q_proj|down_proj)"))
+        data = batches()
+        with learner.task("a", data, token_losses) as peft_model:
+            peft_model.train()
+            lower, upper = (blocks_run(model, f"model.layers.{i}.mlp") for i in (0, 1))
+            inputs = []
+            watch = model.model.layers[1].register_forward_pre_hook(lambda m, args, seen=inputs: seen.append(args[0]))
+            mean_loss(peft_model, data[0]).backward()
+            watch.remove()
+            assert (len(lower), len(upper)) == (again, 2), reentrant
+            # A reentrant checkpoint passes no gradient on unless its input asks for one.
+            assert inputs[0].requires_grad == reentrant
+            assert model.get_input_embeddings().weight.grad is None
+            trained = [p for p in peft_model.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in trained)
+            assert all(p.grad is None for p in peft_model.parameters() if not p.requires_grad)
+            for i in (0, 1):
+                del model.get_submodule(f"model.layers.{i}.mlp").forward
+
+
 def test_low_precision_statistics_are_close_and_kept_in_double(llava):
     for model, data, losses, pattern in (
         (load(), batches(), token_losses, ".*layers.*_proj"),

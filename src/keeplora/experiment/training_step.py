@@ -106,10 +106,11 @@ class Gradients:
             if extra is not None and shared:
                 extra = extra * (counts[i] / n)
             total = loss if extra is None else loss + extra
+            total.backward()
+            # Read only now: a number read before would have a GPU wait, after the forward pass, for this process.
             if not torch.isfinite(total):
                 names = ", ".join(self._batches.where(batch)[:3])
                 raise TrainingError(f"{where}: the loss is {total.item()} (samples {names}, …)")
-            total.backward()
             tally.losses.append(loss.item() * n)
             if extra is not None:
                 tally.penalties.append(extra.item() * n)

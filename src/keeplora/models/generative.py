@@ -209,6 +209,10 @@ class Generative:
         # transformers renames the method from 5.23 on
         change = getattr(self.model, f"activation_checkpointing_{state}", None)
         (change or getattr(self.model, f"gradient_checkpointing_{state}"))()
+        if on and hasattr(self.model, "_require_grads_hooks"):
+            # transformers has the embeddings ask for gradients, which its older, reentrant checkpoints needed: blocks below
+            # the shallowest target would be computed again, and run backwards, for nothing.
+            self.model.disable_input_require_grads()
 
     # -- answering -----------------------------------------------------------------------------------------------
 

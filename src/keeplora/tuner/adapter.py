@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from keeplora.errors import KeepLoraError
 from keeplora.math import lora_delta
+from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.targets import Target
 
 if TYPE_CHECKING:
@@ -87,6 +88,15 @@ def _forward_hooks(model: nn.Module) -> set[tuple[nn.Module, int]]:
     return {(module, key) for module in model.modules() for key in module._forward_hooks}
 
 
+def _never_reenters(model: nn.Module) -> bool:
+    """Whether blocks are checkpointed, and every one of them without reentrance; what is not known counts as no."""
+    functions = [
+        getattr(m, "_gradient_checkpointing_func", None)
+        for m in model.modules() if getattr(m, "gradient_checkpointing", False)
+    ]  # fmt: skip
+    return bool(functions) and all(getattr(f, "keywords", {}).get("use_reentrant") is False for f in functions)
+
+
 class TaskAdapter:
     """One task's adapter while it is in the model.
 
@@ -107,8 +117,12 @@ class TaskAdapter:
         peft_model = get_peft_model(model, lora_config(targets, ranks), adapter_name=ADAPTER)
         assert isinstance(peft_model, PeftModel)
         self.peft_model = peft_model
-        # Where gradient checkpointing is on, PEFT hooks the embeddings and `unload` leaves the hooks there.
+        # Where gradient checkpointing is on, PEFT hooks the embeddings so that they ask for gradients, and `unload` leaves
+        # the hooks there. Only reentrant checkpoints need them; others would run backwards, and compute again, what lies
+        # below the shallowest target.
         self._peft_hooks = _forward_hooks(model) - hooks
+        if _never_reenters(model):
+            self._drop_hooks()
         self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.targets}
         with torch.no_grad():
             for name, layer in self._layers.items():
@@ -128,6 +142,11 @@ class TaskAdapter:
 
             self._handle = register_optimizer_step_pre_hook(before_step)
             weakref.finalize(self, self._handle.remove)
+        self._restore_activations = lean_activations(model)
+
+    def _drop_hooks(self) -> None:
+        for module, key in self._peft_hooks:
+            module._forward_hooks.pop(key, None)
 
     def weights(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The live (A, B) of a target that is adapted."""
@@ -203,7 +222,7 @@ class TaskAdapter:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        self._restore_activations()
         self.peft_model.unload()
-        for module, key in self._peft_hooks:
-            module._forward_hooks.pop(key, None)
+        self._drop_hooks()
         self._state.restore()

@@ -86,6 +86,8 @@ class ContinualLearner(TaskHistory):
         base_revision: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        # torch.compile wraps the module; under the wrapper's names the ledger would belong to compiled models alone.
+        model = getattr(model, "_orig_mod", model)
         self.model = model
         self.config = config
         self.base_name, self.base_revision = base_name, base_revision

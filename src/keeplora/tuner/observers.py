@@ -7,6 +7,7 @@ back to the shallowest target, and G = Σ g xᵀ is formed from what passes by (
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import TargetError
 from keeplora.math import CovarianceSketch, FrequentDirections
+from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.convergence import Enough
 from keeplora.tuner.memory import in_smaller_batches, release_cached
 from keeplora.tuner.sampling import batch_size, to_device
@@ -37,17 +39,27 @@ def attention_masks(batch: Any) -> dict[str, Tensor]:
     return {"": mask.bool()} if isinstance(mask, Tensor) else {}
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Modules that somebody compiled run as they are written: only so do hooks see every layer, and nothing is compiled anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and the import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def quiet_model(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients inside; every flag as it was afterwards."""
+    """Evaluation mode, nothing compiled and no weight gradients inside; every flag as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
+    restore = lean_activations(model)
     try:
         model.eval()
         for p in flags:
             p.requires_grad_(False)
-        yield
+        with _uncompiled():
+            yield
     finally:
+        restore()
         for module, mode in modes.items():
             module.training = mode
         for p, flag in flags.items():

@@ -1,0 +1,421 @@
+"""The training step against stock PEFT LoRA and against its floor, and serving against the base model.
+
+    python benchmarks/step.py                          # CLIP ViT-B/16, a 100 M LLaMA-style model, the demo's model
+    python benchmarks/step.py llama --layers 2 --rounds 3
+    python benchmarks/step.py clip llama --kept-only   # bytes alone: seconds, and the same on every machine
+
+The arms of a model run in turn in one process, on one model, one batch and one rank:
+
+- floor: forward pass, and the gradients of the activations down to the shallowest target; no weight has a gradient.
+- lora: stock `peft.LoraConfig`, A and B train. ours: as `ContinualLearner` opens a task (A frozen, lean activations). Both with
+  AdamW's step.
+- peft: stock PEFT with A frozen and nothing else, which shows what the lean activations do.
+- fused: `ours` with each linear and its adapter as one autograd function: a prototype that only this file has.
+
+Kept: bytes that autograd holds for the backward pass, weights left out: the same on every machine. Peak: what a process of its
+own takes at most beyond what it held with the model loaded (on CUDA: the allocator's peak, in this process). Time: CPU seconds of
+the process with one thread, else seconds. Ratios are the median over the rounds of ratios of medians, [smallest, largest].
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from keeplora import KeepLoraConfig
+from keeplora.errors import KeepLoraError
+from keeplora.experiment.environment import collect_environment
+from keeplora.tuner.adapter import TaskAdapter, lora_config, random_factor
+from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.weights import WeightStore
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANKS = {"clip": 16, "llama": 32, "demo": 16}
+
+
+@dataclass
+class Work:
+    """A model, the loss of one batch of it, and the linears to adapt."""
+
+    name: str
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    infer: Callable[[], Any]
+    targets: list[Target]
+
+
+def clip_work(options: argparse.Namespace) -> Work:
+    """CLIP ViT-B/16 at random weights, q, k, v and o of both towers: 8 pictures against 20 prompts of 12 tokens."""
+    from transformers import CLIPConfig, CLIPModel
+
+    blocks = options.layers or 12
+    settings = CLIPConfig(
+        vision_config={"patch_size": 16, "num_hidden_layers": blocks}, projection_dim=512,
+        text_config={"num_hidden_layers": blocks},
+    )  # fmt: skip
+    model = CLIPModel(settings).eval().to(options.device)
+    pixels = torch.randn(options.batch or 8, 3, 224, 224, device=options.device)
+    words = torch.randint(1, 400, (20, 12), device=options.device)
+    words[:, -1] = model.config.text_config.eos_token_id
+    labels = torch.arange(len(pixels), device=options.device) % 20
+
+    def logits() -> Tensor:
+        return model(pixel_values=pixels, input_ids=words, attention_mask=torch.ones_like(words)).logits_per_image
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(logits().float(), labels)
+
+    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    return Work("clip", model, loss, logits, targets_of(model, options.rank or RANKS["clip"], names))
+
+
+def llama_work(options: argparse.Namespace) -> Work:
+    """A LLaMA-style decoder of 98 M parameters at random weights, the 7 linears of each block: 4 sequences of 128 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = LlamaConfig(
+        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12,
+        num_hidden_layers=options.layers or 12,
+    )  # fmt: skip
+    model = LlamaForCausalLM(settings).eval().to(options.device)
+    ids = torch.randint(0, 8000, (options.batch or 4, 128), device=options.device)
+
+    def loss() -> Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def infer() -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return Work("llama", model, loss, infer, targets_of(model, options.rank or RANKS["llama"], LINEARS))
+
+
+def demo_work(options: argparse.Namespace) -> Work:
+    """The demo's model (`keeplora assets fetch`), q, k, v and o of both towers: 16 pictures of 112 pixels, 6 prompts."""
+    from keeplora.models import load_model
+
+    family: Any = load_model("embedded", device=str(options.device))
+    pixels = torch.randn(options.batch or 16, 3, 112, 112, device=options.device)
+    texts = family.tokenize(
+        [f"a photo of the digit {word}." for word in ("zero", "one", "two", "three", "four", "five")]
+    )
+    labels = torch.arange(len(pixels), device=options.device) % len(texts["input_ids"])
+
+    def logits() -> Tensor:
+        return family.logits(family.image_features(pixels), family.text_features(texts))
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(logits(), labels)
+
+    rank = options.rank or RANKS["demo"]
+    return Work("demo", family.model, loss, logits, targets_of(family.model, rank, family.default_target_modules))
+
+
+def targets_of(model: nn.Module, rank: int, names: Sequence[str]) -> list[Target]:
+    return resolve_targets(model, KeepLoraConfig(r=rank, lora_alpha=rank, gamma=1.0, target_modules=list(names)))
+
+
+WORKS: dict[str, Callable[[argparse.Namespace], Work]] = {"clip": clip_work, "llama": llama_work, "demo": demo_work}
+
+
+# ---- the arms --------------------------------------------------------------------------------------------------------
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = W x + b + s B A x in one function: h = A x is all that it keeps, and neither sum takes a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+        rows = x.flatten(0, -2)
+        h = rows @ A.T
+        ctx.save_for_backward(W, A, B, h)
+        ctx.s, ctx.shape = s, x.shape
+        return nn.functional.linear(rows, W, b).addmm_(h, B.T, alpha=s).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, h = ctx.saved_tensors
+        g = g.reshape(-1, g.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g @ W).addmm_((g @ B).mul_(ctx.s), A).view(ctx.shape)
+        return dx, None, None, None, (g.T @ h).mul_(ctx.s), None
+
+
+def _fuse(model: nn.Module, targets: Sequence[Target]) -> None:
+    for target in targets:
+        layer: Any = model.get_submodule(target.name)
+        W, b, s = layer.base_layer.weight, layer.base_layer.bias, layer.scaling["default"]
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        layer.forward = lambda x, W=W, b=b, A=A, B=B, s=s: _AdaptedLinear.apply(x, W, b, A, B, s)
+
+
+def _asks_for_gradient(module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+    return None if y.requires_grad else y.detach().requires_grad_(True).clone()
+
+
+@contextlib.contextmanager
+def opened(arm: str, work: Work) -> Iterator[list[nn.Parameter]]:
+    """The model as the arm trains it; gives the parameters that train. Afterwards the model is as it was."""
+    model, targets = work.model, work.targets
+    model.requires_grad_(False)
+    with contextlib.ExitStack() as stack:
+        if arm == "floor":
+            for t in targets:
+                stack.callback(model.get_submodule(t.name).register_forward_hook(_asks_for_gradient).remove)
+        elif arm == "lora":
+            ranks = {t.name: t.r for t in targets}
+            settings = lora_config(targets, ranks)
+            assert isinstance(settings, LoraConfig)
+            stack.callback(get_peft_model(model, settings).unload)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            A = {t.name: torch.linalg.qr(random_factor(t, generator).T).Q.T.contiguous() for t in targets}
+            adapter = TaskAdapter(model, targets, A)
+            stack.callback(adapter.remove)
+            if arm == "peft":
+                adapter._restore_activations()
+            if arm == "fused":
+                _fuse(model, targets)
+        yield [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+
+
+def make_step(work: Work, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3) if parameters else None
+
+    def step() -> None:
+        work.loss().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd holds for the backward pass of ``loss()``, each storage once, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss()
+    total = sum(t.untyped_storage().nbytes() for t in held.values())
+    value.backward()
+    return total
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    # On a machine that others use as well, CPU time is what a step costs; with several threads it is no measure.
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def times(work: Work, arms: Sequence[str], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a step per arm and round: the median of ``steps``, after one that is not counted."""
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    shuffled = list(arms)
+    for _ in range(rounds):
+        random.shuffle(shuffled)
+        for arm in shuffled:
+            with opened(arm, work) as parameters:
+                step, taken = make_step(work, parameters), []
+                for i in range(steps + 1):
+                    start = clock(device)
+                    step()
+                    if i:
+                        taken.append(clock(device) - start)
+            found[arm].append(median(taken))
+            gc.collect()
+    return found
+
+
+def _resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes(work: Work, arm: str, device: torch.device) -> int:
+    """What two steps take at most beyond what was held before them."""
+    gc.collect()
+    with opened(arm, work) as parameters:
+        step = make_step(work, parameters)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            before = _resident()
+        step()
+        step()
+        return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()) - before
+
+
+def peaks(work: Work, arms: Sequence[str], options: argparse.Namespace) -> dict[str, int]:
+    """`peak_bytes` per arm, on the CPU in a process of its own each."""
+    if options.device.type == "cuda":
+        return {arm: peak_bytes(work, arm, options.device) for arm in arms}
+    found = {}
+    for arm in arms:
+        command = [sys.executable, __file__, work.name, "--peak-of", arm, "--threads", str(options.threads)]
+        for name in ("layers", "batch", "rank"):
+            if (value := getattr(options, name)) is not None:
+                command += [f"--{name}", str(value)]
+        out = subprocess.run([*command, "--dtype", options.dtype], check=True, capture_output=True, text=True).stdout
+        found[arm] = int(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def ratio(values: Sequence[float], to: Sequence[float]) -> str:
+    each = [a / b for a, b in zip(values, to, strict=True)]
+    return f"{median(each):.3f} [{min(each):.3f}, {max(each):.3f}]"
+
+
+def serving(work: Work, rounds: int, device: torch.device) -> str:
+    """The model with a learned task merged, against the model before: what is there, and what a forward pass takes."""
+    model, targets = work.model, work.targets
+    shape = [(name, type(m)) for name, m in model.named_modules()]
+    store = WeightStore(model, [t.name for t in targets])
+    with opened("ours", work) as parameters:
+        step = make_step(work, parameters)
+        step()
+        learned = {t.name: layer_factors(model, t) for t in targets}
+    found: dict[str, list[float]] = {"base": [], "merged": []}
+    for _ in range(rounds):
+        for state in ("base", "merged"):
+            store.restore({} if state == "base" else learned)
+            assert [(name, type(m)) for name, m in model.named_modules()] == shape
+            assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+            with torch.no_grad():
+                taken = []
+                for _ in range(4):
+                    start = clock(device)
+                    work.infer()
+                    taken.append(clock(device) - start)
+            found[state].append(median(taken[1:]))
+    store.restore({})
+    return ratio(found["merged"], found["base"])
+
+
+def layer_factors(model: nn.Module, target: Target) -> Any:
+    from keeplora.tuner.adapter import Factors
+
+    layer: Any = model.get_submodule(target.name)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return Factors(A.detach().float().cpu().clone(), B.detach().float().cpu().clone(), target.s)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
+    arms = ["floor", "lora", "peft", "ours"] + (["fused"] if options.fused else [])
+    kept = {}
+    for arm in arms:
+        with opened(arm, work):
+            kept[arm] = kept_bytes(work.loss, work.model)
+    yield f"\n**{work.name}**: rank {work.targets[0].r}, {len(work.targets)} linears, {options.dtype}\n"
+    if options.kept_only:
+        yield "| arm | kept, MB | × lora | × floor |\n|---|---|---|---|"
+        for arm in arms:
+            yield f"| {arm} | {kept[arm] / 1e6:.1f} | {kept[arm] / kept['lora']:.3f} | {kept[arm] / kept['floor']:.3f} |"
+        return
+    peak = peaks(work, arms, options)
+    taken = times(work, arms, options.rounds, options.steps, options.device)
+    yield "| arm | step, ms | × lora | × floor | kept, MB | × lora | × floor | peak, MB | × lora | × floor |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for arm in arms:
+        memory = [
+            f"{values[arm] / 1e6:.1f} | {values[arm] / values['lora']:.3f} | {values[arm] / values['floor']:.3f}"
+            for values in (kept, peak)
+        ]
+        told = (
+            f"{median(taken[arm]) * 1e3:.0f} | {ratio(taken[arm], taken['lora'])} | {ratio(taken[arm], taken['floor'])}"
+        )
+        yield f"| {arm} | {told} | {memory[0]} | {memory[1]} |"
+    yield f"\nforward pass, merged / base: {serving(work, options.rounds, options.device)}"
+
+
+def prepared(name: str, options: argparse.Namespace) -> Work:
+    torch.manual_seed(0)
+    work = WORKS[name](options)
+    if options.dtype == "bf16":
+        work.model.to(torch.bfloat16)
+        loss, infer = work.loss, work.infer  # the pictures follow by autocast; weights are bf16 already
+        work.loss, work.infer = autocast(loss, options.device), autocast(infer, options.device)
+    elif options.dtype == "autocast":
+        work.loss, work.infer = autocast(work.loss, options.device), autocast(work.infer, options.device)
+    return work
+
+
+def autocast(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    def inside() -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return function()
+
+    return inside
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="model", help=f"any of {', '.join(WORKS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each arm has its turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--layers", type=int, help="blocks of clip and llama; default 12")
+    parser.add_argument("--batch", type=int, help="pictures or sequences")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("fp32", "autocast", "bf16"), default="fp32", help="autocast: to bf16")
+    parser.add_argument("--fused", action="store_true", help="with the prototype")
+    parser.add_argument("--kept-only", action="store_true", help="only the bytes that are kept for the backward pass")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.models) - WORKS.keys():
+        parser.error(f"no model is called {min(unknown)!r}; choose among {', '.join(WORKS)}")
+    torch.set_num_threads(options.threads)
+    options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random.seed(0)
+    if options.peak_of:
+        work = prepared(options.models[0], options)
+        print(peak_bytes(work, options.peak_of, options.device))
+        return
+    machine = collect_environment()
+    print(json.dumps({key: machine[key] for key in ("cpu", "torch", "versions", "git")}))
+    for name in options.models or WORKS:
+        try:
+            work = prepared(name, options)
+        except KeepLoraError as error:
+            print(f"\n{name}: left out, {error}")
+            continue
+        for line in table(work, options):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
