@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
 from keeplora.math import residual_factor, weight_basis
+from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
@@ -23,12 +24,12 @@ from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
-from keeplora.tuner.ledger import TaskRecord
+from keeplora.tuner.ledger import Ledger, TaskRecord
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
-from keeplora.tuner.protect import check_budget, protect
+from keeplora.tuner.protect import check_budget, protect, same_update
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.statistics import report_capacity, task_features
 from keeplora.tuner.targets import Target, resolve_targets
@@ -77,6 +78,8 @@ class ContinualLearner(TaskHistory):
     irremovable: ClassVar[str] = ""
     """Why no single task can be taken out, as words that follow the method's name; empty where what a method holds is a
     function of `records`, in any selection. `rollback` works for every method."""
+    single_process: ClassVar[str] = ""
+    """Why the method cannot learn in several processes, as words that follow its name; empty where it can."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
@@ -92,10 +95,10 @@ class ContinualLearner(TaskHistory):
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
+        self._join_ranks()
         if ledger is not None:
             check_budget(self.U, config)
-            self._ledger = create_ledger(self, ledger)
-            self._leave_on_disk()
+            ranks.first("making the ledger", lambda: self._begin_ledger(ledger))
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
@@ -107,8 +110,35 @@ class ContinualLearner(TaskHistory):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
-            self._U = Bases.of({name: weight_basis(self.store.W0[name], share) for name, share in energy.items()})
+            self._U = Bases.of(
+                ranks.spread(
+                    "the bases of the weights", list(energy), lambda n: weight_basis(self.store.W0[n], energy[n])
+                )
+            )
         return self._U
+
+    def _begin_ledger(self, path: str | Path) -> None:
+        self._ledger = create_ledger(self, path)
+        self._leave_on_disk()
+
+    def _join_ranks(self) -> None:
+        """Where several processes learn as one: see to it that they begin with the same."""
+        if not ranks.active():
+            return
+        if self.single_process:
+            raise KeepLoraError(f"{type(self).__name__} {self.single_process}; start it as one process")
+        what = "comparing the models"
+        with ranks.together(what):
+            mine = (self.config.to_dict(), self.store.base_hash())
+        for r, (config, base) in enumerate(ranks.exchange(what, mine)):
+            if config != mine[0]:
+                raise KeepLoraError(f"rank {r} has another KeepLoraConfig than rank {ranks.rank()}: give all the same")
+            if base != mine[1]:
+                raise KeepLoraError(
+                    f"rank {r} has other weights than rank {ranks.rank()}: load the same checkpoint in every process, or seed "
+                    "the random numbers before the model is made"
+                )
+        _ = self.U  # now, where all are at it: whoever asks later may be alone
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -163,11 +193,15 @@ class ContinualLearner(TaskHistory):
             check_budget(self.U, self.config)
         frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
+        if acceptance is not None:
+            acceptance.before = ranks.agreed("what `evaluate` returned", acceptance.before)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
             objective, reference, single_batches, frozen=frozen, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
+            if ranks.active():
+                self.store.keep()  # wrappers for several processes write rank 0's weights into all the others'
             model = self._attach(task)
             self.free.open(task, self.store)
             if saved is not None:
@@ -192,18 +226,23 @@ class ContinualLearner(TaskHistory):
         before = self.store.snapshot()
         U_before = self._U
         try:
-            record = self._detach(task)
-            record.full = {**self.free.updates(task, self.store), **record.full}
-            self._release(task)
-            if self.accumulates:
-                self.store.add(record.updates)
-            else:
-                self.store.write(record.updates)
+            with ranks.together("taking the adapter out"):
+                record = self._detach(task)
+                record.full = {**self.free.updates(task, self.store), **record.full}
+            same_update(record)
+            with ranks.together("merging"):
+                self._release(task)
+                if self.accumulates:
+                    self.store.add(record.updates)
+                else:
+                    self.store.write(record.updates)
             record.info = task.info
             record.tensors = {**record.tensors, **task.tensors}
-            if task.acceptance is not None and not task.acceptance.passes(task.name):
-                self._undo(before, U_before)
-                return None
+            if task.acceptance is not None:
+                passes = ranks.agreed("what `evaluate` returned", task.acceptance.passes(task.name))
+                if not passes:
+                    self._undo(before, U_before)
+                    return None
             started = time.perf_counter()
             if self.protects:
                 self._protect(task, record)
@@ -232,8 +271,10 @@ class ContinualLearner(TaskHistory):
         model = self.start_task(name, batches, loss_fn, **kwargs)
         try:
             yield model
-        except BaseException:
+        except BaseException as error:
             self.abort_task()
+            if (cause := ranks.blame(error)) is not error:
+                raise cause from error
             raise
         self.finish_task()
 
@@ -344,13 +385,18 @@ class ContinualLearner(TaskHistory):
         batches = statistics_batches(task.batches, self.config.gradient_samples, self.config.seed, task.labels)
         targets = [t for t in self.targets if t.name not in task.frozen]
         G = collect_gradients(self.model, targets, self.store, batches, task.loss_fn, task.mask_fn)
-        A = {t.name: residual_factor(G.pop(t.name).cpu(), self.U.subspace(t.name), t.r) for t in targets}
+        rank_of = {t.name: t.r for t in targets}
+        A = ranks.spread(
+            "the residual gradients", list(rank_of),
+            lambda n: residual_factor(G.pop(n).cpu(), self.U.subspace(n), rank_of[n]),
+        )  # fmt: skip
         task.statistics_seconds += time.perf_counter() - started
         report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
+        A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
         task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
@@ -390,14 +436,14 @@ class ContinualLearner(TaskHistory):
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
-        return save_learner(self, directory)
+        return ranks.first("saving", lambda: save_learner(self, directory))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Publish what was learned as a repository on the hub; ``options`` are `keeplora.publish`'s."""
         # Upwards, for whoever has only the learner; pyproject.toml allows this one.
         from keeplora.experiment.publish import publish
 
-        return publish(self, repo_id, **options)
+        return ranks.first("publishing", lambda: publish(self, repo_id, **options))
 
     @classmethod
     def from_pretrained(
@@ -409,14 +455,19 @@ class ContinualLearner(TaskHistory):
             directory: a folder, or "owner/name" on the hub. append: write further tasks into the same ledger, a folder's.
             revision: branch, tag or commit on the hub.
         """
-        ledger = open_ledger(directory, revision, append=append)
-        base = ledger.head["base"]
-        learner = cls(model, ledger_config(ledger), base_name=str(base.get("name") or ""))
+        with ranks.together("opening the ledger"):
+            ledger = open_ledger(directory, revision, append=append)
+            base, config = ledger.head["base"], ledger_config(ledger)
+        learner = cls(model, config, base_name=str(base.get("name") or ""))
         learner.base_revision = base.get("revision")
-        apply_records(learner, ledger)
-        learner._recall(learner.records)
+        with ranks.together("reading the ledger"):
+            apply_records(learner, ledger)
+            learner._recall(learner.records)
         if append:
-            ledger.heal()
-            learner._ledger = ledger
-            learner._leave_on_disk()
+            ranks.first("opening the ledger for more tasks", lambda: learner._go_on_in(ledger))
         return learner
+
+    def _go_on_in(self, ledger: Ledger) -> None:
+        ledger.heal()
+        self._ledger = ledger
+        self._leave_on_disk()

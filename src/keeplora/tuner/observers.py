@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import TargetError
+from keeplora.tuner import ranks
 from keeplora.tuner.memory import in_smaller_batches
 from keeplora.tuner.sampling import batch_size, to_device
 from keeplora.tuner.targets import Target
@@ -163,6 +164,24 @@ class FeatureObserver(_Observer):
         """Covariance of a target's inputs, (in, in), float64."""
         return self._C[self.leader[name]]
 
+    def join_ranks(self, what: str) -> None:
+        """C over what every process has seen; does nothing where there is one process.
+
+        Raises:
+            TargetError: processes disagree on which targets share an input.
+        """
+        if not ranks.active():
+            return
+        for leaders in ranks.exchange(what, self.leader):
+            for name, leader in leaders.items():
+                if self.leader.setdefault(name, leader) != leader:
+                    raise TargetError(
+                        f"{name} shares its input with {leader} in one process and with {self.leader[name]} in another; "
+                        "their covariances cannot be added up"
+                    )
+        self.fired = set().union(*ranks.exchange(what, self.fired))
+        self._C = ranks.summed(what, self._C, {t.name: (t.n_in, t.n_in) for t in self.targets})
+
     def _find_leader(self, name: str, x: Tensor) -> str:
         for other, reference in self._last.items():
             if self._block[other] == self._block[name] and reference() is x:
@@ -218,21 +237,31 @@ def collect_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
-    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones. With several processes each goes
+    through its own share, however large: sums and counts are added over all of them.
 
     Raises:
         TargetError: a target that no gradient reached in the first batch.
         FloatingPointError: a loss that is not finite.
+        RankError: another process failed in its share.
     """
-    return in_smaller_batches(
-        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn)
-    )
+    what = "the gradient pass"
+    with ranks.together(what):
+        found, count = in_smaller_batches(
+            "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn)
+        )
+    total = int(ranks.totals(what, count)[0])
+    if total == 0:
+        raise ValueError("the gradient pass was given no sample: the loader is empty")
+    G = ranks.summed(what, found, {t.name: (t.n_out, t.n_in) for t in targets})
+    return {name: G.div_(total) for name, G in G.items()}  # in place: G of all targets is the largest thing held
 
 
 def _collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
     mask_fn: MaskFn,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    """(Σ_n ∂ℓ_n/∂W per target, N)."""
     device = store.module(targets[0].name).weight.device
     total = 0
     with quiet_model(model), GradientObserver(targets, store) as observer:
@@ -246,11 +275,7 @@ def _collect_gradients(
             if total == 0:
                 observer.require_all_fired("gradient")
             total += n
-    if total == 0:
-        raise ValueError("the gradient pass was given no sample: the loader is empty")
-    return {
-        name: G.div_(total) for name, G in observer.G.items()
-    }  # in place: G of all targets is the largest thing held
+    return observer.G, total
 
 
 def collect_features(
@@ -259,11 +284,17 @@ def collect_features(
 ) -> FeatureObserver:  # fmt: skip
     """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired.
 
-    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones. With several processes each goes
+    through its own share, and the sums are added over all of them.
     """
-    return in_smaller_batches(
-        "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn)
-    )
+    what = "the feature pass"
+    with ranks.together(what):
+        observer = in_smaller_batches(
+            "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn)
+        )
+    observer.join_ranks(what)
+    observer.require_all_fired("input")
+    return observer
 
 
 @torch.no_grad()
@@ -277,5 +308,4 @@ def _collect_features(
             batch = to_device(batch, device)
             observer.masks = mask_fn(batch)
             forward_fn(model, batch)
-    observer.require_all_fired("input")
     return observer

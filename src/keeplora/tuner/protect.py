@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.math import Candidates, held_bytes, keep_most_valuable, new_directions, new_gradient_directions, shares
+from keeplora.tuner import ranks
+from keeplora.tuner.adapter import Factors
 from keeplora.tuner.basis import added_columns, in_force
 
 if TYPE_CHECKING:
@@ -32,24 +34,61 @@ def protect(learner: ContinualLearner, record: TaskRecord, source: Callable[[str
     config, U = learner.config, learner.U
     gradients = config.memory == "gradients"
     find = new_gradient_directions if gradients else new_directions
-    for t in learner.targets:
-        M = source(t.name).cpu()
-        V, share = find(U.subspace(t.name), M, config.for_tower("energy_features", t.tower))
+    energy = {t.name: config.for_tower("energy_features", t.tower) for t in learner.targets}
+
+    def look(name: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+        M = source(name).cpu()
+        V, share = find(U.subspace(name), M, energy[name])
         C = M.to(torch.float64).T @ M.to(torch.float64) if gradients else M
-        mask = U.in_force(t.name)
+        mask = U.in_force(name)
         old = torch.zeros(len(mask), dtype=torch.float64)
         if bool(mask.any()):
-            old[mask] = shares(U.added_in_force(t.name), C)
-        record.basis = {**record.basis, t.name: V}
-        record.values[t.name] = torch.cat([old, shares(V, C)]).to(torch.float32)
-        record.explained[t.name] = share
-        record.trace[t.name] = float(M.square().sum() if gradients else M.diagonal().sum())
-        if config.keep_covariance:
-            record.covariance[t.name] = M.to(torch.float32)
+            old[mask] = shares(U.added_in_force(name), C)
+        values = torch.cat([old, shares(V, C)]).to(torch.float32)
+        trace = float(M.square().sum() if gradients else M.diagonal().sum())
+        return V, values, share, trace, M.to(torch.float32) if config.keep_covariance else None
+
+    for name, (V, values, share, trace, C) in ranks.spread("the new directions", list(energy), look).items():
+        record.basis = {**record.basis, name: V}
+        record.values[name], record.explained[name], record.trace[name] = values, share, trace
+        if C is not None:
+            record.covariance[name] = C
     if config.max_basis_bytes is not None:
         _fit(learner, record, config.max_basis_bytes)
     learner._U = U.extended(record)
     record.used = learner._U.dims()
+
+
+def same_update(record: TaskRecord) -> None:
+    """What was trained, from rank 0 on every rank: bits that all have, and that the ledger will hold.
+
+    Raises:
+        KeepLoraError: the processes trained different things: each has its own gradients, and nobody added them up.
+    """
+    if not ranks.active():
+        return
+    what = "comparing what was trained"
+    first = ranks.agreed(what, (record.factors, record.full))
+    with ranks.together(what):
+        for name, update in record.updates.items():
+            reference = first[0].get(name, first[1].get(name))
+            if reference is None or _distance(update, reference) > SAME:
+                raise KeepLoraError(
+                    f"the trained update of {name} on rank {ranks.rank()} is not that of rank 0: the gradients were not "
+                    "averaged over the processes; train through accelerator.prepare(model) or DistributedDataParallel(model)"
+                )
+    record.factors, record.full = first
+
+
+SAME = 1e-3
+"""‖B − B₀‖/‖B₀‖ between ranks up to which rounding on unlike machines is the reason."""
+
+
+def _distance(a: Factors | Tensor, b: Factors | Tensor) -> float:
+    a, b = (x.B if isinstance(x, Factors) else x for x in (a, b))
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).norm()) / max(float(b.norm()), 1e-30)
 
 
 def check_budget(U: Bases, config: KeepLoraConfig) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from keeplora.tuner import ranks, shares
+
 
 def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) -> list[int]:
     """Indices of at most ``samples`` items, classes as even as their sizes allow; sorted, fixed by ``seed``.
@@ -53,21 +55,30 @@ def statistics_batches(
     A `DataLoader` over a map-style dataset is rebuilt without shuffling and without ``drop_last``, so the pass draws
     no random number that training would have drawn, sees every sample once, and is cut by class where ``samples``
     caps it. Any other iterable is taken as it comes and cut after ``samples``.
+
+    With several processes a loader's dataset is the whole set in each of them, and each gets its own part of it, none twice
+    (a `DistributedSampler` would fill up with repeats); any other iterable is that process's own part already.
+
+    Raises:
+        DataError: the processes were given different sets.
     """
     dataset = getattr(batches, "dataset", None)
-    if isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset):
+    whole = isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset)
+    shares.check(batches if whole else None, labels)
+    if whole:
+        assert isinstance(batches, DataLoader)
         labels = labels if labels is not None else find_labels(dataset)
         n = len(dataset)  # type: ignore[arg-type]
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels has {len(labels)} entries but the loader's dataset has {n}")
-        chosen = stratified_indices(labels if labels is not None else [0] * n, samples, seed)
+        chosen = shares.share(stratified_indices(labels if labels is not None else [0] * n, samples, seed))
         # A loader without a generator of its own draws from torch's global state whenever it is gone through.
         return DataLoader(
             Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
             shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
             worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-    return batches if samples is None else _first(batches, samples)
+    return batches if samples is None else _first(batches, len(shares.share(range(samples))))
 
 
 def _first(batches: Iterable[Any], samples: int) -> Iterator[Any]:

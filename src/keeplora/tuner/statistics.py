@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from torch.utils.data import DataLoader
+
 from keeplora.errors import CapacityError
+from keeplora.tuner import ranks
 from keeplora.tuner.observers import FeatureObserver, collect_features
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.targets import Target
@@ -22,6 +25,8 @@ def task_features(learner: ContinualLearner, task: OpenTask) -> FeatureObserver:
     config, batches = learner.config, task.feature_batches
     if batches is None:
         batches = statistics_batches(task.batches, config.feature_samples, config.seed, task.labels)
+    elif ranks.active() and isinstance(batches, DataLoader):
+        batches = statistics_batches(batches, None, config.seed)
     return collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn
     )

@@ -122,6 +122,11 @@ class WeightStore:
         self._keep(name)
         return self._parameters[name]
 
+    def keep(self) -> None:
+        """Copy every W₀ now, for a time in which others may write into the weights, be it the same values."""
+        for name in self._parameters:
+            self._keep(name)
+
     @property
     def names(self) -> list[str]:
         """Targets first, then the further parameters."""
