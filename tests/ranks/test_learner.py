@@ -67,10 +67,18 @@ def test_equal_to_one_process(size: int, feed: str, settings: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("what", "others", "own"),
     [
-        ("statistics", "RankError: rank 1 failed in the gradient pass: ValueError: this picture", "ValueError: this picture"),
+        (
+            "statistics",
+            "RankError: rank 1 failed in the gradient pass: ValueError: this picture",
+            "ValueError: this picture",
+        ),
         ("disk", "OSError: [Errno 28] No space left", "OSError: [Errno 28] No space left"),
         ("raises in training", "RankError: rank 1 stopped: ValueError: the loop has a fault", "ValueError: the loop"),
-        ("not wrapped", "RankError: rank 1 failed in comparing what was trained", "KeepLoraError: the trained update of"),
+        (
+            "not wrapped",
+            "RankError: rank 1 failed in comparing what was trained",
+            "KeepLoraError: the trained update of",
+        ),
     ],
 )
 def test_a_failure_on_one_rank_fails_on_all(what: str, others: str, own: str, tmp_path: Path) -> None:

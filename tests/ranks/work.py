@@ -43,7 +43,9 @@ def train_whole(model: nn.Module, data: Samples, steps: int = 6) -> None:
     model.eval()  # dropout draws other numbers in every process
     parameters = [p for p in model.parameters() if p.requires_grad]
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.9)  # AdamW would blow rounding of a zero gradient up to a step
+    optimizer = torch.optim.SGD(
+        parameters, lr=0.3, momentum=0.9
+    )  # AdamW would blow rounding of a zero gradient up to a step
     x, labels = data.x[rank::size], torch.tensor(data.labels)[rank::size]
     for _ in range(steps):
         optimizer.zero_grad()
@@ -114,6 +116,7 @@ def failing(what: str, folder: str) -> Any:
         return loss_fn(model, batch)
 
     if what == "disk" and ranks.is_first():
+
         def full(record: Any, **_: Any) -> Any:
             raise OSError(28, "No space left on device", "ledger")
 

@@ -112,7 +112,7 @@ class _Line:
     def __init__(self, world: Any) -> None:
         self.world = world
         wait = timedelta(minutes=minutes_to_wait())
-        self.group = dist.new_group(backend="gloo", timeout=wait)
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait))
         self.stage = "the start"
         self.peers: list[_Peer] = []
         mine = (platform.node(), os.getpid())
@@ -248,7 +248,7 @@ def first(what: str, work: Callable[[], T]) -> T:
     """What ``work`` returned on rank 0, which alone does it, on every rank; what it raised there is raised on every rank."""
     if not active():
         return work()
-    told: tuple[bool, Any] | None = None
+    told: Any = None
     error: Exception | None = None
     if is_first():
         try:
@@ -258,13 +258,12 @@ def first(what: str, work: Callable[[], T]) -> T:
         except BaseException as stopped:
             _the_line().leave(_first_line(stopped), own=True)
             raise
-    told = agreed(what, told)
-    assert told is not None
+    worked, found = agreed(what, told)
     if error is not None:
         raise error
-    if not told[0]:
-        raise told[1]
-    return told[1]
+    if not worked:
+        raise found
+    return found
 
 
 def _portable(error: Exception, what: str) -> Exception:
@@ -311,6 +310,11 @@ def summed(what: str, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[in
     return out
 
 
+def total(what: str, tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on its device; the same bits on all ranks. In place where it can be."""
+    return _sum(what, tensor, tensor.device.type) if active() else tensor
+
+
 def _sum(what: str, tensor: Tensor, kind: str) -> Tensor:
     line, device = _the_line(), tensor.device
     if kind != "cpu" and dist.get_backend() == "nccl":
@@ -352,4 +356,7 @@ def blame(error: BaseException) -> BaseException:
 def _is_lost(error: BaseException) -> bool:
     """Whether a collective of the training lost a peer; gloo has no type of its own for that."""
     told = str(error)
-    return any(word in told for word in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe"))
+    return any(
+        word in told
+        for word in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
+    )

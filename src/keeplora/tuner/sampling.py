@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from keeplora.tuner import ranks, shares
+from keeplora.tuner import shares
 
 
 def stratified_indices(labels: Sequence[int], samples: int | None, seed: int) -> list[int]:
@@ -62,21 +62,20 @@ def statistics_batches(
     Raises:
         DataError: the processes were given different sets.
     """
-    dataset = getattr(batches, "dataset", None)
-    whole = isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset)
-    shares.check(batches if whole else None, labels)
-    if whole:
-        assert isinstance(batches, DataLoader)
+    loader = batches if isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset) else None
+    shares.check(loader, labels)
+    if loader is not None:
+        dataset: Any = loader.dataset
         labels = labels if labels is not None else find_labels(dataset)
-        n = len(dataset)  # type: ignore[arg-type]
+        n = len(dataset)
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels has {len(labels)} entries but the loader's dataset has {n}")
         chosen = shares.share(stratified_indices(labels if labels is not None else [0] * n, samples, seed))
         # A loader without a generator of its own draws from torch's global state whenever it is gone through.
         return DataLoader(
-            Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
-            shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
-            worker_init_fn=batches.worker_init_fn, generator=torch.Generator().manual_seed(seed),
+            Subset(dataset, chosen), batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1,
+            shuffle=False, drop_last=False, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
     return batches if samples is None else _first(batches, len(shares.share(range(samples))))
 

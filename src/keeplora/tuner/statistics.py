@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-
 from torch.utils.data import DataLoader
 
 from keeplora.errors import CapacityError

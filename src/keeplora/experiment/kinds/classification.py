@@ -32,6 +32,7 @@ from keeplora.methods import Method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
 from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.shares import share
 
 
 class Classification:
@@ -164,7 +165,7 @@ class Classification:
             )  # fmt: skip
 
     def steps(self, data: PictureTensors) -> int:
-        return -(-len(data) // self.config.training.eval_batch_size)
+        return -(-len(share(range(len(data)))) // self.config.training.eval_batch_size)
 
     def results(self) -> dict[str, Any]:
         rivals = self.tasks if self.config.candidates != "own" else ()  # with "seen": in the end
