@@ -24,7 +24,7 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
         What the run ended with, in words; its metrics where it came to its end.
     """
     # A gradient of zero but for rounding is a step of its own size to AdamW, and would be another one in every sum.
-    training_module.make_optimizer = lambda parameters, _: torch.optim.SGD(parameters, lr=0.05)  # type: ignore[assignment]
+    training_module.make_optimizer = lambda parameters, _: torch.optim.SGD(parameters, lr=0.5)  # type: ignore[assignment]
     runner_module.render_report = lambda path: None  # type: ignore[assignment]
     if how:
         inner, done = training_module._Loop._gradient, [0]

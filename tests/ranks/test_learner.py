@@ -61,7 +61,8 @@ def test_equal_to_one_process(size: int, feed: str, settings: dict[str, Any], tm
     ledger = Ledger.open(tmp_path / "several" / "ledger")
     assert [r.name for r in ledger.records()] == ["task 0", "task 1"]
     reopened = work.told(ContinualLearner.from_pretrained(tmp_path / "several", make_net()))
-    assert same_bits(reopened["W"], found[0]["W"]) and same_bits(reopened["U"], found[0]["U"])
+    assert same_bits(reopened["W"], found[0]["W"])
+    assert same_bits(reopened["U"], found[0]["U"])
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,10 @@ def test_equal_to_one_process(size: int, feed: str, settings: dict[str, Any], tm
 )
 def test_a_failure_on_one_rank_fails_on_all(what: str, others: str, own: str, tmp_path: Path) -> None:
     (first, clean, names), (second, clean_too, names_too) = run(work.failing, 2, tmp_path, what, str(tmp_path))
-    assert first.startswith(others) and second.startswith(own), (first, second)
-    assert clean and clean_too and names == names_too
+    assert first.startswith(others), first
+    assert second.startswith(own), second
+    assert (clean, clean_too) == (True, True)
+    assert names == names_too
     assert names == (["second"] if what in ("statistics", "not wrapped") else [])
     assert [r.name for r in Ledger.open(tmp_path / "ledger").records()] == names
 
@@ -95,14 +98,15 @@ def test_a_rank_that_is_killed_is_named(what: str, tmp_path: Path) -> None:
     assert found[1] == ("died", -9)
     for rank in (0, 2):
         said, clean, names = found[rank][1]
-        assert said.startswith("RankError: rank 1 (process ") and "is gone: it was killed" in said, said
-        assert clean and names == []
+        assert said.startswith("RankError: rank 1 (process "), said
+        assert "is gone: it was killed" in said, said
+        assert (clean, names) == (True, [])
     assert Ledger.open(tmp_path / "ledger").records() == []
 
 
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     said = run(work.slow, 2, tmp_path, str(tmp_path))[0]
-    assert said.startswith("RankError: ") and "another rank does not answer" in said, said
+    assert said.startswith("RankError: comparing the models: another rank does not answer"), said
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,8 @@ def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_one_run_is_refused_on_all(what: str, sentence: str, tmp_path: Path) -> None:
     said = run(work.refused, 2, tmp_path, what)
-    assert said[0].startswith(sentence) and said[0].split(" ")[0] == said[1].split(" ")[0], said
+    assert said[0].startswith(sentence), said
+    assert said[0].split(" ")[0] == said[1].split(" ")[0], said
 
 
 def test_history_and_folders(tmp_path: Path) -> None:
@@ -134,3 +139,4 @@ def test_a_budget_is_spent_alike(tmp_path: Path) -> None:
     found = run(work.budgeted, 2, tmp_path / "several", str(tmp_path / "several"))
     assert same_bits(found[0], found[1])
     check_close(found[0], work.budgeted(str(tmp_path / "alone")))
+    assert any("given_up" in info for info in found[0]["info"])

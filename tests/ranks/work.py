@@ -64,7 +64,7 @@ def told(learner: ContinualLearner) -> dict[str, Any]:
         "trace": {f"{r.name}/{n}": v for r in learner.records for n, v in r.trace.items()},
         "used": [r.used for r in learner.records],
         "time": [r.time for r in learner.records],
-        "info": [{k: v for k, v in r.info.items()} for r in learner.records],
+        "info": [dict(r.info) for r in learner.records],
     }
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 PRELOAD = ["tests.ranks.world", "tests.ranks.work", "tests.ranks.runs"]
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a world that does not end is a failure; none of them takes a tenth of it."""
 
 

@@ -113,7 +113,7 @@ class _Line:
         self.world = world
         wait = timedelta(minutes=minutes_to_wait())
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait))
-        self.stage = "the start"
+        self._left = False
         self.peers: list[_Peer] = []
         mine = (platform.node(), os.getpid())
         self.peers = [_Peer(*told) for told in self.exchange("the start", mine)]
@@ -130,11 +130,14 @@ class _Line:
 
     def call(self, what: str, work: Callable[[], Any]) -> None:
         """One collective operation; `RankError` names the rank that it failed for."""
-        self.stage = what
         try:
             work()
         except RuntimeError as error:  # torch's DistError is one, and so is what gloo throws
             raise self.gone(what, error) from error
+        if self._left:  # it is back: whoever started it caught the error
+            self._left = False
+            with contextlib.suppress(Exception):
+                self._store.delete_key(f"keeplora/left/{rank()}")
 
     # -- who left ------------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ class _Line:
 
     def leave(self, cause: str, *, own: bool) -> None:
         """Say why this rank stops, for those who will wait for it in vain; ``own``: and it is not because of another."""
+        self._left = True
         with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
             self._store.set(f"keeplora/left/{rank()}", json.dumps({"cause": cause, "own": own}))
 
