@@ -34,12 +34,13 @@ def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(world: World, method: str = "keeplora++", **changes: Any) -> dict[str, Any]:
-    training = {"checkpoint_steps": 2, "checkpoint_minutes": None} | changes.pop("training", {})
+    # 9: parts of 5 and 4, and in the last batch (of 20 samples) one of three ranks has none.
+    training = {"batch_size": 9, "checkpoint_steps": 2, "checkpoint_minutes": None} | changes.pop("training", {})
     return world.config(method=method, training=training, **{"first_tasks": 2, "probes": [], **changes})
 
 
 def close(path: Path, other: Path) -> None:
-    """The same accuracies; losses and each task's update equal but for the rounding of some steps."""
+    """The same accuracies and losses, and the same weights to 1e-5: theirs have norms about 1."""
     one, two = results_of(path), results_of(other)
     assert one["accuracy"] == two["accuracy"]
     for mine, theirs in zip(one["tasks_info"], two["tasks_info"], strict=True):
@@ -48,7 +49,7 @@ def close(path: Path, other: Path) -> None:
     mine, theirs = updates(path), updates(other)
     assert max(float(W.norm()) for W in theirs.values()) > 5e-3  # something was learned
     for name, W in theirs.items():
-        assert float((mine[name] - W).norm()) <= 1e-4 * max(1e-3, float(W.norm())), name
+        assert float((mine[name] - W).norm()) <= 5e-6, name
 
 
 def updates(path: Path) -> dict[str, torch.Tensor]:
