@@ -122,6 +122,12 @@ class TaskHistory:
         found.check()
         self._U = found
 
+    def _write_to(self, ledger: Ledger) -> None:
+        """Further tasks go into this ledger; what a crash left half-way in it is finished first."""
+        ledger.heal()
+        self._ledger = ledger
+        self._leave_on_disk()
+
     def _leave_on_disk(self) -> None:
         """What U is made of is in the ledger: hold the smaller side of each subspace, and no column twice."""
         if self._ledger is None or not self.protects:

@@ -24,7 +24,8 @@ from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
-from keeplora.tuner.ledger import Ledger, TaskRecord
+from keeplora.tuner.joining import join
+from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks, collect_gradients
 from keeplora.tuner.options import NoOptions, make_options
@@ -95,10 +96,10 @@ class ContinualLearner(TaskHistory):
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
-        self._join_ranks()
+        join(self)
         if ledger is not None:
             check_budget(self.U, config)
-            ranks.first("making the ledger", lambda: self._begin_ledger(ledger))
+            ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
@@ -116,29 +117,6 @@ class ContinualLearner(TaskHistory):
                 )
             )
         return self._U
-
-    def _begin_ledger(self, path: str | Path) -> None:
-        self._ledger = create_ledger(self, path)
-        self._leave_on_disk()
-
-    def _join_ranks(self) -> None:
-        """Where several processes learn as one: see to it that they begin with the same."""
-        if not ranks.active():
-            return
-        if self.single_process:
-            raise KeepLoraError(f"{type(self).__name__} {self.single_process}; start it as one process")
-        what = "comparing the models"
-        with ranks.together(what):
-            mine = (self.config.to_dict(), self.store.base_hash())
-        for r, (config, base) in enumerate(ranks.exchange(what, mine)):
-            if config != mine[0]:
-                raise KeepLoraError(f"rank {r} has another KeepLoraConfig than rank {ranks.rank()}: give all the same")
-            if base != mine[1]:
-                raise KeepLoraError(
-                    f"rank {r} has other weights than rank {ranks.rank()}: load the same checkpoint in every process, or seed "
-                    "the random numbers before the model is made"
-                )
-        _ = self.U  # now, where all are at it: whoever asks later may be alone
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -464,10 +442,5 @@ class ContinualLearner(TaskHistory):
             apply_records(learner, ledger)
             learner._recall(learner.records)
         if append:
-            ranks.first("opening the ledger for more tasks", lambda: learner._go_on_in(ledger))
+            ranks.first("opening the ledger for more tasks", lambda: learner._write_to(ledger))
         return learner
-
-    def _go_on_in(self, ledger: Ledger) -> None:
-        ledger.heal()
-        self._ledger = ledger
-        self._leave_on_disk()
