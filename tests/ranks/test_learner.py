@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def test_a_rank_that_is_killed_is_named(what: str, tmp_path: Path) -> None:
     assert Ledger.open(tmp_path / "ledger").records() == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     said = run(work.slow, 2, tmp_path, str(tmp_path))[0]
-    assert said.startswith("RankError: comparing the models: another rank does not answer"), said
+    assert re.match(r"RankError: .*: another rank does not answer \(.*Timed out", said), said
 
 
 @pytest.mark.parametrize(

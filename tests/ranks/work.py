@@ -147,10 +147,10 @@ def failing(what: str, folder: str) -> Any:
 
 def slow(folder: str) -> str:
     """Rank 1 hangs; rank 0 gives up after the time that the environment says."""
-    os.environ[ranks.TIMEOUT] = "0.03"
+    os.environ[ranks.TIMEOUT] = "0.08"
     learner = ContinualLearner(make_net(), config())
     if ranks.rank() == 1:
-        time.sleep(8)
+        time.sleep(12)
         return ""
     try:
         learner.start_task("first", DataLoader(Samples(4), batch_size=BATCH), loss_fn)
@@ -204,7 +204,7 @@ def budgeted(folder: str) -> dict[str, Any]:
     """With a limit on the bases, gradients in place of features, and one method after the other's heart."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return two_tasks(folder, max_basis_bytes=4000, keep_covariance=True)
+        return two_tasks(folder, max_basis_bytes=2400, keep_covariance=True)
 
 
 def sharded() -> tuple[str, str]:
@@ -215,7 +215,7 @@ def sharded() -> tuple[str, str]:
     said = []
     mesh = init_device_mesh("cpu", (ranks.size(),))
     try:
-        ContinualLearner(fully_shard(make_net(), mesh=mesh), config())
+        ContinualLearner(fully_shard(make_net(), mesh=mesh), config())  # type: ignore[arg-type]
     except Exception as error:
         said.append(str(error))
     learner = ContinualLearner(make_net(), config())
