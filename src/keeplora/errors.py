@@ -43,6 +43,10 @@ class TrainingError(KeepLoraError, FloatingPointError):
     """A loss or gradient that is NaN or infinite; no weight has taken it in."""
 
 
+class RankError(KeepLoraError):
+    """Another process of the same run failed or is gone; the sentence names its rank and the cause."""
+
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "your quota of disk space is used up; free some space",

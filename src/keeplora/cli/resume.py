@@ -24,7 +24,11 @@ def resume(
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
     from keeplora.experiment.interrupt import listening
+    from keeplora.experiment.several import joined
+    from keeplora.tuner import ranks
 
-    with listening():
+    with listening(), joined():
         Experiment.resume(directory, parse_overrides(set_ or []), quiet=quiet or None)
-    finish(directory, against or [])
+        first = ranks.is_first()
+    if first:
+        finish(directory, against or [])

@@ -41,6 +41,8 @@ def run(
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
     from keeplora.experiment.interrupt import listening
+    from keeplora.experiment.several import joined
+    from keeplora.tuner import ranks
 
     overrides: dict[str, Any] = parse_overrides(set_ or [])
     given = {
@@ -63,9 +65,11 @@ def run(
         return
     if assume:
         raise ConfigError("--assume is for --dry-run: a run measures what a plan must assume")
-    with listening():
+    with listening(), joined(experiment.config.device):
         experiment.run()
-    finish(experiment.config.output_path, against or [])
+        first = ranks.is_first()
+    if first:
+        finish(experiment.config.output_path, against or [])
 
 
 def finish(path: Path, against: list[Path]) -> None:

@@ -208,13 +208,14 @@ class Keeper:
 
     def after_step(self, steps: int, snapshot: Callable[[], Snapshot]) -> None:
         """After each step of the task: save if it is time, or if the process is to stop; raises `Interrupted` then."""
-        if STOP.requested or self._late() or (self._steps is not None and steps % self._steps == 0):
+        if STOP.due or self._late() or (self._steps is not None and steps % self._steps == 0):
             self.save(steps, snapshot)
         STOP.check()
 
     def at_end(self, steps: int, snapshot: Callable[[], Snapshot]) -> None:
         """When training is over: what follows (merging, statistics) takes its time too."""
-        if STOP.requested or self._steps is not None or self._late(0.1):
+        STOP.agree()
+        if STOP.due or self._steps is not None or self._late(0.1):
             self.save(steps, snapshot)
         STOP.check()
 

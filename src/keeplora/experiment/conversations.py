@@ -13,6 +13,7 @@ from keeplora.data.conversations import ConversationSet
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.order import BatchOrder, LengthBatches, ShuffledBatches
 from keeplora.experiment.pictures import TensorCache
+from keeplora.experiment.several import shared
 from keeplora.experiment.streams import StreamLoader, StreamTensors
 from keeplora.models.generative import Generative
 
@@ -118,7 +119,7 @@ def training_loader(
 ) -> DataLoader[Any]:
     """A loader of the batches of ``order``."""
     return DataLoader(
-        data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=data.pinned,
+        data, **shared(order, collate), num_workers=workers, pin_memory=data.pinned,
         # The loader's own generator keeps it from drawing on torch's global one, which methods draw from.
         generator=torch.Generator(),
         # Workers live as long as the task: what they have decoded is there in the next epoch.

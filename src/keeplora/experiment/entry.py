@@ -14,8 +14,10 @@ from keeplora.experiment.resuming import check_changes
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.runner import Run
 from keeplora.experiment.setup import Setup, prepare
+from keeplora.experiment.several import joined, open_directory
 from keeplora.methods import method_names
 from keeplora.transfer import refuse_address
+from keeplora.tuner import ranks
 
 
 class Experiment:
@@ -45,10 +47,18 @@ class Experiment:
         return self._setup
 
     def run(self) -> dict[str, Any]:
-        """Run from the start in a new run directory; returns what results.json holds."""
+        """Run from the start in a new run directory; returns what results.json holds.
+
+        Under a launcher (``torchrun``, ``accelerate launch``) every process calls this, and together they are one run.
+        """
         refuse_address(self.config.output_path, "a run directory")  # before model and data are loaded
-        setup = self.setup
-        with RunDirectory.create(self.config.output_path) as directory:
+        with joined(self.config.device):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        with ranks.together("loading model and data"):
+            setup = self.setup
+        with open_directory(RunDirectory.create, self.config.output_path) as directory:
             directory.write_config(self.config.resolved())  # first: from here on the run can be resumed
             return _begin(setup, directory, self.quiet).go()
 
@@ -62,11 +72,19 @@ class Experiment:
             overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`.
         """
         check_changes(overrides or {})
-        with RunDirectory.open_existing(path) as directory:
+        with joined():
+            return cls._resume(path, overrides, quiet)
+
+    @classmethod
+    def _resume(
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None, quiet: bool | None
+    ) -> dict[str, Any]:
+        with open_directory(RunDirectory.open_existing, path) as directory:
             changes = {**(overrides or {}), "output": str(path)}
-            config = load_config(directory.read_config(), changes, known_methods=method_names())
-            experiment = cls(config, quiet=quiet)
-            setup = experiment.setup
+            with ranks.together("loading model and data"):
+                config = load_config(directory.read_config(), changes, known_methods=method_names())
+                experiment = cls(config, quiet=quiet)
+                setup = experiment.setup
             was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
             now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
             if not was and directory.ledger_path.is_dir():  # it is written before the ledger

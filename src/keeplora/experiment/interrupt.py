@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from keeplora.tuner import ranks
+
 
 class Interrupted(KeyboardInterrupt):
     """The process was asked to stop, and what could be kept is kept.
@@ -43,11 +45,30 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked: int | None = None
+        self._agreed = False
         self._holds = 0
 
     @property
     def requested(self) -> bool:
         return self._asked is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether to stop here: asked, and with several processes all of them know (`agree`)."""
+        return self.requested and (self._agreed or not ranks.active())
+
+    def agree(self, anyone: bool | None = None) -> None:
+        """Where all processes are at the same place: if one was asked to stop, all are. Does nothing in a process alone.
+
+        Args:
+            anyone: whether one was asked, where that is known; None: they tell each other.
+        """
+        if not ranks.active() or self._agreed:
+            return
+        if anyone is None:
+            anyone = bool(ranks.totals("looking who was stopped", self.requested)[0])
+        if anyone:
+            self._asked, self._agreed = self._asked or signal.SIGTERM, True
 
     def ask(self, number: int) -> None:
         """The signal ``number`` has come. Raises `Interrupted`, unless it is the first and somebody holds."""
@@ -57,8 +78,8 @@ class Stop:
             raise Interrupted(number)
 
     def check(self) -> None:
-        """Raise `Interrupted` if the process was asked to stop."""
-        if self._asked is not None:
+        """Raise `Interrupted` if the process was asked to stop (and all others of the run, where there are others)."""
+        if self._asked is not None and self.due:
             raise Interrupted(self._asked)
 
     @contextlib.contextmanager
@@ -71,7 +92,7 @@ class Stop:
             self._holds -= 1
 
     def forget(self) -> None:
-        self._asked = None
+        self._asked, self._agreed = None, False
 
 
 STOP = Stop()

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from keeplora.data import TaskData
 from keeplora.experiment.candidates import Candidates
 from keeplora.experiment.device import Precision
-from keeplora.experiment.pictures import Collate, PictureTensors, loader
+from keeplora.experiment.pictures import Collate, PictureTensors, loader, own_part
 from keeplora.experiment.step_features import StepFeatures
 from keeplora.experiment.streams import StreamTensors
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.tuner import ranks
 from keeplora.tuner.memory import Pieces, halved
 from keeplora.tuner.sampling import to_device
+from keeplora.tuner.shares import share
 
 HEAD_SCALE = 30.0
 """Scale of the class-weight cosines that the "cls" variant adds to the logits (METHOD.md)."""
@@ -184,7 +186,7 @@ class _FeatureBatches:
         for batch in self._pictures:
             yield {"pixel_values": batch["pixel_values"]}
         family, task = self._objective.family, self._objective.task
-        prompts = family.class_prompts(task.classes, task.templates)
+        prompts = share(family.class_prompts(task.classes, task.templates))
         for i in range(0, len(prompts), self._prompts):
             yield dict(family.tokenize(prompts[i : i + self._prompts]))
 
@@ -196,12 +198,16 @@ def initial_head(objective: TaskObjective, data: PictureTensors | StreamTensors,
     with family.evaluating(), objective.precision.autocast():
         total: Tensor | None = None
         counts = torch.zeros(len(task.classes))
-        for batch in loader(data, batch_size, Collate()):
+        for batch in loader(own_part(data), batch_size, Collate()):
             features = family.image_features(batch["pixel_values"]).float().cpu()
             total = torch.zeros(len(task.classes), features.shape[1]) if total is None else total
             total.index_add_(0, batch["labels"], features)
             counts.index_add_(0, batch["labels"], torch.ones(len(batch["labels"])))
         texts = family.class_features(task.classes, task.templates).float().cpu()
+    if ranks.active():
+        found = {"counts": counts} | ({} if total is None else {"total": total})
+        found = ranks.summed("class means", found, {"counts": tuple(counts.shape), "total": tuple(texts.shape)})
+        total, counts = found.get("total"), found["counts"]
     total = torch.zeros_like(texts) if total is None else total
     for label in torch.nonzero(counts == 0).flatten().tolist():
         warnings.warn(
@@ -243,8 +249,8 @@ def accuracy(
     workers = 0 if data.kept else workers
     own, pieces = torch.tensor(candidates.own), Pieces("evaluation")
     pin = family.device.type == "cuda"
-    with family.evaluating(), precision.autocast():
-        for batch in loader(data, batch_size, Collate(), workers=workers, pin=pin):
+    with ranks.together("evaluation"), family.evaluating(), precision.autocast():
+        for batch in loader(own_part(data), batch_size, Collate(), workers=workers, pin=pin):
             if workers:
                 data.keep(batch)
             batch = {**batch, "pixel_values": to_device(batch["pixel_values"], family.device)}
@@ -257,4 +263,5 @@ def accuracy(
             right += sum(pieces(len(wanted), named))
             if on_batch is not None:
                 on_batch()
+    right = int(ranks.totals("evaluation", right)[0])
     return 100.0 * right / (len(data) + data.pictures.skipped)

@@ -7,14 +7,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from keeplora.data import PictureSet, TaskData
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.order import BatchOrder, ShuffledBatches
+from keeplora.experiment.several import shared
 from keeplora.experiment.streams import StreamLoader, StreamOrder, StreamTensors
 from keeplora.models.dual_encoder import DualEncoder, frames_present
+from keeplora.tuner import ranks
+from keeplora.tuner.shares import share
 
 
 class TensorCache:
@@ -132,8 +135,13 @@ class Collate:
         }
 
 
+def own_part(data: PictureTensors) -> Dataset[dict[str, Any]]:
+    """This process's part of a set; all of it where it is alone."""
+    return Subset(data, share(range(len(data)))) if ranks.active() else data
+
+
 def loader(
-    data: PictureTensors | StreamTensors, batch_size: int, collate: Collate, *, workers: int = 0, pin: bool = False
+    data: Dataset[dict[str, Any]], batch_size: int, collate: Collate, *, workers: int = 0, pin: bool = False
 ) -> DataLoader[Any] | StreamLoader:
     """A loader in the set's order; of a stream, in the one that its seed gives. ``pin``: into pinned memory.
 
@@ -141,7 +149,7 @@ def loader(
     """
     if isinstance(data, StreamTensors):
         return StreamLoader(data, batch_size, collate, workers=workers)
-    workers = 0 if data.kept else workers
+    workers = 0 if getattr(data, "kept", False) else workers
     return DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers, pin_memory=pin)
 
 
@@ -150,7 +158,7 @@ def shuffled_loader(
 ) -> DataLoader[Any]:
     """A loader of the batches of ``order``; ``pin``: into pinned memory."""
     return DataLoader(
-        data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin,
+        data, **shared(order, collate), num_workers=workers, pin_memory=pin,
         # The loader draws a seed for its workers whenever it is gone through, and not from torch's global state.
         generator=torch.Generator(),
         # They live as long as the training does: what they have decoded is there in the next epoch.
@@ -159,7 +167,8 @@ def shuffled_loader(
 
 
 class Batches(Protocol):
-    """What a training loop goes through, once per epoch."""
+    """What a training loop goes through, once per epoch. With several processes: this one's part of each batch, None where
+    that is empty."""
 
     def __len__(self) -> int: ...
 
@@ -261,7 +270,8 @@ class MixedBatches:
             if i not in turns:  # nothing of this pass is left of it: its order is passed over all the same
                 next(stream, None)
         for task in turns:
-            yield {**next(streams[task]), "task": task}
+            batch = next(streams[task])
+            yield batch if batch is None else {**batch, "task": task}
 
     def where(self, batch: Mapping[str, Any]) -> list[str]:
         return self._tasks[batch["task"]].where(batch)

@@ -86,6 +86,11 @@ class Progress:
         self._rich: RichProgress | None = None
         self._bars: list[Any] = []
 
+    @classmethod
+    def silent(cls) -> Progress:
+        """One that tells nothing: of a process beside the one that does."""
+        return cls(True, open(os.devnull, "w", encoding="utf-8"))
+
     def __enter__(self) -> Progress:
         self._began = time.monotonic()
         if not self.quiet:

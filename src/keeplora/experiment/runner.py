@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from keeplora.errors import CapacityError
-from keeplora.experiment.checkpoint import CheckpointError, Checkpoints, Identity, Keeper, Snapshot
+from keeplora.experiment.checkpoint import CheckpointError, Identity, Keeper, Snapshot
 from keeplora.experiment.config import TrainingConfig
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
@@ -31,9 +31,10 @@ from keeplora.experiment.resuming import identity_of
 from keeplora.experiment.rows import Columns, add_kept_rows, add_missing_events
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup
+from keeplora.experiment.several import checkpoints
 from keeplora.experiment.training import Selection, train_task
 from keeplora.report import render_report
-from keeplora.tuner import ContinualLearner, TaskRecord
+from keeplora.tuner import ContinualLearner, TaskRecord, ranks
 from keeplora.tuner.capacity import warn_before_full
 from keeplora.tuner.task import TaskState
 
@@ -60,8 +61,8 @@ class Run:
         self.config = setup.config
         self.directory = directory
         self.learner = learner
-        self.checkpoints = Checkpoints(directory.path)
-        self.progress = Progress(quiet)
+        self.checkpoints = checkpoints(directory.path)
+        self.progress = Progress(quiet) if ranks.is_first() else Progress.silent()
         if directory.warning:
             self.progress.line(f"warning: {directory.warning}")
         self.columns = Columns.of(setup.tasks, setup.probes)
@@ -95,14 +96,16 @@ class Run:
                 # The last row can still be measured, unless its task was taken out before anybody did.
                 upto = done - 1 if settled and any(settled[-1] is r for r in self.learner.records) else done
                 add_kept_rows(self.scores, self.learner._ledger, entries, self.columns, upto=upto)
+            self.scores = ranks.agreed("the scores so far", self.scores)  # rank 0 alone has the ledger
             rows = len(self.scores.tasks)
             self.directory.set_status(state="running", tasks_done=done, error=None)
             with self.progress, self.setup.kind.running(self.learner):
                 told = [(record.name, record.info) for record in settled]
                 add_missing_events(self.directory, self.scores, told, self.columns)
                 self.directory.cut_events(max(0, rows - 1))
+                wanted = self.config.loggers if ranks.is_first() else []
                 self.loggers = Loggers.open(
-                    self.config.loggers, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
+                    wanted, self.config.resolved(), self.directory.path, rows > 0, warn=self._warning
                 )
                 if rows == 1:  # row 0 was cut with the unfinished first task: no `task_finished` stands between them
                     self._tell_row(0, self.scores.tasks[0], self.scores.probes[0])
@@ -135,7 +138,7 @@ class Run:
             raise
         self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(order))
-        results = self._write()
+        results = ranks.first("writing the results", self._write)
         self._report()
         return results
 
@@ -158,6 +161,8 @@ class Run:
 
     def _report(self) -> None:
         """report.html, which anyone can make again from what the folder holds: its failure costs the run nothing."""
+        if not ranks.is_first():
+            return
         try:
             render_report(self.directory.path)
         except Exception as error:
@@ -201,6 +206,8 @@ class Run:
             ledger.write_metrics(record.entry, row)
 
     def _write(self) -> dict[str, Any]:
+        if not ranks.is_first():
+            return {}
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
         results = build_results(
             self.config, self.setup.method, self.learner, self.setup.tasks, self.setup.probes, self.scores,
@@ -286,12 +293,15 @@ class Run:
     def _learn(self, task: Any, index: int) -> None:
         """Teach the task, from its checkpoint where there is one that fits, and delete that when the ledger holds the task."""
         setup = self.setup
-        identity = identity_of(
-            self.config, self.directory.ledger_path, setup.tasks, setup.probes, index, setup.family.device.type
+        identity = ranks.first(
+            "looking at the ledger",
+            lambda: identity_of(
+                self.config, self.directory.ledger_path, setup.tasks, setup.probes, index, setup.family.device.type
+            ),
         )
         warned = list(self.warnings)
         try:
-            saved = self.checkpoints.read(identity)
+            saved = ranks.first("reading the checkpoint", lambda: self.checkpoints.read(identity))
             if saved is not None:
                 self._learn_from(task, index, identity, saved)
         except CheckpointError as error:

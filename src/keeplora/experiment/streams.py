@@ -20,6 +20,7 @@ from keeplora.data.sets import Entry, PictureSet
 from keeplora.data.streams import Position, Sample, SampleStream, ranks
 from keeplora.data.video import Sampling
 from keeplora.errors import DataError
+from keeplora.experiment.several import OrNothing
 from keeplora.models.batching import length_grouped
 
 KEPT_STARTS = 256
@@ -111,8 +112,8 @@ class StreamOrder(Sampler[list[Sample]]):
                 for batch in self._cut(found, _seed(self.seed, number, block) if shuffled else None):
                     if skip > 0:
                         skip -= 1
-                    elif mine := batch if self.shards else batch[self._rank :: self._world]:
-                        yield mine
+                    else:  # a rank's part of a small batch may be empty: the others wait for it all the same
+                        yield batch if self.shards else batch[self._rank :: self._world]
                 block += 1
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -238,12 +239,11 @@ class StreamLoader:
         return len(self._order())
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(
-            DataLoader(
-                self.data, batch_sampler=self._order(), collate_fn=self.collate, num_workers=self.workers,  # type: ignore[arg-type]
-                generator=torch.Generator(),  # none of torch's global random numbers is drawn
-            )
+        brought = DataLoader(
+            self.data, batch_sampler=self._order(), collate_fn=OrNothing(self.collate), num_workers=self.workers,  # type: ignore[arg-type]
+            generator=torch.Generator(),  # none of torch's global random numbers is drawn
         )  # fmt: skip
+        return (batch for batch in brought if batch is not None)
 
 
 def streamed_loader(
@@ -251,7 +251,7 @@ def streamed_loader(
 ) -> DataLoader[Any]:
     """A loader of the batches of ``order``, for training."""
     return DataLoader(
-        data, batch_sampler=order, collate_fn=collate, num_workers=workers, generator=torch.Generator(),  # type: ignore[arg-type]
+        data, batch_sampler=order, collate_fn=OrNothing(collate), num_workers=workers, generator=torch.Generator(),  # type: ignore[arg-type]
         persistent_workers=workers > 0,
     )  # fmt: skip
 

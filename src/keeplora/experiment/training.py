@@ -28,7 +28,8 @@ from keeplora.experiment.training_state import (
     rng_state,
     take_snapshot,
 )
-from keeplora.experiment.training_step import Gradients, Hooks, check_gradients
+from keeplora.experiment.training_step import Gradients, Hooks, Tally, add_up, check_gradients
+from keeplora.tuner import ranks
 
 LARGE_UPDATE = 1.0
 """‖s B A‖_F / ‖W₀‖_F beyond which a warning is due: the update outweighs the weights that it is added to."""
@@ -146,6 +147,7 @@ class _Loop:
             for batch in self._fetched():
                 self._step(batch)
         self._end_epoch()
+        STOP.agree()
 
     def _fetched(self) -> Iterator[Any]:
         """The epoch's batches; a loader process that was stopped with this one is no fault."""
@@ -157,7 +159,7 @@ class _Loop:
             except StopIteration:
                 return
             except RuntimeError:
-                if STOP.requested and self.keeper is not None:
+                if STOP.due and self.keeper is not None:
                     self.keeper.save(self._steps(), self._snapshot)
                 STOP.check()
                 raise
@@ -170,8 +172,8 @@ class _Loop:
         state, sums, config = self.state, self.state.sums, self.config
         where = f"task {self.objective.task.name!r}, epoch {state.epoch}, step {state.step + 1}"
         try:
-            tally = self.gradients.add(batch, where, lambda: self.optimizer.zero_grad(set_to_none=True))
-            samples = self.batches.where(batch)[:3]
+            tally = self._gradient(batch, where)
+            samples = [] if batch is None else self.batches.where(batch)[:3]
             check_gradients(self.names, self.parameters, config.grad_clip, where, samples)
         except TrainingError as error:
             raise TrainingError(f"{error}; no weight has taken it in; {self._remedy()}") from None
@@ -197,6 +199,26 @@ class _Loop:
             except FloatingPointError as error:  # the step itself led there, from a gradient that was finite
                 raise TrainingError(f"{error}; {self._remedy()}") from None
         STOP.check()
+
+    def _gradient(self, batch: Any, where: str) -> Tally:
+        """Leave the gradient of the whole batch in the parameters, also where this process has but a part of it."""
+
+        def forget() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+        if not ranks.active():
+            return self.gradients.add(batch, where, forget)
+        tally, failed = None, None
+        try:
+            if batch is None:
+                forget()
+            else:
+                tally = self.gradients.add(batch, where, forget)
+        except Exception as error:
+            failed = error
+        tally, stopped = add_up(self.parameters, tally, failed, STOP.requested)
+        STOP.agree(stopped)
+        return tally
 
     def _accuracy(self) -> float | None:
         sums = self.state.sums

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from keeplora.errors import KeepLoraError, TrainingError
 from keeplora.experiment.kinds.base import TrainingObjective
 from keeplora.experiment.pictures import Batches
+from keeplora.tuner import ranks
 from keeplora.tuner.memory import first_line, release_cached
 
 
@@ -36,6 +37,46 @@ class Tally:
     losses: list[float] = field(default_factory=list)
     penalties: list[float] = field(default_factory=list)
     right: int | None = None
+
+
+def add_up(
+    parameters: Sequence[nn.Parameter], tally: Tally | None, error: Exception | None, stop: bool
+) -> tuple[Tally, bool]:
+    """With several processes: the gradients of their parts become that of the batch, and their tallies its tally.
+
+    Each rank's gradient is of the mean over its own part; weighted by the parts' sizes they add up to that of the mean over
+    the batch. The weights add up to 1, so a penalty that every part has taken in once counts once.
+
+    Args:
+        tally: of this rank's part; None where that is empty or failed. error: why it failed. stop: this rank is to stop.
+
+    Returns:
+        The batch's tally, and whether any rank is to stop.
+
+    Raises:
+        Exception: ``error`` where it was given; on the other ranks RankError, which tells of it.
+    """
+    what, own = "a training step", tally or Tally(0)
+    numbers = [own.samples, sum(own.losses), sum(own.penalties), own.right or 0]
+    flags = [error is not None, stop, bool(own.penalties), own.right is not None]
+    *sums, failed, stopped, penalised, counted = ranks.totals(what, *numbers, *map(float, flags))
+    if failed:
+        with ranks.together(what):
+            if error is not None:
+                raise error
+    n = int(sums[0])
+    held = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    flat = [held] + [
+        (torch.zeros_like(p) if p.grad is None else p.grad).detach().reshape(-1).to(torch.float32) for p in parameters
+    ]
+    flat[1:] = [g * own.samples for g in flat[1:]]
+    device = parameters[0].device
+    total = ranks.total(what, torch.cat([part.to(device) for part in flat]))
+    there, rest = total[: len(parameters)].tolist(), total[len(parameters) :]
+    for p, found, g in zip(parameters, there, rest.split([p.numel() for p in parameters]), strict=True):
+        p.grad = (g / max(n, 1)).reshape(p.shape).to(p.device, p.dtype) if found else None
+    whole = Tally(n, [sums[1]], [sums[2]] if penalised else [], int(sums[3]) if counted else None)
+    return whole, bool(stopped)
 
 
 class Gradients:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class LwF(FullFineTuning):
     compares the student's pictures with the teacher's texts; here both are the student's own, so that both towers are
     held.
     """
+
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
 
     Options = LwFOptions
     penalty_of_batch = True

@@ -17,6 +17,8 @@ class Oracle(SequentialLora):
     belongs to. A task that was not learned is answered by the untouched model, so nothing transfers, and nothing suffers.
     """
 
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
+
     accumulates: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "keeps one model per task, which no single adapter or checkpoint holds"
 

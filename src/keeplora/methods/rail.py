@@ -94,6 +94,8 @@ class Rail(ZeroShot):
     that the result is a distribution (a picture without any above 0 keeps its zero-shot logits).
     """
 
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
+
     Options: ClassVar[type[Any]] = RailOptions
     unmergeable: ClassVar[str] = "answers through a regression beside the model, which no adapter or checkpoint holds"
     _fitted: _Fit | None = None

@@ -101,6 +101,8 @@ def marked_sum(A: Tensor, B: Tensor, bits: Tensor) -> Tensor:
 class RegLora(SequentialLora):
     """A and B train, with a penalty on the entries of B A that earlier tasks marked."""
 
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
+
     Options: ClassVar[type] = RegLoraOptions
     _held: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]] = ()
     """A and B of the open task's layers that have marks, and the marks of all old tasks, packed, on the same device."""

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,8 @@ class L2(FullFineTuning):
     its λ = 1. As in the latter, and unlike the former, the first task is held to the pretrained weights too: they are
     what a vision-language model has to lose.
     """
+
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
 
     Options = L2Options
     _held: Sequence[tuple[nn.Parameter, Tensor, Tensor | float]] = ()

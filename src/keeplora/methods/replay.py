@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,8 @@ class Replay(SequentialLora):
     Of a generative task, ``share`` percent of the conversations are kept whole, float32 pictures as float16; a step draws
     among the samples of all old tasks alike.
     """
+
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
 
     Options = ReplayOptions
     _memories: Sequence[Memory] = ()

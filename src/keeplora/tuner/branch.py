@@ -60,6 +60,8 @@ def attach_branches(model: nn.Module, branches: Mapping[str, Branch]) -> Callabl
 class BranchLearner(ContinualLearner):
     """A method whose adapter is a `Branch` per target; a subclass says which in `_branches`."""
 
+    single_process: ClassVar[str] = "is not yet taught to divide its work among processes"
+
     protects: ClassVar[bool] = False
 
     def _branches(self, task: OpenTask) -> Mapping[str, Branch]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.math import Subspace
+from keeplora.tuner import ranks
 from keeplora.tuner.basis import Bases, StoredStart, StoredTensors
 from keeplora.tuner.chain import REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
 from keeplora.tuner.ledger import Ledger, TaskRecord, now
@@ -121,6 +122,12 @@ class TaskHistory:
         found.check()
         self._U = found
 
+    def _write_to(self, ledger: Ledger) -> None:
+        """Further tasks go into this ledger; what a crash left half-way in it is finished first."""
+        ledger.heal()
+        self._ledger = ledger
+        self._leave_on_disk()
+
     def _leave_on_disk(self) -> None:
         """What U is made of is in the ledger: hold the smaller side of each subspace, and no column twice."""
         if self._ledger is None or not self.protects:
@@ -134,18 +141,25 @@ class TaskHistory:
         self._U = held
 
     def _enter(self, record: TaskRecord) -> TaskRecord:
-        """The task joins the active ones, on disk first where there is a ledger."""
+        """The task joins the active ones, on disk first where there is a ledger (rank 0 has it)."""
         record.config, record.versions, record.time = self.config.to_dict(), versions(), now()
-        if self._ledger is not None:
-            self._check_in_step(self._ledger)
-            folder = self._ledger.append(record)
-            if record.basis:
-                record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
+        # Times and what a loop of its own left there are those of rank 0, as in the ledger.
+        record.time, record.info, record.tensors = ranks.agreed(
+            "the task's record", (record.time, record.info, record.tensors)
+        )
+        ranks.first("writing the ledger", lambda: self._write_entry(record))
         self._chain.add(Step(TASK, record.name))
         record.entry = len(self._chain)
         self._shelf[record.entry] = record
         self.records.append(record)
         return record
+
+    def _write_entry(self, record: TaskRecord) -> None:
+        if self._ledger is not None:
+            self._check_in_step(self._ledger)
+            folder = self._ledger.append(record)
+            if record.basis:
+                record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
 
     def _about(self, kind: str, k: int) -> Step:
         return Step(kind, self._chain.steps[k - 1].name, k)
@@ -197,9 +211,7 @@ class TaskHistory:
             self.restore_bases(self.U.start if self.protects else {}, list(shelf.values()))
             if self.accumulates:
                 self.store.restore(all_updates(records))
-            if self._ledger is not None:
-                self._check_in_step(self._ledger)
-                self._ledger.enter(step)
+            ranks.first("writing the ledger", lambda: self._write_step(step))
         except BaseException:
             self.store.restore(before)
             self._U = U
@@ -209,6 +221,11 @@ class TaskHistory:
         self.records = records
         self._leave_on_disk()
         self._recall(records)
+
+    def _write_step(self, step: Step) -> None:
+        if self._ledger is not None:
+            self._check_in_step(self._ledger)
+            self._ledger.enter(step)
 
     def _told(self) -> dict[str, Any]:
         """What a ledger says of the method, for those who read it without one."""

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from keeplora.errors import KeepLoraError
+from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
@@ -23,13 +24,13 @@ from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
-from keeplora.tuner.layerwise import over_layers
+from keeplora.tuner.joining import join
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
-from keeplora.tuner.protect import check_budget, protect
+from keeplora.tuner.protect import check_budget, protect, same_update
 from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
@@ -78,6 +79,8 @@ class ContinualLearner(TaskHistory):
     irremovable: ClassVar[str] = ""
     """Why no single task can be taken out, as words that follow the method's name; empty where what a method holds is a
     function of `records`, in any selection. `rollback` works for every method."""
+    single_process: ClassVar[str] = ""
+    """Why the method cannot learn in several processes, as words that follow its name; empty where it can."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
@@ -95,10 +98,10 @@ class ContinualLearner(TaskHistory):
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
+        join(self)
         if ledger is not None:
             check_budget(self.U, config)
-            self._ledger = create_ledger(self, ledger)
-            self._leave_on_disk()
+            ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
@@ -110,8 +113,11 @@ class ContinualLearner(TaskHistory):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
-            start = over_layers(lambda name: weight_subspace(self.store.W0[name], energy[name]), list(energy))
-            self._U = Bases.of(dict(zip(energy, start, strict=True)))
+            self._U = Bases.of(
+                ranks.spread(
+                    "the bases of the weights", list(energy), lambda n: weight_subspace(self.store.W0[n], energy[n])
+                )
+            )
         return self._U
 
     def feature_energy(self, name: str) -> float:
@@ -174,11 +180,15 @@ class ContinualLearner(TaskHistory):
             check_repeatable(batches, f"task {name!r}: batches")
         frozen = frozen_targets(self, name)
         acceptance = Acceptance.begin(accept, evaluate, saved.values.get("before") if saved else None)
+        if acceptance is not None:
+            acceptance.before = ranks.agreed("what `evaluate` returned", acceptance.before)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
             objective, reference, single_batches, frozen=frozen, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
+            if ranks.active():
+                self.store.keep()  # wrappers for several processes write rank 0's weights into all the others'
             model = self._attach(task)
             self.free.open(task, self.store)
             if saved is not None:
@@ -203,18 +213,23 @@ class ContinualLearner(TaskHistory):
         before = self.store.snapshot()
         U_before = self._U
         try:
-            record = self._detach(task)
-            record.full = {**self.free.updates(task, self.store), **record.full}
-            self._release(task)
-            if self.accumulates:
-                self.store.add(record.updates)
-            else:
-                self.store.write(record.updates)
+            with ranks.together("taking the adapter out"):
+                record = self._detach(task)
+                record.full = {**self.free.updates(task, self.store), **record.full}
+            same_update(record)
+            with ranks.together("merging"):
+                self._release(task)
+                if self.accumulates:
+                    self.store.add(record.updates)
+                else:
+                    self.store.write(record.updates)
             record.info = task.info
             record.tensors = {**record.tensors, **task.tensors}
-            if task.acceptance is not None and not task.acceptance.passes(task.name):
-                self._undo(before, U_before)
-                return None
+            if task.acceptance is not None:
+                passes = ranks.agreed("what `evaluate` returned", task.acceptance.passes(task.name))
+                if not passes:
+                    self._undo(before, U_before)
+                    return None
             started = time.perf_counter()
             if self.protects:
                 self._protect(task, record)
@@ -243,8 +258,10 @@ class ContinualLearner(TaskHistory):
         model = self.start_task(name, batches, loss_fn, **kwargs)
         try:
             yield model
-        except BaseException:
+        except BaseException as error:
             self.abort_task()
+            if (cause := ranks.blame(error)) is not error:
+                raise cause from error
             raise
         self.finish_task()
 
@@ -359,6 +376,7 @@ class ContinualLearner(TaskHistory):
 
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
+        A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
         task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
@@ -395,14 +413,14 @@ class ContinualLearner(TaskHistory):
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
-        return save_learner(self, directory)
+        return ranks.first("saving", lambda: save_learner(self, directory))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Publish what was learned as a repository on the hub; ``options`` are `keeplora.publish`'s."""
         # Upwards, for whoever has only the learner; pyproject.toml allows this one.
         from keeplora.experiment.publish import publish
 
-        return publish(self, repo_id, **options)
+        return ranks.first("publishing", lambda: publish(self, repo_id, **options))
 
     @classmethod
     def from_pretrained(
@@ -414,14 +432,14 @@ class ContinualLearner(TaskHistory):
             directory: a folder, or "owner/name" on the hub. append: write further tasks into the same ledger, a folder's.
             revision: branch, tag or commit on the hub.
         """
-        ledger = open_ledger(directory, revision, append=append)
-        base = ledger.head["base"]
-        learner = cls(model, ledger_config(ledger), base_name=str(base.get("name") or ""))
+        with ranks.together("opening the ledger"):
+            ledger = open_ledger(directory, revision, append=append)
+            base, config = ledger.head["base"], ledger_config(ledger)
+        learner = cls(model, config, base_name=str(base.get("name") or ""))
         learner.base_revision = base.get("revision")
-        apply_records(learner, ledger)
-        learner._recall(learner.records)
+        with ranks.together("reading the ledger"):
+            apply_records(learner, ledger)
+            learner._recall(learner.records)
         if append:
-            ledger.heal()
-            learner._ledger = ledger
-            learner._leave_on_disk()
+            ranks.first("opening the ledger for more tasks", lambda: learner._write_to(ledger))
         return learner

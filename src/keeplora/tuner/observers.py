@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import TargetError
 from keeplora.math import CovarianceSketch, FrequentDirections
+from keeplora.tuner import ranks
 from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.convergence import Enough
 from keeplora.tuner.memory import in_smaller_batches, release_cached
@@ -230,6 +231,24 @@ class FeatureObserver(_Observer):
             stacklevel=2,
         )
 
+    def join_ranks(self, what: str) -> None:
+        """C over what every process has seen; does nothing where there is one process.
+
+        Raises:
+            TargetError: processes disagree on which targets share an input.
+        """
+        if not ranks.active():
+            return
+        for leaders in ranks.exchange(what, self.leader):
+            for name, leader in leaders.items():
+                if self.leader.setdefault(name, leader) != leader:
+                    raise TargetError(
+                        f"{name} shares its input with {leader} in one process and with {self.leader[name]} in another; "
+                        "their covariances cannot be added up"
+                    )
+        self.fired = set().union(*ranks.exchange(what, self.fired))
+        self._C = ranks.summed(what, self._C, [t.name for t in self.targets])
+
     def _find_leader(self, name: str, x: Tensor) -> str:
         for other, reference in self._last.items():
             if self._block[other] == self._block[name] and reference() is x:
@@ -287,8 +306,9 @@ def collect_gradients(
 ) -> dict[str, Tensor]:  # fmt: skip
     """G of every target at the current weights (M2): mean over samples, evaluation mode, whatever the batch size.
 
-    With ``enough`` the pass may end before the last batch.
-    Where a GPU's memory does not hold a batch, the pass is taken again with smaller ones.
+    With ``enough`` the pass may end before the last batch. Where a GPU's memory does not hold a batch, the pass is taken again
+    with smaller ones. With several processes each goes through its own share, however large: sums and counts are added over
+    all of them.
 
     Args:
         observe: makes the observer; another than the default's may sum something else that is linear in G.
@@ -296,16 +316,27 @@ def collect_gradients(
     Raises:
         TargetError: a target that no gradient reached in the first batch.
         FloatingPointError: a loss that is not finite.
+        RankError: another process failed in its share.
     """
-    return in_smaller_batches(
-        "gradient", batches, lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn, enough, observe)
-    )
+    what = "the gradient pass"
+    with ranks.together(what):
+        found, count = in_smaller_batches(
+            "gradient",
+            batches,
+            lambda b: _collect_gradients(model, targets, store, b, loss_fn, mask_fn, enough, observe),
+        )
+    total = int(ranks.totals(what, count)[0])
+    if total == 0:
+        raise ValueError("the gradient pass was given no sample: the loader is empty")
+    G = ranks.summed(what, found, [t.name for t in targets])
+    return {name: G.div_(total) for name, G in G.items()}  # in place: G of all targets is the largest thing held
 
 
 def _collect_gradients(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any], loss_fn: LossFn,
     mask_fn: MaskFn, enough: Enough | None, observe: Callable[[Sequence[Target], WeightStore], GradientObserver],
-) -> dict[str, Tensor]:  # fmt: skip
+) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    """(Σ_n ∂ℓ_n/∂W per target, N)."""
     device = store.module(targets[0].name).weight.device
     total = 0
     if enough is not None:
@@ -323,11 +354,7 @@ def _collect_gradients(
             total += n
             if enough is not None and enough.reached(batches, batch_size(batch), lambda: observer.G) and _end(batches):
                 break
-    if total == 0:
-        raise ValueError("the gradient pass was given no sample: the loader is empty")
-    return {
-        name: G.div_(total) for name, G in observer.G.items()
-    }  # in place: G of all targets is the largest thing held
+    return observer.G, total
 
 
 def _end(batches: Any) -> bool:
@@ -346,11 +373,19 @@ def collect_features(
     """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired.
 
     With ``enough`` the pass may end before the last batch; ``sketch`` is `FeatureObserver`'s. Where a GPU's memory does not
-    hold a batch, the pass is taken again with smaller ones.
+    hold a batch, the pass is taken again with smaller ones. With several processes each goes through its own share, and the
+    sums are added over all of them.
     """
-    return in_smaller_batches(
-        "feature", batches, lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn, enough, sketch)
-    )
+    what = "the feature pass"
+    with ranks.together(what):
+        observer = in_smaller_batches(
+            "feature",
+            batches,
+            lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn, enough, sketch),
+        )
+    observer.join_ranks(what)
+    observer.require_all_fired("input")
+    return observer
 
 
 @torch.no_grad()
@@ -370,10 +405,9 @@ def _collect_features(
             forward_fn(model, batch)
             if enough is not None and enough.reached(batches, batch_size(batch), observer.leaders) and _end(batches):
                 break
-    if not seen:
+    if not seen and not ranks.active():  # of several processes one may have no share
         raise ValueError(
             "the feature pass was given no sample: the loader is empty, or its stream does not begin anew when it is "
             "gone through again"
         )
-    observer.require_all_fired("input")
     return observer

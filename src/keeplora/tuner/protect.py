@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.math import Candidates, CovarianceSketch, Subspace, held_bytes, keep_most_valuable
+from keeplora.tuner import ranks
+from keeplora.tuner.adapter import Factors
 from keeplora.tuner.basis import added_columns, in_force
 from keeplora.tuner.convergence import Matrix, directions, explained
-from keeplora.tuner.layerwise import over_layers
 
 if TYPE_CHECKING:
     from keeplora.tuner.basis import Bases
@@ -58,7 +59,8 @@ def protect(
     for t in learner.targets:
         groups.setdefault((shared or {}).get(t.name, t.name), []).append(t.name)
     joined: dict[str, _Joined] = {}
-    for found in over_layers(lambda names: _join(learner, names, source), list(groups.values())):
+    spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
+    for found in spread.values():
         joined |= found
     basis, shed = dict(record.basis), {}
     for t in learner.targets:
@@ -120,6 +122,38 @@ def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str
 
 def _same(one: Subspace, other: Subspace) -> bool:
     return one.by_complement == other.by_complement and torch.equal(one.held, other.held)
+
+
+def same_update(record: TaskRecord) -> None:
+    """What was trained, from rank 0 on every rank: bits that all have, and that the ledger will hold.
+
+    Raises:
+        KeepLoraError: the processes trained different things: each has its own gradients, and nobody added them up.
+    """
+    if not ranks.active():
+        return
+    what = "comparing what was trained"
+    first = ranks.agreed(what, (record.factors, record.full))
+    with ranks.together(what):
+        for name, update in record.updates.items():
+            reference = first[0].get(name, first[1].get(name))
+            if reference is None or _distance(update, reference) > SAME:
+                raise KeepLoraError(
+                    f"the trained update of {name} on rank {ranks.rank()} is not that of rank 0: the gradients were not "
+                    "averaged over the processes; train through accelerator.prepare(model) or DistributedDataParallel(model)"
+                )
+    record.factors, record.full = first
+
+
+SAME = 1e-3
+"""‖B − B₀‖/‖B₀‖ between ranks up to which rounding on unlike machines is the reason."""
+
+
+def _distance(a: Factors | Tensor, b: Factors | Tensor) -> float:
+    a, b = (x.B if isinstance(x, Factors) else x for x in (a, b))
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).norm()) / max(float(b.norm()), 1e-30)
 
 
 def check_budget(U: Bases, config: KeepLoraConfig) -> None:

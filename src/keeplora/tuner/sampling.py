@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from keeplora.errors import KeepLoraError
+from keeplora.tuner import shares
 from keeplora.tuner.memory import halved
 
 
@@ -107,30 +108,40 @@ def statistics_batches(
 
     ``endable``: the pass may end early (`EndableBatches`), so the samples come in `stratified_order`, where every beginning
     stands for the whole. Of an iterable that is no such loader the order is its own, and should be a shuffled one.
+
+    With several processes a loader's dataset is the whole set in each of them, and each gets its own part of it, none twice
+    (a `DistributedSampler` would fill up with repeats); any other iterable is that process's own part already.
+
+    Raises:
+        DataError: the processes were given different sets.
     """
-    dataset = getattr(batches, "dataset", None)
-    if isinstance(batches, DataLoader) and dataset is not None and not isinstance(dataset, IterableDataset):
+    loader = batches if isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset) else None
+    shares.check(loader, labels)
+    if loader is not None:
+        dataset: Any = loader.dataset
         labels = labels if labels is not None else find_labels(dataset)
-        n = len(dataset)  # type: ignore[arg-type]
+        n = len(dataset)
         if labels is not None and len(labels) != n:
             raise ValueError(f"labels has {len(labels)} entries but the loader's dataset has {n}")
         known = labels if labels is not None else [0] * n
-        chosen = stratified_order(known, seed)[:samples] if endable else stratified_indices(known, samples, seed)
+        order = stratified_order(known, seed)[:samples] if endable else stratified_indices(known, samples, seed)
+        chosen = shares.share(order)
         # A loader without a generator of its own draws from torch's global state whenever it is gone through.
-        loader = DataLoader(
-            Subset(dataset, chosen), batch_size=batches.batch_size or getattr(batches.batch_sampler, "batch_size", None) or 1,
-            shuffle=False, drop_last=False, collate_fn=batches.collate_fn, num_workers=batches.num_workers,
-            worker_init_fn=batches.worker_init_fn, pin_memory=batches.pin_memory,
+        rebuilt = DataLoader(
+            Subset(dataset, chosen), batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1,
+            shuffle=False, drop_last=False, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn, pin_memory=loader.pin_memory,
             generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        return EndableBatches(loader, len(chosen), len({int(label) for label in known})) if endable else loader
-    if isinstance(batches, DataLoader) and isinstance(dataset, IterableDataset):
-        found: Iterable[Any] = _stream_loader(batches, dataset, samples, seed)
+        return EndableBatches(rebuilt, len(chosen), len({int(label) for label in known})) if endable else rebuilt
+    samples_here = None if samples is None else len(shares.share(range(samples)))
+    if isinstance(batches, DataLoader):
+        found: Iterable[Any] = _stream_loader(batches, batches.dataset, samples_here, seed)
     elif samples is None:
         found = batches
     else:
         capped = getattr(batches, "capped", None)
-        found = capped(samples) if capped is not None else _first(batches, samples)
+        found = capped(samples) if capped is not None else _first(batches, samples_here or 0)
     return EndableBatches(found) if endable else found
 
 

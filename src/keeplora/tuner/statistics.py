@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from keeplora.errors import CapacityError
 from keeplora.math import residual_factor
+from keeplora.tuner import ranks
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
-from keeplora.tuner.layerwise import over_layers
 from keeplora.tuner.observers import FeatureObserver, collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.sketching import gradients_for_factor
@@ -32,6 +33,8 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
         batches = statistics_batches(
             task.batches, config.feature_samples, config.seed, task.labels, endable=tolerance is not None
         )
+    elif ranks.active() and isinstance(batches, DataLoader):
+        batches = statistics_batches(batches, None, config.seed)
     if tolerance is not None:
         enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy))
     found = collect_features(
@@ -52,8 +55,10 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     _note(task, "gradient", enough)
     if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
         return change.A
-    factors = over_layers(lambda t: residual_factor(G.pop(t.name).cpu(), U.subspace(t.name), t.r), targets)
-    return {t.name: a for t, a in zip(targets, factors, strict=True)}
+    rank_of = {t.name: t.r for t in targets}
+    return ranks.spread(
+        "the residual gradients", list(rank_of), lambda n: residual_factor(G.pop(n).cpu(), U.subspace(n), rank_of[n])
+    )
 
 
 def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from keeplora.errors import KeepLoraError, TargetError
 from keeplora.tuner.adapter import Factors
@@ -122,6 +123,11 @@ class WeightStore:
         self._keep(name)
         return self._parameters[name]
 
+    def keep(self) -> None:
+        """Copy every W₀ now, for a time in which others may write into the weights, be it the same values."""
+        for name in self._parameters:
+            self._keep(name)
+
     @property
     def names(self) -> list[str]:
         """Targets first, then the further parameters."""
@@ -151,7 +157,7 @@ class WeightStore:
             if name in self.updates:
                 self._keep(name)
             if name in self._kept:  # of any other weight the model still holds the original
-                self._parameters[name].copy_(self.current(name))
+                self._live(name).copy_(self.current(name))
 
     def current(self, name: str) -> Tensor:
         """W = round(W₀ + Σ) of one target in the model's dtype, on the CPU."""
@@ -179,12 +185,31 @@ class WeightStore:
         return [(name, self.W0[name])]
 
     def _original(self, name: str) -> Tensor:
-        return self._kept[name] if name in self._kept else self._parameters[name].detach().to("cpu")
+        return self._kept[name] if name in self._kept else self._live(name).detach().to("cpu")
+
+    def _live(self, name: str) -> nn.Parameter:
+        """The parameter that the model computes with.
+
+        Raises:
+            KeepLoraError: it is not in memory whole: sharded, offloaded, or replaced by another.
+        """
+        p, module = self._parameters[name], self._modules.get(name)
+        if isinstance(p, DTensor) or (module is not None and module.weight is not p):
+            raise KeepLoraError(
+                f"the weight of {name} is sharded (FSDP) or was replaced by another: the learner needs it whole, and the same "
+                "as when it was made; wrap the model in DistributedDataParallel, or leave it as it is"
+            )
+        if p.is_meta:
+            raise KeepLoraError(
+                f"the weight of {name} is offloaded and not in memory: choose a device_map that keeps the targets on a GPU or "
+                "the CPU"
+            )
+        return p
 
     def _keep(self, name: str) -> None:
         if name in self._kept:
             return
-        p = self._parameters[name]
+        p = self._live(name)
         if _version(p) != self._versions[name]:
             raise KeepLoraError(
                 f"the weight of {name} was changed in place after the learner was made, and not by it, so W₀ is lost; "

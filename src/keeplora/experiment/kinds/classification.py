@@ -34,6 +34,7 @@ from keeplora.methods import Method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ContinualLearner, KeepLoraConfig
 from keeplora.tuner.sampling import statistics_batches
+from keeplora.tuner.shares import share
 
 
 class Classification:
@@ -193,7 +194,7 @@ class Classification:
         return self.family.evaluating() if same else nullcontext()
 
     def steps(self, data: PictureTensors) -> int:
-        return -(-len(data) // self.config.training.eval_batch_size)
+        return -(-len(share(range(len(data)))) // self.config.training.eval_batch_size)
 
     def results(self) -> dict[str, Any]:
         rivals = self.tasks if self.config.candidates != "own" else ()  # with "seen": in the end

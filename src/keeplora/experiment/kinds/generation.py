@@ -37,9 +37,10 @@ from keeplora.files import atomic_write_text
 from keeplora.methods import Method
 from keeplora.models.generative import Generative
 from keeplora.models.vision_cache import VisionCache
-from keeplora.tuner import ContinualLearner, KeepLoraConfig
+from keeplora.tuner import ContinualLearner, KeepLoraConfig, ranks
 from keeplora.tuner.memory import Pieces
 from keeplora.tuner.sampling import to_device
+from keeplora.tuner.shares import share
 
 IGNORED = -100
 
@@ -205,8 +206,8 @@ class Generation:
         lengths = data.lengths
         order = sorted(range(len(data)), key=lambda i: (lengths[i], i))
         answers = [""] * len(data)
-        with self.family.evaluating(), self.precision.autocast():
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
+        with ranks.together("evaluation"), self.family.evaluating(), self.precision.autocast():
+            batches = list(share([order[start : start + size] for start in range(0, len(order), size)]))
             collate = partial(self.family.join, side="left")
             pieces = Pieces(f"evaluation of {task.name!r}")
             for batch in chosen_loader(data, batches, collate, self.config.training.workers):
@@ -223,6 +224,9 @@ class Generation:
                 for i, answer in zip(indices, chain.from_iterable(pieces(len(indices), answered)), strict=True):
                     answers[i] = answer
                 on_batch()
+        for given in ranks.exchange("evaluation", {i: answer for i, answer in enumerate(answers) if answer}):
+            for i, answer in given.items():
+                answers[i] = answer
         return answers
 
     def score(
@@ -232,8 +236,12 @@ class Generation:
         with learner.serving(task.name):
             answers = self._answers(task, data, on_batch)
         asked, skipped = data.conversations.conversations, data.conversations.skipped
-        scored = score(
-            task.scorer, answers, [c.references for c in asked], [c.question for c in asked], judge=self._judge
+        # On rank 0 alone: a judge is asked, and paid, once.
+        scored = ranks.first(
+            "scoring",
+            lambda: score(
+                task.scorer, answers, [c.references for c in asked], [c.question for c in asked], judge=self._judge
+            ),
         )
         if scored.missing:
             self._notes[task.name, "missing"] = f"{task.name}: {scored.missing}"
@@ -242,7 +250,7 @@ class Generation:
                 f"{task.name}: the judge's words held no rating for {unparsable} of {len(asked)} answers, which count 0"
             )
         share = len(asked) / (len(asked) + len(skipped))  # a question whose file cannot be read scores 0
-        if keep is not None:
+        if keep is not None and ranks.is_first():
             # The other components are of the questions that could be asked.
             counted = {"skipped": float(len(skipped))} if skipped else {}
             self._components[task.name] = dict(scored.components) | counted
@@ -262,7 +270,7 @@ class Generation:
         return nullcontext()
 
     def steps(self, data: ConversationTensors) -> int:
-        return -(-len(data) // self.config.training.eval_batch_size)
+        return len(share(range(-(-len(data) // self.config.training.eval_batch_size))))
 
     # -- what is told ------------------------------------------------------------------------------------------------
 
@@ -304,6 +312,8 @@ class Generation:
     def begin(self, folder: Path, earlier: Mapping[str, Any] | None) -> None:
         self._folder = folder
         self._components = dict((earlier or {}).get("components", {}))
+        if not ranks.is_first():
+            return
         if self._judge is not None:
             self._judge = make_judge(self.config.judge.settings, folder / "judgements.jsonl")
         for task in self._all():
@@ -312,7 +322,7 @@ class Generation:
     def repeat(self, after: int) -> None:
         assert self._folder is not None
         before = self._folder / "predictions" / f"after-{after - 1}"
-        if before.is_dir():
+        if before.is_dir() and ranks.is_first():
             shutil.copytree(before, before.with_name(f"after-{after}"), dirs_exist_ok=True)
 
     def warnings(self) -> list[str]:

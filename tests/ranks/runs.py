@@ -1,0 +1,52 @@
+"""Whole runs for the tests of several processes, on the tiny worlds of the command line's tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keeplora.experiment import Experiment
+from keeplora.experiment import runner as runner_module
+from keeplora.experiment import training as training_module
+from keeplora.experiment.interrupt import listening
+from keeplora.tuner import ranks
+
+
+def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
+    """A run; ``how``: at step ``at`` rank ``who`` is killed ("kill"), asked to stop ("term"), or raises ("raise").
+
+    Returns:
+        What the run ended with, in words; its metrics where it came to its end.
+    """
+    # A gradient of zero but for rounding is a step of its own size to AdamW, and would be another one in every sum.
+    training_module.make_optimizer = lambda parameters, _: torch.optim.SGD(parameters, lr=0.5)  # type: ignore[assignment]
+    runner_module.render_report = lambda path: None  # type: ignore[assignment]
+    if how:
+        inner, done = training_module._Loop._gradient, [0]
+
+        def step(self: Any, batch: Any, where: str) -> Any:
+            done[0] += 1
+            if done[0] == at and ranks.rank() == who:
+                if how == "raise":
+                    raise ValueError("a fault of the machine")
+                if how == "term":  # when the ranks have told each other of this step: all stop after the next
+                    found = inner(self, batch, where)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return found
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(self, batch, where)
+
+        training_module._Loop._gradient = step  # type: ignore[method-assign]
+    with warnings.catch_warnings(), listening():
+        warnings.simplefilter("ignore")
+        try:
+            if Path(folder).exists():
+                return Experiment.resume(folder, quiet=True)["metrics"]
+            return Experiment(config, {"output": folder}, quiet=True).run()["metrics"]
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}"
