@@ -24,7 +24,6 @@ import contextlib
 import gc
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -71,7 +70,7 @@ def clip_work(options: argparse.Namespace) -> Work:
     model = CLIPModel(settings).eval().to(options.device)
     pixels = torch.randn(options.batch or 8, 3, 224, 224, device=options.device)
     words = torch.randint(1, 400, (20, 12), device=options.device)
-    words[:, -1] = model.config.text_config.eos_token_id
+    words[:, -1] = 49407  # the end token
     labels = torch.arange(len(pixels), device=options.device) % 20
 
     def logits() -> Tensor:
@@ -253,13 +252,15 @@ def times(work: Work, arms: Sequence[str], rounds: int, steps: int, device: torc
     return found
 
 
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _resident(what: str) -> int:
+    """Bytes of this process's memory on Linux: VmRSS, or VmHWM, the peak since it was last forgotten."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(what))
 
 
-def _resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _forget_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def peak_bytes(work: Work, arm: str, device: torch.device) -> int:
@@ -271,10 +272,11 @@ def peak_bytes(work: Work, arm: str, device: torch.device) -> int:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
-            before = _resident()
+            _forget_peak()
+            before = _resident("VmRSS")
         step()
         step()
-        return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident_peak()) - before
+        return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")) - before
 
 
 def peaks(work: Work, arms: Sequence[str], options: argparse.Namespace) -> dict[str, int]:
