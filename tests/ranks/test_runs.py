@@ -14,6 +14,7 @@ import torch
 
 from tests.cli.tiny_world import World, ledger_tensors, results_of, same_tensors, status_of, the_world
 from tests.experiment.generation_world import make_world
+from tests.experiment.test_streams import parquet
 from tests.ranks import runs
 from tests.ranks.world import outcomes, run
 
@@ -69,6 +70,22 @@ def test_the_matrix_of_one_process(world: World, straight: Path, tmp_path: Path)
     close(straight, tmp_path / "one")
     assert status_of(straight)["state"] == "finished"
     assert not (straight / "checkpoint").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split_by", ["samples", "shards"])
+def test_a_stream_is_divided_too(world: World, tmp_path: Path, split_by: str) -> None:
+    """By samples, the processes together see the batches of one; by shards, each reads files of its own."""
+    parquet(world, "paint", tmp_path / "paint", (10, 10, 10))
+    streaming = {"samples": 30 if split_by == "samples" else 20, "buffer": 18, "split_by": split_by}
+    task = {"name": "paint", "source": "datasets", "path": str(tmp_path / "paint"), "streaming": streaming}
+    config = settings(world, tasks=[task], first_tasks=1)
+    found = run(runs.run, 2, tmp_path / "meet", config, str(tmp_path / "two"))
+    assert isinstance(found[0], dict), found
+    assert found[0] == found[1]
+    if split_by == "samples":
+        assert isinstance(runs.run(config, str(tmp_path / "one")), dict)
+        close(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def initial_head(objective: TaskObjective, data: PictureTensors | StreamTensors,
         texts = family.class_features(task.classes, task.templates).float().cpu()
     if ranks.active():
         found = {"counts": counts} | ({} if total is None else {"total": total})
-        found = ranks.summed("class means", found, {"counts": tuple(counts.shape), "total": tuple(texts.shape)})
+        found = ranks.summed("class means", found, ["counts", "total"])
         total, counts = found.get("total"), found["counts"]
     total = torch.zeros_like(texts) if total is None else total
     for label in torch.nonzero(counts == 0).flatten().tolist():

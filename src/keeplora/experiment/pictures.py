@@ -135,9 +135,11 @@ class Collate:
         }
 
 
-def own_part(data: PictureTensors) -> Dataset[dict[str, Any]]:
-    """This process's part of a set; all of it where it is alone."""
-    return Subset(data, share(range(len(data)))) if ranks.active() else data
+def own_part(data: PictureTensors | StreamTensors) -> Dataset[dict[str, Any]]:
+    """This process's part of a set; all of it where it is alone. A stream's loader divides by itself."""
+    if isinstance(data, StreamTensors) or not ranks.active():
+        return data
+    return Subset(data, share(range(len(data))))
 
 
 def loader(

@@ -53,7 +53,7 @@ class Columns:
         """The untouched model's values out of the events of a run; None for what they do not tell."""
         told = [e for e in events if e.get("event") == "evaluation" and e.get("after") == 0]
         values = {(e.get("kind"), e.get("set")): e.get("accuracy") for e in told}
-        found = {
+        found: dict[str, list[float | None]] = {
             kind: [v if isinstance(v := values.get((kind, name)), int | float) else None for name in names]
             for kind, names in (("task", self.tasks), ("probe", self.probes))
         }

@@ -22,6 +22,7 @@ from keeplora.data.video import Sampling
 from keeplora.errors import DataError
 from keeplora.experiment.several import OrNothing
 from keeplora.models.batching import length_grouped
+from keeplora.tuner import ranks as processes
 
 KEPT_STARTS = 256
 """Blocks whose starts are remembered: more than loader processes run ahead."""
@@ -39,14 +40,16 @@ class StreamOrder(Sampler[list[Sample]]):
 
     Args:
         samples: of a pass, if fewer than the stream's. block: samples of a block; None: the buffer, as whole batches.
-        grouped: whether a batch holds conversations of like length. rank, world: None: as the environment tells.
+        grouped: whether a batch holds conversations of like length. rank, world: None: as the process group, or without one the
+            environment, tells. A rank's part of a small batch may be empty.
     """
 
     def __init__(
         self, stream: SampleStream, batch_size: int, seed: int, *, samples: int | None = None, block: int | None = None,
         grouped: bool = False, rank: int | None = None, world: int | None = None,
     ) -> None:  # fmt: skip
-        found = ranks() if rank is None or world is None else (rank, world)
+        told = (processes.rank(), processes.size()) if processes.active() else ranks()
+        found = told if rank is None or world is None else (rank, world)
         self.stream, self.seed, self.grouped = stream, seed, grouped
         self.samples = min(samples or len(stream), len(stream))
         self._rank, self._world = found

@@ -136,7 +136,8 @@ def statistics_batches(
         return EndableBatches(rebuilt, len(chosen), len({int(label) for label in known})) if endable else rebuilt
     samples_here = None if samples is None else len(shares.share(range(samples)))
     if isinstance(batches, DataLoader):
-        found: Iterable[Any] = _stream_loader(batches, batches.dataset, samples_here, seed)
+        stream: Any = batches.dataset
+        found: Iterable[Any] = _stream_loader(batches, stream, samples_here, seed)
     elif samples is None:
         found = batches
     else:
