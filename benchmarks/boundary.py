@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,17 +26,24 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import machine as bench
 import straightforward as plain
 import torch
-from machine import machine, ratios, reset_peak, resident, spread, timed
+from machine import machine, ratios, reset_peak, resident, spread
 from torch import Tensor, nn
 
 from keeplora import ContinualLearner, KeepLoraConfig
-from keeplora.tuner import learner as learner_module
+from keeplora.tuner import sketching as sketching_module
 from keeplora.tuner import statistics as statistics_module
 
 PROMPT_TOKENS = 77
+CPU = False
+"""Whether processor seconds are counted (--cpu)."""
 ALGEBRA, PASSES, WHOLE = "linear algebra", "passes over data", "whole boundary"
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    return bench.timed(work, cpu=CPU)
 
 
 @dataclass
@@ -222,7 +230,7 @@ def ours(work: Work, options: Mapping[str, Any]) -> Side:
     side.seconds["weight subspaces"], U = timed(lambda: learner.U)
     with (
         mock.patch.object(
-            learner_module, "collect_gradients", watched("collect_gradients", learner_module.collect_gradients)
+            sketching_module, "collect_gradients", watched("collect_gradients", sketching_module.collect_gradients)
         ),
         mock.patch.object(
             statistics_module, "collect_features", watched("collect_features", statistics_module.collect_features)
@@ -363,8 +371,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-o", "--option", type=option, action="append", default=[], help="a setting of KeepLoraConfig, for ours"
     )
+    parser.add_argument(
+        "--cpu", action="store_true", help="processor seconds: on a busy machine, with OMP_NUM_THREADS=1"
+    )
     args = parser.parse_args(argv)
-    print(machine(), flush=True)
+    global CPU
+    CPU = args.cpu
+    os.environ["KEEPLORA_NO_CACHE"] = "1"  # the bases of the weights are to be computed, on both sides
+    print(machine() + (", processor seconds" if CPU else ""), flush=True)
     for name in args.models:
         print(compare(name, args.repeats, dict(args.option)), flush=True)
     if args.tasks:

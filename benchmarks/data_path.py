@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
@@ -343,14 +343,7 @@ TABLES = {"step": step, "classes": classes, "prefix": prefix, "vision": vision, 
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    threads = torch.get_num_threads()
-    print(
-        f"{model}, {os.cpu_count()} cores, {threads} thread(s), torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{machine()}, load {os.getloadavg()[0]:.1f}")
     yield
     print(f"\nload {os.getloadavg()[0]:.1f}")
 

@@ -15,8 +15,6 @@ accuracy: means and paired differences over seeds, with 95 % t intervals; a run 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +23,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from machine import machine
 from torch import Tensor, nn
 
 from keeplora import ContinualLearner, KeepLoraConfig
@@ -40,12 +39,6 @@ from keeplora.tuner.sketching import SketchObserver
 
 Way = Callable[[Tensor, int, int, int], Tensor]
 """way(Ĝ, r, numbers per layer, seed): A."""
-
-
-def machine() -> str:
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
 
 
 # ---- energy ----------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
+from machine import machine
 from torch import Tensor
 
 from keeplora.math import (
@@ -147,7 +147,7 @@ if __name__ == "__main__":
     repeat = parser.parse_args().repeat
     torch.manual_seed(0)
     load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {load}\n")
+    print(f"{machine()}, {load}\n")
     print("| what | ratio, median (least – most) | seconds |\n| --- | --- | --- |")
     side_by_side(repeat)
     torch.set_num_threads(1)
