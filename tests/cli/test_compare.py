@@ -175,7 +175,7 @@ def test_reading_prints_and_writes_the_tables(cli, tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 0
     wrong = cli("compare", *paths, "--output", tmp_path / "out", "--against", "ewc")
     assert (wrong.code, wrong.out) == (1, "")
-    assert wrong.err.startswith("Error: against: 'ewc' is not a method of this study; (one of: keeplora,")
+    assert wrong.err.startswith("Error: against: 'ewc' is not a method of this study (one of: keeplora,")
 
 
 def test_only_tables_of_a_study_runs_nothing(world, cli, tmp_path):

@@ -29,7 +29,7 @@ GOOD = {"name": "pets", "source": "folder", "path": "pets"}
         ({"test": True}, "`test` is True: give a fraction"),
         ({"validation": 0}, "`validation` is 0: give a fraction"),
         ({"max_skipped": 1.5}, "`max_skipped` is 1.5: give a share from 0 to 1"),
-        ({"on_error": "ignore"}, "`on_error` is 'ignore'; .*raise, skip"),
+        ({"on_error": "ignore"}, "`on_error` is 'ignore' .*raise, skip"),
         ({"duplicates": "warm"}, "did you mean 'warn'"),
         ({"check": "ful"}, "did you mean 'full'"),
         ({"max_train_per_class": 0}, "`max_train_per_class` is 0: give a whole number, 1 or more"),

@@ -7,6 +7,7 @@ import signal
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,26 +24,32 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
     Returns:
         What the run ended with, in words; its metrics where it came to its end.
     """
-    # A gradient of zero but for rounding is a step of its own size to AdamW, and would be another one in every sum.
-    training_module.make_optimizer = lambda parameters, _: torch.optim.SGD(parameters, lr=0.5)  # type: ignore[assignment]
-    runner_module.render_report = lambda path: None  # type: ignore[assignment]
-    if how:
-        inner, done = training_module._Loop._gradient, [0]
+    inner, done = training_module._Loop._gradient, [0]
 
-        def step(self: Any, batch: Any, where: str) -> Any:
-            done[0] += 1
-            if done[0] == at and ranks.rank() == who:
-                if how == "raise":
-                    raise ValueError("a fault of the machine")
-                if how == "term":  # when the ranks have told each other of this step: all stop after the next
-                    found = inner(self, batch, where)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return found
-                os.kill(os.getpid(), signal.SIGKILL)
-            return inner(self, batch, where)
+    def step(self: Any, batch: Any, where: str) -> Any:
+        done[0] += 1
+        if how and done[0] == at and ranks.rank() == who:
+            if how == "raise":
+                raise ValueError("a fault of the machine")
+            if how == "term":  # when the ranks have told each other of this step: all stop after the next
+                found = inner(self, batch, where)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return found
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, batch, where)
 
-        training_module._Loop._gradient = step  # type: ignore[method-assign]
-    with warnings.catch_warnings(), listening():
+    def sgd(parameters: Any, _: Any) -> torch.optim.Optimizer:
+        # A gradient of zero but for rounding is a step of its own size to AdamW, and would be another one in every sum.
+        return torch.optim.SGD(parameters, lr=0.5)
+
+    # Patched and put back: the run of one process is made in the test's own.
+    with (
+        mock.patch.object(training_module, "make_optimizer", sgd),
+        mock.patch.object(runner_module, "render_report", lambda path: None),
+        mock.patch.object(training_module._Loop, "_gradient", step),
+        warnings.catch_warnings(),
+        listening(),
+    ):
         warnings.simplefilter("ignore")
         try:
             if Path(folder).exists():

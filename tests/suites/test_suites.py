@@ -192,7 +192,7 @@ def test_where_external_data_is(own, tmp_path, monkeypatch):
         (OWN + "probes: [{name: a}]\n", "two tasks or probes are called 'a'; rename one"),
         (OWN + "probes: [{name: c, fetch: 3}]\n", "`fetch` of 'c' is 3; say in words"),
         (OWN + "data: pictures\n", "`data` is 'pictures'; write `data: external`"),
-        (OWN + "candidates: every\n", "`candidates` is 'every'; "),
+        (OWN + "candidates: every\n", "`candidates` is 'every' "),
         (OWN + "orders: {1: a}\n", "`orders.1` is 'a'; give the list of all task names"),
         (OWN + "orders: {1: [a]}\n", "`orders.1` leaves out 'b-1', 'b-2'; name every task once"),
         (OWN + "orders: {1: [a, b]}\n", "`orders.1` names an unknown task 'b'"),

@@ -108,7 +108,7 @@ def test_numbers_that_would_fill_the_memory(fuzz_world: World, changes: dict, wo
 
 
 def test_a_number_as_a_name_has_neighbours() -> None:
-    assert did_you_mean("5", [4, "x"]) == "; (one of: 4, x)"  # type: ignore[list-item]
+    assert did_you_mean("5", [4, "x"]) == " (one of: 4, x)"  # type: ignore[list-item]
 
 
 def test_line_breaks_and_terminal_codes_in_names_are_shown_not_sent(tmp_path: Path) -> None:
