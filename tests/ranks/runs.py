@@ -45,7 +45,7 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
     # Patched and put back: the run of one process is made in the test's own.
     with (
         mock.patch.object(training_module, "make_optimizer", sgd),
-        mock.patch.object(runner_module, "render_report", lambda path: None),
+        mock.patch.object(runner_module, "render_report"),
         mock.patch.object(training_module._Loop, "_gradient", step),
         warnings.catch_warnings(),
         listening(),
