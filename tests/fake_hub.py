@@ -15,12 +15,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests.local_server import LocalServer
 
 TOKEN = "hf_AStandInTokenThatOpensNothing"
 LARGE = (".safetensors", ".png", ".bin")
@@ -64,7 +66,7 @@ def git_oid(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
-class FakeHub:
+class FakeHub(LocalServer):
     """Attributes:
     repos: by "owner/name". owners: who may be written to with the token.
     requests: "METHOD path" of every request, in order. faults: see `Fault`.
@@ -91,20 +93,7 @@ class FakeHub:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @contextmanager
-    def running(self) -> Iterator[FakeHub]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
+        super().__init__(Handler)
 
     def add(self, repo_id: str, folder: Path | None = None, *, private: bool = False) -> Repo:
         """A repository with one commit of a folder's files."""

@@ -107,7 +107,7 @@ def test_a_sketch_is_what_torch_counts():
     Psi, g, x = torch.randn(rows, 60), torch.randn(TOKENS, 60), torch.randn(TOKENS, 40)
     assert rows == 16
     assert counted(lambda: (Psi @ g.T) @ x) == scale.sketch_flops([found])
-    assert scale.sketch_bytes([found]) == 8 * 16 * 40 + 4 * 16 * 40 + 4 * 16 * 60
+    assert footprint.sketch_bytes([found]) == 8 * 16 * 40 + 4 * 16 * 40 + 4 * 16 * 60
     assert scale.sketch_rows(replace(found, n_out=7)) == 7
 
 

@@ -130,11 +130,22 @@ def subspace_bytes(targets: Sequence[Linear], share: float) -> int:
 
 
 def gradient_bytes(targets: Sequence[Linear], s: Settings) -> int:
-    """G of all targets: Σ 8 out in, float64, and one float32 product 4 out in at a time. Sketched, l in place of out, and
-    Ψ in float32, 4 l out for every height out and l that there is."""
-    heights = {(t.n_out, s.rows(t)) for t in targets} if s.sketch else set()
-    sums = sum(8 * t.n_in * s.rows(t) for t in targets) + max(4 * t.n_in * s.rows(t) for t in targets)
-    return sums + sum(4 * n_out * rows for n_out, rows in heights)
+    """G of all targets, or what stands for it (`exact_bytes`, `sketch_bytes`)."""
+    return sketch_bytes(targets, s.oversampling) if s.sketch else exact_bytes(targets)
+
+
+def exact_bytes(targets: Sequence[Linear]) -> int:
+    """G of all targets: Σ 8 out in, float64, and one float32 product 4 out in at a time."""
+    return sum(8 * t.n_in * t.n_out for t in targets) + max(4 * t.n_in * t.n_out for t in targets)
+
+
+def sketch_bytes(targets: Sequence[Linear], oversampling: int | None = None) -> int:
+    """Ψ G of all targets: Σ 8 l in, float64, one float32 product 4 l in at a time, and Ψ in float32, 4 l out for every height
+    out and l that there is."""
+    shapes = [(t.n_in, t.n_out, sketch_rows(t.n_out, t.r, oversampling)) for t in targets]
+    sums = [n_in * rows for n_in, _, rows in shapes]
+    heights = {(n_out, rows) for _, n_out, rows in shapes}
+    return 8 * sum(sums) + 4 * max(sums) + sum(4 * n_out * rows for n_out, rows in heights)
 
 
 def covariance_bytes(targets: Sequence[Linear]) -> int:

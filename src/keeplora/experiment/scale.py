@@ -15,9 +15,7 @@ from keeplora.experiment import footprint
 from keeplora.experiment.assumptions import Assumptions
 from keeplora.experiment.footprint import Linear, ModelShape
 from keeplora.math import held_bytes
-
-OVERSAMPLING = 3
-"""p of a sketch, in ranks."""
+from keeplora.math import sketch_rows as rows_of_sketch
 
 
 def columns(n_in: int, t: int, start: float, growth: float) -> int:
@@ -78,15 +76,8 @@ def checkpoint_bytes(trained: int, frozen: int) -> int:
 
 
 def sketch_rows(target: Linear) -> int:
-    """l = min(out, r + p)."""
-    return min(target.n_out, (1 + OVERSAMPLING) * target.r)
-
-
-def sketch_bytes(targets: Sequence[Linear]) -> int:
-    """Ψ G of all targets: Σ 8 l in, float64, one float32 product 4 l in at a time, and Ψ, 4 l out, for every height."""
-    heights = {(t.n_out, sketch_rows(t)) for t in targets}
-    sums = sum(8 * sketch_rows(t) * t.n_in for t in targets) + max(4 * sketch_rows(t) * t.n_in for t in targets)
-    return sums + sum(4 * out * rows for out, rows in heights)
+    """l of a target, by the rule of a run's default."""
+    return rows_of_sketch(target.n_out, target.r)
 
 
 def outer_flops(targets: Sequence[Linear]) -> int:
@@ -191,7 +182,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
     svd = sum(footprint.svd_flops(t) for t in targets)
     sketched_svd = sum(6 * t.n_in * sketch_rows(t) ** 2 + 20 * sketch_rows(t) ** 3 for t in targets)
     eigh = sum(eigh_flops(t.n_in) for t in targets)
-    G = sum(8 * t.n_in * t.n_out for t in targets) + max(4 * t.n_in * t.n_out for t in targets)
+    G = footprint.exact_bytes(targets)
     copies = footprint.element(base) * sum(t.n_in * t.n_out for t in targets)  # W₀, from the first merge on
     U = max(basis_bytes(targets, t, k0, growth) for t in range(T + 1)) if T <= 10_000 else U0
     added = [columns(t.n_in, T, k0, growth) - columns(t.n_in, T - 1, k0, growth) for t in targets]
@@ -210,7 +201,8 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         ),
         Phase("A of exact gradients: SVDs", "task", svd, host=A_B, seconds=svd / host),
         Phase(
-            "gradient pass, sketched", "task", g * (passed + sketch_flops(targets)), sketch_bytes(targets) + activations(True),
+            "gradient pass, sketched", "task", g * (passed + sketch_flops(targets)),
+            footprint.sketch_bytes(targets) + activations(True),
             seconds=g * (passed / fast + sketch_flops(targets) / slow),
         ),
         Phase("A of sketched gradients: SVDs", "task", sketched_svd, host=A_B, seconds=sketched_svd / host),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from keeplora.math.complement import Subspace
+from keeplora.math.leak import spectral_norm
 from keeplora.math.subspace import EPS32, _matrix, fix_signs, right_vectors
 
 FACTOR_TOLERANCE = 1e-6
@@ -48,9 +49,7 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     sigma, noise = sigma[:limit], max(n_out, n_in) * EPS32
     r = int((sigma > noise * float(G64.norm())).sum())
     if r < limit:  # ‖G‖_F ≥ ‖G‖₂ did not settle it
-        gram = G64 @ G64.T if n_out <= n_in else G64.T @ G64
-        norm = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
-        r = int((sigma > noise * norm).sum())
+        r = int((sigma > noise * spectral_norm(G64)).sum())
     V = held @ Y[:, :r] if S.by_complement else Y[:, :r]
     # One pass leaves A U at about ‖P G‖/‖Ĝ‖ · eps: 1e-2 in fp32 when the residual is 1e-5 of G. Twice removes it.
     for _ in range(2):

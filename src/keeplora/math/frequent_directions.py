@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from keeplora.math.complement import Subspace
+from keeplora.math.leak import spectral_norm
 from keeplora.math.subspace import (
     EPS32,
     append_directions,
@@ -150,7 +151,7 @@ def new_sketched_directions(S: Subspace, sketch: CovarianceSketch, energy: float
         sigma, V64 = right_vectors(left)
         squares = sigma.square()
         # As in M8: noise is what lies below eps(fp32) of the largest eigenvalue, that of C itself.
-        largest = float(right_vectors(B)[0][0]) ** 2
+        largest = spectral_norm(B) ** 2
         limit = min(int((squares > EPS32 * (S.n_in if energy == 1 else 1) * largest).sum()), S.n_in - S.k)
         m = smallest_rank(squares[:limit], energy, total=sketch.trace, already=inside)
         V64 = held @ V64[:, :m] if S.by_complement else V64[:, :m]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.local_server import LocalServer
 
 KEY = "sk-a-secret-0123456789"
 
@@ -36,7 +37,7 @@ def same_or_not(question: str) -> str:
     return '{"score": 5}' if lines["Given answer"] == lines["Correct answer"] else '{"score": 1}'
 
 
-class FakeServer:
+class FakeServer(LocalServer):
     """Attributes:
     requests: (headers in small letters, body) of every request.
     misdeeds: done one after another, before anything is answered.
@@ -60,24 +61,12 @@ class FakeServer:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        super().__init__(Handler)
+        self.url += "/v1"
 
     @property
     def questions(self) -> list[str]:
         return [body["messages"][-1]["content"] for _, body in self.requests]
-
-    @contextmanager
-    def running(self) -> Iterator[FakeServer]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
