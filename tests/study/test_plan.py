@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import parse_overrides
 from keeplora.study import plan as module
 from keeplora.study.plan import CellKey, make_plan, parse_orders, parse_seeds, read_per_method, read_study
@@ -113,6 +113,19 @@ def test_all_is_every_method() -> None:
         ({"per_method": {"lorra": {}}}, "per_method: unknown method 'lorra'; did you mean 'lora'?"),
         ({"per_method": {"lora": {"trianing": {}}}}, "unknown key 'trianing' in lora; did you mean 'training'?"),
         ({"per_method": {"lora": 3}}, "lora is 3, but must be a mapping with training: or tuner:"),
+        ({"variants": 3}, "variants is 3, but must be a mapping from names to method: and the settings"),
+        (
+            {"variants": {"lora": {"method": "ewc"}}},
+            "variants.lora: 'lora' is a method's own name; give the variant another",
+        ),
+        (
+            {"variants": {"a/b": {"method": "ewc"}}},
+            "variants holds the name 'a/b'; a name is text without commas and slashes",
+        ),
+        ({"variants": {"a b": {"method": "ewc"}, "a-b": {"method": "ewc"}}}, "would share the folder a-b; rename one"),
+        ({"variants": {"x": {"tuner": {"r": 2}}}}, "variants.x is {'tuner': {'r': 2}}, but must hold method:"),
+        ({"variants": {"x": {"method": "lorra"}}}, "variants.x: unknown method 'lorra'; did you mean 'lora'?"),
+        ({"variants": {"x": {"method": "lora", "seed": 3}}}, "variants.x: seed is the study's own; use seeds:"),
     ],
 )
 def test_wrong_values_are_one_sentence_each(tmp_path: Path, values: dict, told: str) -> None:
@@ -205,6 +218,45 @@ def test_a_plan_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert make_plan({**StudyStore(made.output).load().plan_values(), "seeds": "0-4"}).seeds == (0, 1, 2, 3, 4)
 
 
+def test_a_variant_is_its_method_with_settings_of_its_own(tmp_path: Path) -> None:
+    """Over the method's own and the study's settings; it stands beside the method, and comes back from the folder."""
+    made = plan(
+        tmp_path, methods="keeplora++,narrow", output=str(tmp_path / "out"), set={"tuner.r": 8, "training.epochs": 3},
+        per_method={"keeplora++": {"training": {"learning_rate": 0.5}, "tuner": {"gamma": 0.4}}},
+        variants={"narrow": {"method": "keeplora++", "tuner": {"r": 4, "gamma": 1}}, "unused": {"method": "lora"}},
+    )  # fmt: skip
+    assert [cell.folder for cell in made.cells()] == [
+        "cells/keeplora++/order-listed/seed-0",
+        "cells/narrow/order-listed/seed-0",
+    ]
+    narrow, whole = (config_by_command(made, CellKey(name, "listed", 0)) for name in ("narrow", "keeplora++"))
+    assert (narrow.method, narrow.tuner.r, narrow.tuner.gamma) == ("keeplora++", 4, 1)
+    assert (whole.method, whole.tuner.r, whole.tuner.gamma) == ("keeplora++", 8, 0.4)
+    assert narrow.training.learning_rate == whole.training.learning_rate == 0.5
+    assert made.config("narrow", "listed").tuner.r == 4
+    store = StudyStore(made.output)
+    store.join(made)
+    store.save()
+    assert make_plan(StudyStore(made.output).load().plan_values()) == made
+    other = make_plan({**StudyStore(made.output).load().plan_values(), "variants": {"narrow": {"method": "lora"}}})
+    with pytest.raises(KeepLoraError, match=r"variant narrow = .*tuner\.r"):
+        StudyStore(made.output).load().join(other)
+
+
+def test_variants_alone_are_the_methods(tmp_path: Path) -> None:
+    values = {
+        "experiment": str(experiment(tmp_path)),
+        "variants": {"a": {"method": "lora"}, "b": {"method": "ewc"}},
+        "orders": "shuffle-1",
+    }
+    assert make_plan({**values, "against": "a"}).methods == ("a", "b")
+    with pytest.raises(ConfigError, match="methods holds 'c', which is no method"):
+        make_plan({**values, "methods": "a,c"})
+    broken = make_plan({**values, "variants": {"a": {"method": "lora", "tuner": {"gama": 1}}}})
+    with pytest.raises(ConfigError, match=r"variants\.a: .*gama"):
+        broken.check()
+
+
 def test_parsing_of_what_yaml_gives() -> None:
     assert parse_seeds([0, "2-3", 2]) == [0, 2, 3]
     assert parse_orders(2) == {"2": "2"}
@@ -229,7 +281,7 @@ def test_the_documented_study_is_one(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(block.text, encoding="utf-8")
     made = make_plan(read_study(tmp_path / "study.yaml")[0])
     assert list(made.orders) == ["1", "2", "shuffle-7"]
-    assert len(list(made.cells())) == 27
+    assert len(list(made.cells())) == 36
     made.check()
     text = page.read_text(encoding="utf-8")
     assert all(f"`{key}`" in text for key in module.KEYS)

@@ -242,7 +242,7 @@ def study_of(
     """`summarise` of the cells that may stand in one table, methods in the registry's order unless one is given."""
     collected = comparable(cells, strict=strict)
     names = list(methods or sorted({cell.method for cell in cells}, key=_rank))
-    configs = [(c, _in_force(c.method, config)) for c in collected.cells if c.run and (config := config_of(c.run))]
+    configs = [(c, _in_force(c.run.method, config)) for c in collected.cells if c.run and (config := config_of(c.run))]
     return summarise(
         collected.cells, name=name, against=against, methods=names, orders=orders, titles=_titles(names),
         configs=configs, facts=facts, notes=[*notes, *collected.notes],

@@ -21,6 +21,7 @@ KEYS = {
     "name": "text", "suite": "text", "experiment": "text", "data": "text", "methods": "a list of methods",
     "seeds": "a list of whole numbers, or a range such as 0-4", "orders": "a list of orders, or a mapping from labels",
     "set": "a mapping of experiment keys", "per_method": "a mapping from methods, or a YAML file that holds one",
+    "variants": "a mapping from names to method: and the settings in which each differs",
     "against": "a method", "jobs": "a whole number of at least 1", "threads": "a whole number of at least 1",
     "output": "text", "keep_ledgers": "true or false",
 }  # fmt: skip
@@ -37,7 +38,7 @@ LISTED = "listed"
 
 
 class CellKey(NamedTuple):
-    """One run of a study: which method, under which order and seed."""
+    """One run of a study: which method (or variant of one), under which order and seed."""
 
     method: str
     order: str
@@ -62,7 +63,11 @@ def together(problems: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A checked study. ``orders`` maps labels to what the experiment's ``order`` is set to (None: as listed)."""
+    """A checked study. ``orders`` maps labels to what the experiment's ``order`` is set to (None: as listed).
+
+    ``methods`` are names of the registry and of ``variants``: a variant is a method with some settings of its own, and stands in
+    every table as a method does.
+    """
 
     name: str
     kind: str  # "suite" or "experiment"
@@ -73,6 +78,7 @@ class StudyPlan:
     output: Path
     set: Mapping[str, Any] = field(default_factory=dict)
     per_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     against: str | None = None
     jobs: int | None = None
     threads: int | None = None
@@ -85,29 +91,30 @@ class StudyPlan:
                 for method in self.methods:
                     yield CellKey(method, order, seed)
 
+    def method_of(self, name: str) -> str:
+        """The registry's name of the method that a variant is one of; a method's own name for itself."""
+        return str(self.variants[name]["method"]) if name in self.variants else name
+
     def overrides(self, method: str, order: str) -> dict[str, Any]:
-        """Dotted settings of a cell: the method's own, then the study's, then the order."""
-        values: dict[str, Any] = {}
-        for section, entries in self.per_method.get(method, {}).items():
-            if isinstance(entries, Mapping) and section in ("training", "tuner"):
-                values |= {f"{section}.{key}": value for key, value in entries.items()}
-            else:
-                values[section] = entries
+        """Dotted settings of a cell: the method's own, then the study's, then the variant's, then the order."""
+        values = _dotted(self.per_method.get(self.method_of(method), {}))
         values |= self.set
+        values |= _dotted({key: value for key, value in self.variants.get(method, {}).items() if key != "method"})
         if self.orders[order] is not None:
             values["order"] = self.orders[order]
         return values
 
     def config(self, method: str, order: str, seed: int = 0) -> ExperimentConfig:
         """The configuration that a cell will run with; `ConfigError` where it cannot."""
-        values = {**self.overrides(method, order), "seed": seed, "method": method}
-        source = self.base if self.kind == "experiment" else {"suite": self.base, "method": method}
+        name = self.method_of(method)
+        values = {**self.overrides(method, order), "seed": seed, "method": name}
+        source = self.base if self.kind == "experiment" else {"suite": self.base, "method": name}
         return load_config(source, values, known_methods=method_names())
 
     def command(self, cell: CellKey, threads: int) -> list[str]:
         """The words after ``python -m keeplora`` that run a cell from its start."""
         source = [self.base] if self.kind == "experiment" else ["--suite", self.base]
-        words = ["run", *source, "--method", cell.method, "--seed", str(cell.seed), "--quiet"]
+        words = ["run", *source, "--method", self.method_of(cell.method), "--seed", str(cell.seed), "--quiet"]
         words += ["--output", str(self.output / cell.folder)]
         for key, value in {**self.overrides(cell.method, cell.order), "threads": threads}.items():
             words += ["-o", f"{key}={json.dumps(value)}"]  # JSON is YAML
@@ -121,7 +128,7 @@ class StudyPlan:
                 try:
                     self.config(method, order)
                 except ConfigError as error:
-                    problems.setdefault(str(error))
+                    problems.setdefault(f"variants.{method}: {error}" if method in self.variants else str(error))
         if problems:
             raise ConfigError(together(list(problems)))
         self.check_orders()
@@ -251,6 +258,38 @@ def read_per_method(value: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return {str(method): dict(sections) for method, sections in value.items()}
 
 
+def read_variants(value: Any) -> dict[str, dict[str, Any]]:
+    """``variants`` as checked: a name for each, the method it is one of, and the experiment keys in which it differs.
+
+    >>> read_variants({"narrow": {"method": "keeplora++", "tuner": {"rank": 4}}})
+    {'narrow': {'method': 'keeplora++', 'tuner.rank': 4}}
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"variants is {value!r}, but must be {KEYS['variants']}")
+    known = method_names()
+    found: dict[str, dict[str, Any]] = {}
+    folders: dict[str, str] = {}
+    for name, settings in value.items():
+        where = f"variants.{name}"
+        if not isinstance(name, str) or name in ("", ".", "..") or name != name.strip() or set(name) & set("/\\\0,"):
+            raise ConfigError(f"variants holds the name {name!r}; a name is text without commas and slashes")
+        if name in known:
+            raise ConfigError(f"{where}: {name!r} is a method's own name; give the variant another")
+        if (other := folders.setdefault(_safe(name), name)) != name:
+            raise ConfigError(f"variants {other!r} and {name!r} would share the folder {_safe(name)}; rename one")
+        if not isinstance(settings, Mapping) or "method" not in settings:
+            raise ConfigError(f"{where} is {settings!r}, but must hold method: and the settings in which it differs")
+        if settings["method"] not in known:
+            raise ConfigError(
+                f"{where}: unknown method {settings['method']!r}{did_you_mean(str(settings['method']), known)}"
+            )
+        found[name] = _dotted(settings)
+        for key in found[name]:
+            if key != "method" and (key in _OWN or key.split(".")[0] == "order"):
+                raise ConfigError(f"{where}: {key} is the study's own; use {_OWN.get(key, 'orders')}: in place of it")
+    return found
+
+
 def read_study(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The keys of a STUDY.yaml with their lines; relative paths in it start at its folder.
 
@@ -313,8 +352,9 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
         problems.append(
             "give either a suite (suite: demo-small) or an experiment's file (experiment: FILE), and not both"
         )
-    methods = take("methods", lambda v: _methods(parse_words(v, "methods")), [])
-    if values.get("methods") is None:
+    variants = take("variants", read_variants, {})
+    methods = take("methods", lambda v: _methods(parse_words(v, "methods"), variants), list(variants))
+    if values.get("methods") is None and not values.get("variants"):
         problems.append(f"methods is missing; give some of {', '.join(method_names())}, or all")
     seeds = take("seeds", parse_seeds, [0])
     orders = take("orders", parse_orders, {})
@@ -341,7 +381,8 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
         name=name, kind="suite" if experiment is None else "experiment", base=base, methods=tuple(methods),
         seeds=tuple(seeds), orders=orders or {LISTED: None},
         output=expand(output or f"runs/compare-{_safe(name)}"), set=settings,
-        per_method={m: per_method[m] for m in methods if m in per_method}, against=against, jobs=jobs, threads=threads,
+        per_method={m: own for m, own in per_method.items() if m in {variants.get(n, {}).get("method", n) for n in methods}},
+        variants={n: variants[n] for n in methods if n in variants}, against=against, jobs=jobs, threads=threads,
         keep_ledgers=keep is not False,
     )  # fmt: skip
     if not orders and (known := plan.config(plan.methods[0], LISTED).order_name):
@@ -350,8 +391,8 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
     return plan
 
 
-def _methods(words: Sequence[str]) -> list[str]:
-    known = method_names()
+def _methods(words: Sequence[str], variants: Mapping[str, Any]) -> list[str]:
+    known = [*method_names(), *variants]
     if list(words) == ["all"]:
         return known
     for word in words:

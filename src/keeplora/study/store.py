@@ -45,6 +45,7 @@ class _Plan(_Strict):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]]
     orders: dict[_Name, str | int | list[str] | None]
     per_method: dict[str, dict[str, Any]]
+    variants: dict[_Name, dict[str, Any]] = {}  # studies of before these have none
     against: str | None
     keep_ledgers: bool
 
@@ -213,6 +214,7 @@ class StudyStore:
             "seeds": sorted(_union(old.get("seeds", []), plan.seeds)),
             "orders": {**old.get("orders", {}), **plan.orders},
             "per_method": {**old.get("per_method", {}), **plan.per_method},
+            "variants": {**old.get("variants", {}), **plan.variants},
             "against": plan.against or old.get("against"), "keep_ledgers": plan.keep_ledgers,
         }  # fmt: skip
         for key in plan.cells():
@@ -237,6 +239,9 @@ class StudyStore:
             was, now = old["per_method"].get(method, {}), dict(plan.per_method.get(method, {}))
             if method in old["methods"] and was != now:
                 told.append(f"{method}'s own settings {was or 'none'} (asked for now: {now or 'none'})")
+            was, now = old["variants"].get(method, {}), dict(plan.variants.get(method, {}))
+            if method in old["methods"] and was != now:
+                told.append(f"variant {method} = {was or 'none'} (asked for now: {now or 'none'})")
         if plan.threads is not None and self.threads is not None and plan.threads != self.threads:
             told.append(f"threads = {self.threads} (asked for now: {plan.threads})")
         return told
@@ -256,7 +261,7 @@ class StudyStore:
         return StudyPlan(
             name=old["name"], kind=old["kind"], base=old["base"], methods=tuple(old["methods"]),
             seeds=tuple(old["seeds"]), orders=old["orders"], output=self.path, set=old["set"],
-            per_method=old["per_method"], against=old["against"], keep_ledgers=old["keep_ledgers"],
+            per_method=old["per_method"], variants=old["variants"], against=old["against"], keep_ledgers=old["keep_ledgers"],
         )  # fmt: skip
 
     def plan_values(self) -> dict[str, Any]:
@@ -266,6 +271,7 @@ class StudyStore:
         values = {
             plan.kind: plan.base, "name": plan.name, "methods": list(plan.methods), "seeds": list(plan.seeds),
             "orders": dict(plan.orders), "per_method": {m: dict(v) for m, v in plan.per_method.items()},
+            "variants": {name: dict(v) for name, v in plan.variants.items()},
             "data": settings.pop("data_dir", None), "set": settings, "against": plan.against,
             "keep_ledgers": plan.keep_ledgers, "output": str(self.path),
         }  # fmt: skip

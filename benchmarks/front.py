@@ -1,0 +1,136 @@
+"""The front of learning against keeping: one line per γ through its learning rates, and what differs at like keeping.
+
+    keeplora compare studies/front.yaml
+    python benchmarks/front.py runs/front --figure docs/images/front.png
+
+Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), then for every γ its learning
+rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with), and
+the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's luck,
+not the pictures'.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from keeplora.evaluation.stats import Interval, mean_interval, paired_difference
+from keeplora.files import atomic_write_json
+from keeplora.study.collect import config_of, study_cells
+from keeplora.study.store import StudyStore
+
+METRICS = {"last": "Last", "transfer": "Transfer", "probe": "Probe"}
+Cells = dict[tuple[float, float], dict[int, Mapping[str, float]]]
+
+
+def read(folder: Path) -> Cells:
+    """(γ, learning rate) → seed → metrics of the finished runs, read from each run's own configuration."""
+    found: Cells = {}
+    for cell in study_cells(StudyStore(folder).load()):
+        if cell.run is not None and cell.metrics:
+            config = config_of(cell.run)
+            key = (float(config["tuner"]["gamma"]), float(config["training"]["learning_rate"]))
+            values = {name: value for name in METRICS if (value := cell.metrics[name]) is not None}
+            found.setdefault(key, {})[cell.seed] = values
+    return dict(sorted(found.items()))
+
+
+def chosen(cells: Cells, gamma: float, seed: int) -> float | None:
+    """The learning rate with the highest mean Last over the seeds other than ``seed``; None where there is no other.
+
+    >>> chosen({(1.0, 0.1): {0: {"last": 9.0}, 1: {"last": 1.0}}, (1.0, 0.2): {0: {"last": 1.0}, 1: {"last": 2.0}}}, 1.0, 0)
+    0.2
+    """
+    means = {
+        rate: fmean(values)
+        for (g, rate), seeds in cells.items()
+        if g == gamma and seed in seeds and (values := [m["last"] for s, m in seeds.items() if s != seed])
+    }
+    return max(means, key=means.__getitem__) if means else None
+
+
+def at_their_best(cells: Cells) -> dict[float, dict[int, tuple[float, Mapping[str, float]]]]:
+    """γ → seed → (learning rate, metrics) with each seed's rate chosen on the others."""
+    found: dict[float, dict[int, tuple[float, Mapping[str, float]]]] = {}
+    for gamma in {g for g, _ in cells}:
+        for seed in {s for (g, _), seeds in cells.items() if g == gamma for s in seeds}:
+            if (rate := chosen(cells, gamma, seed)) is not None:
+                found.setdefault(gamma, {})[seed] = (rate, cells[gamma, rate][seed])
+    return dict(sorted(found.items()))
+
+
+def told(found: Interval) -> str:
+    """``mean [low, high]``, 95 % t interval.
+
+    >>> told(mean_interval([1.0, 3.0]))
+    '2.0 [-10.7, 14.7]'
+    """
+    return f"{found['mean']:.1f}" + ("" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]")
+
+
+def tables(cells: Cells, against: float) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| γ | learning rate | n | Last | Transfer | Probe |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for (gamma, rate), seeds in cells.items():
+        columns = [told(mean_interval([m[name] for m in seeds.values()])) for name in METRICS]
+        lines.append(f"| {gamma:g} | {rate:.3g} | {len(seeds)} | {' | '.join(columns)} |")
+    best = at_their_best(cells)
+    lines += ["", f"| γ at its best rate (chosen on other seeds) | rates | Last | Transfer | Probe | less γ = {against:g}: Last | Transfer | Probe |",
+              "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for gamma, seeds in best.items():
+        rates = ", ".join(f"{rate:.3g}" for rate in sorted({rate for rate, _ in seeds.values()}))
+        columns = [told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS]
+        pairs = sorted(seeds.keys() & best.get(against, {}).keys())
+        for name in METRICS:
+            ours, theirs = ([side[s][1][name] for s in pairs] for side in (seeds, best.get(against, {})))
+            columns.append(told(paired_difference(ours, theirs)) if pairs and gamma != against else "")
+        lines.append(f"| {gamma:g} | {rates} | {' | '.join(columns)} |")
+    return lines
+
+
+def figure(cells: Cells, path: Path) -> None:
+    """Last over Transfer and over Probe, a line per γ, a point per learning rate, bars of 95 %."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(9, 4), layout="constrained")
+    for axes, keep in zip(drawing.subplots(1, 2, sharey=True), ("transfer", "probe"), strict=True):
+        for number, gamma in enumerate(sorted({g for g, _ in cells})):
+            points = [(rate, seeds) for (g, rate), seeds in cells.items() if g == gamma]
+            both = [
+                [mean_interval([m[name] for m in seeds.values()]) for _, seeds in points] for name in (keep, "last")
+            ]
+            x, y = ([one["mean"] for one in side] for side in both)
+            bars: list[Any] = [[(one["high"] or one["mean"]) - one["mean"] for one in side] for side in both]
+            axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o-", color=f"C{number}", label=f"γ = {gamma:g}",
+                          capsize=2, elinewidth=0.7, markersize=4)  # fmt: skip
+            axes.annotate(f"{points[-1][0]:.2g}", (x[-1], y[-1]), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axes.annotate(f"{points[0][0]:.2g}", (x[0], y[0]), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        axes.set_xlabel(f"{METRICS[keep]}: kept, percent")
+        axes.grid(alpha=0.3)
+    drawing.axes[0].set_ylabel("Last: learned and kept, percent")
+    drawing.axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="the study's folder")
+    parser.add_argument("--against", type=float, default=1.0, help="the γ that differences are taken against")
+    parser.add_argument("--figure", type=Path, help="write the figure here as well")
+    args = parser.parse_args()
+    cells = read(args.study)
+    print("\n".join(tables(cells, args.against)))
+    atomic_write_json(
+        args.study / "front.json",
+        [{"gamma": g, "learning_rate": rate, "seeds": seeds} for (g, rate), seeds in cells.items()],
+    )
+    if args.figure:
+        figure(cells, args.figure)
+
+
+if __name__ == "__main__":
+    main()
