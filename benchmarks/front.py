@@ -4,8 +4,8 @@
     python benchmarks/front.py runs/front --figure docs/images/front.png
 
 Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), then for every γ its learning
-rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with), and
-the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's luck,
+rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with),
+and the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's luck,
 not the pictures'.
 """
 
@@ -78,8 +78,8 @@ def tables(cells: Cells, against: float) -> list[str]:
         columns = [told(mean_interval([m[name] for m in seeds.values()])) for name in METRICS]
         lines.append(f"| {gamma:g} | {rate:.3g} | {len(seeds)} | {' | '.join(columns)} |")
     best = at_their_best(cells)
-    lines += ["", f"| γ at its best rate (chosen on other seeds) | rates | Last | Transfer | Probe | less γ = {against:g}: Last | Transfer | Probe |",
-              "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    head = "| γ at its best rate (chosen on other seeds) | rates | Last | Transfer | Probe |"
+    lines += ["", f"{head} less γ = {against:g}: Last | Transfer | Probe |", f"| --- | --- |{' ---: |' * 6}"]
     for gamma, seeds in best.items():
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({rate for rate, _ in seeds.values()}))
         columns = [told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS]
