@@ -5,8 +5,8 @@
 
 Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), then for every γ its learning
 rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with),
-and the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's luck,
-not the pictures'.
+and the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's
+luck, not the pictures'.
 """
 
 from __future__ import annotations

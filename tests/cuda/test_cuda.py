@@ -187,7 +187,8 @@ x = torch.randn(64, width)
 data = [(x[:32],), (x[32:],)]
 loss = lambda m, b: m(b[0].cuda()).square().mean(-1)
 def bases(limit):
-    learner = ContinualLearner(model, KeepLoraConfig(r=2, target_modules=r".*layers\\.\\d+", energy_weights=0.0, energy_features=0.9))
+    config = KeepLoraConfig(r=2, target_modules=r".*layers\\.\\d+", energy_weights=0.0, energy_features=0.9)
+    learner = ContinualLearner(model, config)
     with learner.task("t", data, loss) as m:
         if limit:
             torch.cuda.empty_cache()
