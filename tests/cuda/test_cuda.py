@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora import ContinualLearner
+from keeplora.errors import KeepLoraError
 from keeplora.experiment import Experiment
 from tests.cli.tiny_world import World, ledger_tensors, the_world
 from tests.tuner import llama
@@ -91,8 +92,7 @@ def projector(columns: Tensor) -> Tensor:
 def test_the_same_task_as_on_the_cpu(mode: str) -> None:
     found, wanted = (two_tasks(device, **MODES[mode]) for device in ("cuda", "cpu"))
     for name in llama.LAYERS:
-        assert found.store.current(name).device.type == "cuda"
-        assert found.U[name].device.type == found.store.current(name).device.type
+        assert found.model.get_submodule(name).weight.device.type == "cuda"
         assert found.U[name].shape == wanted.U[name].shape, name
         assert torch.allclose(projector(found.U[name]), projector(wanted.U[name]), atol=1e-3), name
         ours, theirs = (side.store.current(name).cpu() for side in (found, wanted))
@@ -149,23 +149,20 @@ def test_a_compiled_model_learns_the_same(tmp_path: Path) -> None:
                 optimizer.step()
     for name in llama.LAYERS:
         a, b = found.store.current(name), wanted.store.current(name)
-        assert float((a - b).norm()) <= 0.01 * float((b - llama.load().cuda().get_submodule(name).weight).norm()), name
+        assert float((a - b).norm()) <= 0.01 * float((b - llama.load().get_submodule(name).weight.detach()).norm()), (
+            name
+        )
 
 
-def test_layers_on_two_devices() -> None:
-    """A model that is spread over a GPU and the CPU: every statistic on its layer's own device, the same as on one."""
+def test_layers_that_accelerate_offloads_are_refused() -> None:
+    """A map of a GPU and the CPU leaves the CPU's layers without weights between their calls."""
     from accelerate import dispatch_model
 
     spread = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0, "model.rotary_emb": 0,
               "lm_head": 0}  # fmt: skip
-    mapped = dispatch_model(llama.load(), spread, main_device=0, force_hooks=True, offload_dir=None)
-    if any(p.device.type == "meta" for p in mapped.parameters()):
-        pytest.skip("this accelerate offloads CPU layers of a map with a GPU")
-    found, wanted = ContinualLearner(mapped, llama.config()), ContinualLearner(llama.load(), llama.config())
-    learn(found, "first", 0)
-    learn(wanted, "first", 0)
-    for name in llama.LAYERS:
-        assert torch.allclose(found.store.current(name).cpu(), wanted.store.current(name), atol=1e-4)
+    mapped = dispatch_model(llama.load(), spread, main_device=0, force_hooks=True)
+    with pytest.raises(KeepLoraError, match=r"model\.layers\.1\..* is offloaded and not in memory"):
+        _ = ContinualLearner(mapped, llama.config()).U
 
 
 def test_covariances_move_to_the_cpu_when_the_gpu_is_full() -> None:
@@ -174,7 +171,7 @@ def test_covariances_move_to_the_cpu_when_the_gpu_is_full() -> None:
 import torch
 from torch import nn
 from keeplora import ContinualLearner, KeepLoraConfig
-width, blocks = 4096, 6  # C of a layer takes 64 or 128 MiB
+width, blocks = 2048, 12  # C of a layer takes 16 or 32 MiB
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,7 +192,7 @@ def bases(limit):
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     torch.cuda.set_per_process_memory_fraction(1.0)
     return [learner.U[n].cpu() for n in sorted(learner.U)]
-short = bases(torch.cuda.memory_allocated() + 400 * 2**20)
+short = bases(torch.cuda.memory_allocated() + 150 * 2**20)
 whole = bases(None)
 assert all(torch.allclose(a @ a.T, b @ b.T, atol=1e-3) for a, b in zip(short, whole, strict=True))
 print("same")
