@@ -11,12 +11,16 @@ SUITE ?= demo
 RUNS ?= runs
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test torture test-torchvision lint format types imports wheel python clean
+# `make claims CLAIMS=--all` for all of them.
+CLAIMS ?= --sample 2
+
+.PHONY: help demo test claims torture test-torchvision lint format types imports wheel python clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
 	@echo "make test     the whole test suite"
+	@echo "make claims   re-run the short forms of two of the numbers in docs/claims.yaml (others each day)"
 	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
 	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
@@ -58,6 +62,11 @@ demo: $(BIN)/.assets
 test: $(BIN)/.test
 	@$(BIN)/keeplora assets fetch || test -z "$$CI"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+claims: $(BIN)/.test
+	@$(BIN)/keeplora assets fetch || test -z "$$CI"
+	$(BIN)/python scripts/claims.py
+	$(BIN)/python scripts/claims.py check $(CLAIMS)
 
 # The last -m counts: pyproject.toml leaves these out of `make test`.
 torture: $(BIN)/.test
