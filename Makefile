@@ -20,7 +20,7 @@ CLAIMS ?= --sample 2
 help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
 	@echo "make test     the whole test suite"
-	@echo "make claims   re-run the short forms of two of the numbers in docs/claims.yaml (others each day)"
+	@echo "make claims   re-run the short forms of two of the numbers in docs/claims/claims.yaml (others each day)"
 	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
 	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
 	@echo "make lint     ruff check and ruff format --check (make format mends)"

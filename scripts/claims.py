@@ -1,4 +1,4 @@
-"""The headline numbers of docs/claims.yaml: are they what the pages print, and do they still hold?
+"""The headline numbers of docs/claims/claims.yaml: are they what the pages print, and do they still hold?
 
     python scripts/claims.py                   # the list, and what does not fit the pages
     python scripts/claims.py check --sample 2  # re-run two short forms, others each day
@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "docs" / "claims.yaml"
+FILE = ROOT / "docs" / "claims" / "claims.yaml"
 KEYS = {"id", "says", "value", "page", "command", "commit", "date", "machine"}
 OPTIONAL = {"check", "gone"}
 CHECK = {"steps", "json", "find", "within", "needs"}
@@ -60,7 +60,7 @@ def problems(claims: Sequence[dict[str, Any]]) -> list[str]:
         if check and (("json" in check) == ("find" in check) or len(check.get("within", ())) != 2):
             found.append(f"{name}: a check has steps, within: [low, high], and either json or find")
         steps = [*check.get("steps", ()), *([] if "gone" in claim else [str(claim.get("command"))])]
-        for word in (word for step in steps for word in shlex.split(step) if word.endswith(".py")):
+        for word in (w for step in steps for w in shlex.split(step) if w.endswith(".py") or w.startswith("docs/")):
             if not (ROOT / word).is_file():
                 found.append(f"{name}: {word} does not exist")
     return found
@@ -75,6 +75,7 @@ def run(claim: dict[str, Any]) -> float:
         told = ""
         for step in check["steps"]:
             first, *rest = shlex.split(step)
+            rest = [str(ROOT / word) if word.startswith("docs/") else word for word in rest]
             words = ["-m", "keeplora", *rest] if first == "keeplora" else [str(ROOT / first), *rest]
             done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True,
                                   timeout=60 * MINUTES)  # fmt: skip

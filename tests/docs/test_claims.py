@@ -1,4 +1,4 @@
-"""docs/claims.yaml fits the pages, and scripts/claims.py sees what does not hold."""
+"""docs/claims/claims.yaml fits the pages, and scripts/claims.py sees what does not hold."""
 
 from __future__ import annotations
 
