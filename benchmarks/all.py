@@ -10,9 +10,10 @@
 A ratio is ours over the other's, the two run in turn in this process on the same work: median over the repeats (least–most).
 A section that raises becomes a row with its reason, the others go on, and the exit code is 1.
 
-- boundary: against a straightforward one (straightforward.py), float32 on both sides: linear algebra, passes, the whole, the whole
-  with the sample-saving stop, peak memory, and how far the subspaces lie apart (a sine, not a ratio).
-- step: a training step against stock PEFT LoRA and against its floor (step.py); peak memory; on a GPU tokens or pictures a second.
+- boundary: against a straightforward one (straightforward.py), float32 on both sides: linear algebra, passes, the whole, the
+  whole with the sample-saving stop, peak memory, and how far the subspaces lie apart (a sine, not a ratio).
+- step: a training step against stock PEFT LoRA and against its floor (step.py); peak memory; on a GPU also tokens or pictures
+  a second.
 - inference: the merged model against the base model.
 - data: a step with 100 class prompts against one with prompts of 77 tokens (data_path.py).
 - sketch: what the gradient of a 4096-wide layer takes, sketched against whole (sketch.py).
@@ -20,13 +21,15 @@ A section that raises becomes a row with its reason, the others go on, and the e
 - ranks: two processes of one thread against one of two (ranks.py; gloo, CPU).
 - fifty: the boundary of task 50 against task 2.
 
-Models: clip (CLIP ViT-B/16) and llama (100 M, LLaMA style), both at random weights; demo (the embedded one, where `keeplora assets
-fetch` was run). Times are of the clock, with --cpu of the processor: for a busy machine, with --threads 1.
+Models: clip (CLIP ViT-B/16) and llama (100 M, LLaMA style), both at random weights; demo (the embedded one, where
+`keeplora assets fetch` was run). data, sketch and ranks have a model of their own, whichever are named. Times are of the clock,
+with --cpu of the processor: for a busy machine, with --threads 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -63,7 +66,8 @@ def measure(bench: Bench, section: str, model: str) -> list[Row]:
         traceback.print_exc()
         return [failure(section, model, error)]
     finally:
-        if bench.device.type == "cuda":
+        gc.collect()
+        if bench.cuda:
             torch.cuda.empty_cache()
 
 
@@ -75,7 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON, written after every section; the table beside it as .md")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds, and measure the rest")
     parser.add_argument("--quick", action="store_true", help="narrow models and one repeat: to try the code")
-    parser.add_argument("--rounds", type=int, default=5, help="repeats of a pair; where one takes minutes, three at most")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="repeats of a pair; where one takes minutes, three at most"
+    )
     parser.add_argument("--budget", type=float, help="seconds for all: fewer repeats (at least one), fewer blocks")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--cpu", action="store_true", help="seconds of the processor, not of the clock")
@@ -88,7 +94,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if given.resume and given.output is None:
         parser.error("--resume goes on with a file: name it by --output FILE.json")
     if given.output is not None and given.output.suffix == ".md":
-        parser.error(f"--output is the JSON file, and the table comes beside it as .md: {given.output.with_suffix('.json')}")
+        parser.error(
+            f"--output is the JSON file, and the table comes beside it as .md: {given.output.with_suffix('.json')}"
+        )
     if given.output is not None and given.output.exists() and not given.resume:
         parser.error(f"{given.output} is there: --resume goes on with it; or name another file, or delete it")
     if given.device == "cuda" and not torch.cuda.is_available():

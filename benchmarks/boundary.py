@@ -62,7 +62,7 @@ class Scale:
     batch: int = 16
     layers: int = 12
     small: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = bench.HOST
 
     def parts(self) -> list[slice]:
         return [slice(i, i + self.batch) for i in range(0, self.samples, self.batch)]
@@ -102,10 +102,10 @@ class Work:
     masks: Callable[[Any], Mapping[str, Tensor]]
     feature_batches: Iterable[Any] | None = None
     once: Callable[[str], bool] = field(default=lambda name: False)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = bench.HOST
 
 
-def vit(scale: Scale = Scale()) -> Work:  # noqa: B008
+def vit(scale: Scale = Scale()) -> Work:
     from transformers import CLIPConfig, CLIPModel
 
     classes, side = (10, 64) if scale.small else (100, 224)
@@ -155,7 +155,7 @@ def vit(scale: Scale = Scale()) -> Work:  # noqa: B008
     )  # fmt: skip
 
 
-def llama(scale: Scale = Scale()) -> Work:  # noqa: B008
+def llama(scale: Scale = Scale()) -> Work:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make() -> nn.Module:
@@ -181,7 +181,7 @@ def llama(scale: Scale = Scale()) -> Work:  # noqa: B008
     return Work(make, config, batches, batches, loss, forward, lambda batch: {})
 
 
-def demo(scale: Scale = Scale()) -> Work:  # noqa: B008
+def demo(scale: Scale = Scale()) -> Work:
     from keeplora.experiment import load_config
     from keeplora.experiment.objective import TaskObjective
     from keeplora.experiment.setup import prepare
@@ -197,7 +197,7 @@ def demo(scale: Scale = Scale()) -> Work:  # noqa: B008
     labels = torch.tensor([int(item["labels"]) for item in items]).to(scale.device)
 
     def batches(width: int | None) -> list[dict[str, Tensor]]:
-        text = dict(objective.text_batch)
+        text = {k: v.to(scale.device) for k, v in objective.text_batch.items()}
         if width is not None:
             text = {k: nn.functional.pad(v, (0, width - v.shape[1])) for k, v in text.items()}
         return [{"pixel_values": pixels[p], "labels": labels[p], **text} for p in scale.parts() if len(labels[p])]

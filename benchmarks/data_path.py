@@ -33,9 +33,9 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import machine as bench
 import numpy as np
 import torch
-import machine as bench
 from machine import machine
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
@@ -89,9 +89,7 @@ def names(count: int) -> list[str]:
     return [" ".join(f"{i}x{k}" for k in range(size)) for i, size in enumerate(sizes)]
 
 
-def clip(
-    small: bool, *, towers: tuple[str, ...] = ("vision", "text"), device: torch.device = torch.device("cpu")
-) -> CLIP:
+def clip(small: bool, *, towers: tuple[str, ...] = ("vision", "text"), device: torch.device = bench.HOST) -> CLIP:
     """CLIP at random weights, with LoRA as KeepLoRA++ trains it in ``towers``."""
     torch.manual_seed(0)
     sizes = (SMALL, SMALL) if small else ({}, {})
@@ -116,7 +114,7 @@ def objective_of(family: CLIP, count: int, width: int | None = None, precision: 
     objective = TaskObjective(family, task, Precision(precision, family.device))
     if width is not None:
         rows = Words()(family.class_prompts(task.classes, task.templates), padding="max_length", max_length=width)
-        objective.text_batch = {key: torch.tensor(value, device=family.device) for key, value in rows.items()}
+        objective.text_batch = {key: torch.tensor(value) for key, value in rows.items()}
     return objective
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 
 
 def machine() -> str:

@@ -95,10 +95,10 @@ BLOCKS = {"clip": (12, 8), "llama": (12, 7)}
 def scale_of(bench: Bench, model: str) -> boundary.Scale:
     """On a GPU more samples and larger batches, which fill it; and of the blocks what the budget allows."""
     if bench.quick:
-        return boundary.Scale(samples=16, batch=8, layers=2, small=True, device=bench.device)
+        return boundary.Scale(samples=16, batch=8, layers=1, small=True, device=bench.device)
     scale = boundary.Scale(device=bench.device)
     if bench.cuda:
-        scale = replace(scale, samples=128, batch=64)
+        scale = replace(scale, samples=128, batch=32)  # ends after 64 at the earliest
     if model in BLOCKS and bench.budget.left is not None:
         scale = replace(scale, layers=blocks_that_fit(bench, model, scale, 0.5 * bench.budget.left))
     return scale
@@ -114,7 +114,9 @@ def blocks_that_fit(bench: Bench, model: str, scale: boundary.Scale, seconds: fl
         M = torch.randn(height, 768, device=bench.device)
         torch.linalg.svd(M[:128, :128])  # loads the library
         took += machine.timed(lambda M=M: torch.linalg.svd(M, full_matrices=False), cpu=bench.cpu)[0]
-    whole = took * targets * (0.75 if model == "clip" else 1.3)  # half of CLIP's are of few prompts, some of LLaMA's wider
+    whole = (
+        took * targets * (0.75 if model == "clip" else 1.3)
+    )  # half of CLIP's are of few prompts, some of LLaMA's wider
     return max(1, min(blocks, int(seconds / whole)))
 
 
@@ -125,7 +127,7 @@ def run_boundary(bench: Bench, model: str) -> list[Row]:
     work = boundary.MODELS[WORKS[model]](scale)
     warm_up(work)
     shared = scale.samples >= 128  # then the stop has something to save in this work, too
-    note = f"{scale.samples} samples" + (f", {scale.layers} blocks a tower" if model in BLOCKS else "")
+    note = f"{scale.samples} samples" + (f", blocks a tower: {scale.layers}" if model in BLOCKS else "")
     if bench.cuda:
         note += "; float32"
     found = boundary.Compared()
@@ -230,7 +232,12 @@ ARMS = ("floor", "lora", "ours")
 def step_work(bench: Bench, model: str) -> Iterator[tuple[step.Work, argparse.Namespace]]:
     need_demo(model)
     options = argparse.Namespace(
-        device=bench.device, dtype=bench.dtype, threads=torch.get_num_threads(), rank=None, layers=None, batch=bench.batch
+        device=bench.device,
+        dtype=bench.dtype,
+        threads=torch.get_num_threads(),
+        rank=None,
+        layers=None,
+        batch=bench.batch,
     )
     if bench.quick:
         options.layers, options.batch, options.tokens = 1, bench.batch or 2, 16
@@ -258,20 +265,21 @@ def run_step(bench: Bench, model: str) -> list[Row]:
         for arm in ARMS:
             with step.opened(arm, work):
                 kept[arm] = step.kept_bytes(work.loss, work.model)
-        steps = 1 if bench.quick else 10 if bench.cuda else 3
+        steps = 1 if bench.quick else 6 if bench.cuda else 3
         taken = step.times(work, ARMS, bench.many(), steps, bench.device, bench.cpu)
         tokens = f" of {options.tokens} tokens" if model == "llama" and hasattr(options, "tokens") else ""
-        note = f"{bench.dtype}, rank {work.targets[0].r}" + (f", batch {options.batch}{tokens}" if options.batch else "")
-        speed = rate(work, taken, {"ours": "ours", "lora": "LoRA", "floor": "floor"}) if bench.cuda else ""
+        note = f"{bench.dtype}, rank {work.targets[0].r}" + (
+            f", batch {options.batch}{tokens}" if options.batch else ""
+        )
         ours, lora, floor = taken["ours"], taken["lora"], taken["floor"]
+        speed = "; " + rate(work, taken, {"ours": "ours", "lora": "LoRA", "floor": "floor"}) if bench.cuda else ""
+        memory: dict[str, Any] = {"aim": 0.8, "told": "≤ 0.80", "unit": "GiB", "note": note}
         return [
-            pair("step", model, "time, to stock LoRA", ours, lora, aim=1.0, told="≤ 1.00", note="; ".join(filter(None, (note, speed)))),
+            pair("step", model, "time, to stock LoRA", ours, lora, aim=1.0, told="≤ 1.00", note=note + speed),
             pair("step", model, "time, to the floor", ours, floor, aim=1.25, told="≤ 1.25", note=note),
-            pair("step", model, "peak memory, to stock LoRA", [peaks["ours"]], [peaks["lora"]], aim=0.8, told="≤ 0.80",
-                 unit="GiB", note=note),
-            pair("step", model, "kept for the backward pass, to stock LoRA", [kept["ours"]], [kept["lora"]], aim=0.8,
-                 told="≤ 0.80", unit="GiB", note=note),
-        ]  # fmt: skip
+            pair("step", model, "peak memory, to stock LoRA", [peaks["ours"]], [peaks["lora"]], **memory),
+            pair("step", model, "kept for the backward pass, to stock LoRA", [kept["ours"]], [kept["lora"]], **memory),
+        ]
 
 
 def run_inference(bench: Bench, model: str) -> list[Row]:
@@ -333,7 +341,7 @@ def run_state(bench: Bench, model: str) -> list[Row]:
     if bench.cuda:
         raise NotHere("bytes on the disk are the same whatever the device: measured with --device cpu")
     need_demo(model)
-    scale = boundary.Scale(samples=8, batch=8, layers=2, small=True, device=bench.device)
+    scale = boundary.Scale(samples=8, batch=8, layers=1, small=True, device=bench.device)
     if not bench.quick:  # the ranks of what features add depend on the samples, hence as many as the boundary has
         scale = boundary.Scale(device=bench.device)
     work = boundary.MODELS[WORKS[model]](scale)

@@ -156,7 +156,7 @@ def timed(action: Callable[[], object]) -> float:
 
 @dataclass
 class Cost:
-    """Of one layer and rank: rows l, bytes of G, Z and Ψ, seconds of the pass of a batch per round, and M4's (None: not taken)."""
+    """Of one layer and rank: rows l; bytes of G, Z and Ψ; seconds of a batch's pass per round, and M4's (None: not taken)."""
 
     rank: int
     rows: int
@@ -170,7 +170,7 @@ class Cost:
 
 def costs(
     width: int, ranks: Sequence[int], tokens: int, repeats: Iterable[int], factor: bool = False,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = bench.HOST,
 ) -> Iterator[Cost]:  # fmt: skip
     """The gradient pass of one linear layer, exact and sketched in turn, after a batch of each that is not counted."""
     torch.manual_seed(0)

@@ -315,9 +315,7 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> str:
     return f"{median(each):.3f} [{min(each):.3f}, {max(each):.3f}]"
 
 
-def serving(
-    work: Work, rounds: Iterable[int], device: torch.device, cpu: bool | None = None
-) -> dict[str, list[float]]:
+def serving(work: Work, rounds: Iterable[int], device: torch.device, cpu: bool | None = None) -> dict[str, list[float]]:
     """Seconds of a forward pass per round: of the model before ("base"), with a learned task merged, and beside stock LoRA.
 
     A merged model must have the base model's modules, no hook and no replaced forward, which is checked.
