@@ -355,9 +355,11 @@ class Compared:
         return [float(side.peak) for side in self.ours], [float(side.peak) for side in self.plain]
 
 
-def compared(name: str, work: Work, repeats: Iterable[int], options: Mapping[str, Any]) -> Compared:
-    """Both sides of one model, in turn."""
-    found = Compared()
+def compared(
+    name: str, work: Work, repeats: Iterable[int], options: Mapping[str, Any], found: Compared | None = None
+) -> Compared:
+    """Both sides of one model, in turn; added to ``found``, where that is given."""
+    found = Compared() if found is None else found
     for repeat in repeats:
         for label, run, sides in (("ours", ours, found.ours), ("plain", straightforward, found.plain)):
             gc.collect()

@@ -6,6 +6,7 @@ import argparse
 import gc
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import sketch
 import step
 import straightforward as plain
 import torch
-from table import Budget, Row, number, pair
+from table import Budget, Row, attempt, number, pair
 
 from keeplora import ContinualLearner, KeepLoraConfig
 from keeplora.math import new_directions, residual_factor, weight_basis
@@ -88,8 +89,8 @@ def need_demo(model: str) -> None:
 
 WORKS = {"clip": "vit", "llama": "llama", "demo": "demo"}
 STOP = {"statistics_tolerance": 0.1}
-BLOCKS = {"clip": (12, 8), "llama": (12, 7)}
-"""Blocks of each tower, and targets of a block over all towers."""
+BLOCKS = 12
+"""Blocks of a tower of clip and llama; the demo's model is what it is."""
 
 
 def scale_of(bench: Bench, model: str) -> boundary.Scale:
@@ -99,25 +100,22 @@ def scale_of(bench: Bench, model: str) -> boundary.Scale:
     scale = boundary.Scale(device=bench.device)
     if bench.cuda:
         scale = replace(scale, samples=128, batch=32)  # ends after 64 at the earliest
-    if model in BLOCKS and bench.budget.left is not None:
-        scale = replace(scale, layers=blocks_that_fit(bench, model, scale, 0.5 * bench.budget.left))
+    if model != "demo" and bench.budget.left is not None:
+        scale = replace(scale, layers=blocks_that_fit(bench, model, scale))
     return scale
 
 
-def blocks_that_fit(bench: Bench, model: str, scale: boundary.Scale, seconds: float) -> int:
-    """Of 12, as many as the straightforward side can decompose in ``seconds``, by one SVD of each size;
-    one at least."""
-    blocks, targets = BLOCKS[model]
-    rows = scale.samples * (197 if model == "clip" else 128)
-    took = 0.0
-    for height in (768, 768, rows):
-        M = torch.randn(height, 768, device=bench.device)
-        torch.linalg.svd(M[:128, :128])  # loads the library
-        took += machine.timed(lambda M=M: torch.linalg.svd(M, full_matrices=False), cpu=bench.cpu)[0]
-    whole = (
-        took * targets * (0.75 if model == "clip" else 1.3)
-    )  # half of CLIP's are of few prompts, some of LLaMA's wider
-    return max(1, min(blocks, int(seconds / whole)))
+def blocks_that_fit(bench: Bench, model: str, scale: boundary.Scale) -> int:
+    """Of 12, as many as one repeat has time for, by a trial of one block, which also warms the machine up; one at least."""
+    work = boundary.MODELS[WORKS[model]](replace(scale, layers=1))
+    warm_up(work)
+    started = time.perf_counter()
+    boundary.ours(work, {})
+    boundary.straightforward(work, {})
+    took = time.perf_counter() - started
+    left = bench.budget.left or 0.0
+    # A third of it is for the row of the stop: another of our sides, or of both with more samples and fewer blocks.
+    return max(1, min(BLOCKS, int(0.6 * left / took)))
 
 
 def run_boundary(bench: Bench, model: str) -> list[Row]:
@@ -127,16 +125,13 @@ def run_boundary(bench: Bench, model: str) -> list[Row]:
     work = boundary.MODELS[WORKS[model]](scale)
     warm_up(work)
     shared = scale.samples >= 128  # then the stop has something to save in this work, too
-    note = f"{scale.samples} samples" + (f", blocks a tower: {scale.layers}" if model in BLOCKS else "")
+    note = f"{scale.samples} samples" + ("" if model == "demo" else f", blocks a tower: {scale.layers}")
     if bench.cuda:
         note += "; float32"
     found = boundary.Compared()
     stopped: list[boundary.Side] = []
-    for _ in bench.few(0.8 if shared else 0.5):
-        one = boundary.compared(model, work, range(1), {})
-        found.ours += one.ours
-        found.plain += one.plain
-        found.distance = found.distance or one.distance
+    for n in bench.few(0.9 if shared else 0.6):
+        boundary.compared(model, work, [n], {}, found)
         if shared:
             stopped.append(lean(boundary.ours(work, STOP)))
     rows = []
@@ -148,23 +143,27 @@ def run_boundary(bench: Bench, model: str) -> list[Row]:
         where = "; ours on the CPU's cores" if bench.cuda and phase == boundary.ALGEBRA else ""
         rows.append(pair("boundary", model, what, *found.seconds(phase), aim=aim, told=told, note=note + where))
     if bench.cuda:
-        rows.append(on_the_gpu(work, model, found.seconds(boundary.ALGEBRA)[1], note))
+        what, other = "linear algebra, both on the GPU", found.seconds(boundary.ALGEBRA)[1]
+        rows.append(attempt("boundary", model, what, lambda: on_the_gpu(work, model, what, other, note)))
     rows.append(pair("boundary", model, "peak memory", *found.peaks(), unit="GiB", note=note))
     rows += [
         Row("boundary", model, f"largest sine, {kind}", SINE, "≤ 1e-3", [sine], note="no ratio")
         for kind, sine in found.distance.items()
     ]
-    rows.append(with_the_stop(bench, model, scale, found, stopped))
-    return rows
+    what = "whole, with the stop"
+    return [*rows, attempt("boundary", model, what, lambda: with_the_stop(bench, model, what, scale, found, stopped))]
 
 
 def with_the_stop(
-    bench: Bench, model: str, scale: boundary.Scale, found: boundary.Compared, stopped: Sequence[boundary.Side]
-) -> Row:
+    bench: Bench, model: str, what: str, scale: boundary.Scale, found: boundary.Compared,
+    stopped: Sequence[boundary.Side],
+) -> Row:  # fmt: skip
     """Of the same work where that has samples enough, else of more: a pass can stop after 64 at the earliest."""
     plain_seconds = found.seconds(boundary.WHOLE)[1]
     if not stopped:
-        scale = replace(scale, samples=96 if bench.quick else 128)
+        more = 96 if bench.quick else 128
+        layers = scale.layers if bench.budget.left is None else max(1, scale.layers * scale.samples // (2 * more))
+        scale = replace(scale, samples=more, layers=layers)
         work = boundary.MODELS[WORKS[model]](scale)
         stopped, plain_seconds = [], []
         for _ in bench.few():
@@ -174,8 +173,9 @@ def with_the_stop(
             plain_seconds.append(lean(boundary.straightforward(work, {})).seconds[boundary.WHOLE])
     used = stopped[0].used
     note = f"{scale.samples} samples, tolerance {STOP['statistics_tolerance']}: used {used}"
+    note += "" if model == "demo" else f"; blocks a tower: {scale.layers}"
     seconds = [side.seconds[boundary.WHOLE] for side in stopped]
-    return pair("boundary", model, "whole, with the stop", seconds, plain_seconds, aim=0.1, told="≤ 0.1", note=note)
+    return pair("boundary", model, what, seconds, plain_seconds, aim=0.1, told="≤ 0.1", note=note)
 
 
 def lean(side: boundary.Side) -> boundary.Side:
@@ -198,7 +198,7 @@ def warm_up(work: boundary.Work) -> None:
         machine.synchronise()
 
 
-def on_the_gpu(work: boundary.Work, model: str, other: Sequence[float], note: str) -> Row:
+def on_the_gpu(work: boundary.Work, model: str, what: str, other: Sequence[float], note: str) -> Row:
     """The library decomposes on the CPU's cores; here its functions get the same matrices on the GPU, one after another."""
     learner = ContinualLearner(work.make(), KeepLoraConfig(r=16, energy_features=0.99, **work.config))
     targets, store = learner.targets, learner.store
@@ -218,14 +218,13 @@ def on_the_gpu(work: boundary.Work, model: str, other: Sequence[float], note: st
 
     seconds = [machine.timed(algebra)[0] for _ in other]
     told = "the library's functions called with the GPU's tensors; "
-    return pair(
-        "boundary", model, "linear algebra, both on the GPU", seconds, other, aim=1 / 6, told="≤ 1/6", note=told + note
-    )
+    return pair("boundary", model, what, seconds, other, aim=1 / 6, told="≤ 1/6", note=told + note)
 
 
 # ---- step and inference ----------------------------------------------------------------------------------------------
 
 ARMS = ("floor", "lora", "ours")
+PEAK, KEPT = "peak memory, to stock LoRA", "kept for the backward pass, to stock LoRA"
 
 
 @contextmanager
@@ -257,16 +256,8 @@ def rate(work: step.Work, seconds: Mapping[str, Sequence[float]], arms: Mapping[
 
 def run_step(bench: Bench, model: str) -> list[Row]:
     with step_work(bench, model) as (work, options):
-        if bench.cuda or bench.quick:
-            peaks = {arm: step.peak_bytes(work, arm, bench.device) for arm in ARMS}
-        else:  # resident memory is told from a process that has done nothing else
-            peaks = step.peaks(work, ARMS, options)
-        kept = {}
-        for arm in ARMS:
-            with step.opened(arm, work):
-                kept[arm] = step.kept_bytes(work.loss, work.model)
         steps = 1 if bench.quick else 6 if bench.cuda else 3
-        taken = step.times(work, ARMS, bench.many(), steps, bench.device, bench.cpu)
+        taken = step.times(work, ARMS, bench.many(0.7), steps, bench.device, bench.cpu)
         tokens = f" of {options.tokens} tokens" if model == "llama" and hasattr(options, "tokens") else ""
         note = f"{bench.dtype}, rank {work.targets[0].r}" + (
             f", batch {options.batch}{tokens}" if options.batch else ""
@@ -274,11 +265,26 @@ def run_step(bench: Bench, model: str) -> list[Row]:
         ours, lora, floor = taken["ours"], taken["lora"], taken["floor"]
         speed = "; " + rate(work, taken, {"ours": "ours", "lora": "LoRA", "floor": "floor"}) if bench.cuda else ""
         memory: dict[str, Any] = {"aim": 0.8, "told": "≤ 0.80", "unit": "GiB", "note": note}
+
+        def peak_row() -> Row:
+            if bench.cuda or bench.quick:
+                peaks = {arm: step.peak_bytes(work, arm, bench.device) for arm in ("lora", "ours")}
+            else:  # resident memory is told from a process that has done nothing else
+                peaks = step.peaks(work, ("lora", "ours"), options)
+            return pair("step", model, PEAK, [peaks["ours"]], [peaks["lora"]], **memory)
+
+        def kept_row() -> Row:
+            kept = {}
+            for arm in ("lora", "ours"):
+                with step.opened(arm, work):
+                    kept[arm] = step.kept_bytes(work.loss, work.model)
+            return pair("step", model, KEPT, [kept["ours"]], [kept["lora"]], **memory)
+
         return [
             pair("step", model, "time, to stock LoRA", ours, lora, aim=1.0, told="≤ 1.00", note=note + speed),
             pair("step", model, "time, to the floor", ours, floor, aim=1.25, told="≤ 1.25", note=note),
-            pair("step", model, "peak memory, to stock LoRA", [peaks["ours"]], [peaks["lora"]], **memory),
-            pair("step", model, "kept for the backward pass, to stock LoRA", [kept["ours"]], [kept["lora"]], **memory),
+            attempt("step", model, PEAK, peak_row),
+            attempt("step", model, KEPT, kept_row),
         ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,6 +71,15 @@ def failure(section: str, model: str, error: BaseException) -> Row:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return Row(section, model, "", trouble=reason[:200], failed=True)
+
+
+def attempt(section: str, model: str, what: str, make: Callable[[], Row]) -> Row:
+    """The row that ``make`` gives, or why it gave none: what else a section has measured is kept."""
+    try:
+        return make()
+    except Exception as error:
+        traceback.print_exc()
+        return replace(failure(section, model, error), what=what)
 
 
 def left_out(section: str, model: str, reason: str) -> Row:
