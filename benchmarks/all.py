@@ -4,7 +4,7 @@
     python benchmarks/all.py --output bench.json                    # kept section by section, and as bench.md
     python benchmarks/all.py --output bench.json --resume           # goes on where it was interrupted
     python benchmarks/all.py --only step inference --models llama --threads 1
-    python benchmarks/all.py --device cuda --dtype bf16 --models clip llama --budget 110
+    python benchmarks/all.py --device cuda --dtype bf16 --models clip llama --budget 95
     python benchmarks/all.py --quick                                # narrow models: tries the code, says nothing about speed
 
 A ratio is ours over the other's, the two run in turn in this process on the same work: median over the repeats (least–most).

@@ -328,7 +328,8 @@ def run_data(bench: Bench, model: str) -> list[Row]:
 def run_sketch(bench: Bench, model: str) -> list[Row]:
     width, tokens = (256, 32) if bench.quick else (4096, 8192 if bench.cuda else 512)
     rows = []
-    for cost in sketch.costs(width, (16,) if bench.quick else (16, 64), tokens, bench.many(0.5), device=bench.device):
+    for rank in (16,) if bench.quick else (16, 64):
+        (cost,) = sketch.costs(width, (rank,), tokens, bench.many(0.5), device=bench.device)
         note = f"r {cost.rank}, l {cost.rows}: Z and Ψ, which layers of one height share; Z alone {number(cost.Z / cost.G)}"
         rows += [
             pair("sketch", f"{width} wide", f"memory of the gradient, r {cost.rank}", [cost.Z + cost.Psi], [cost.G],

@@ -15,6 +15,7 @@ accuracy: means and paired differences over seeds, with 95 % t intervals; a run 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,13 +177,12 @@ def costs(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width, bias=False, device=device))
     x = torch.randn(tokens, width, device=device)
-    repeats = list(repeats)
     for r in ranks:
         learner = ContinualLearner(model, KeepLoraConfig(r=r, target_modules=["0"], energy_weights=0.0))
         exact = GradientObserver(learner.targets, learner.store)
         sketched = SketchObserver(learner.targets, learner.store)
         times: dict[GradientObserver, list[float]] = {exact: [], sketched: []}
-        for _ in (None, *repeats):  # the first allocates and draws Ψ
+        for _ in itertools.chain((None,), repeats):  # the first allocates and draws Ψ
             for observer, found in times.items():
                 model.requires_grad_(False)
                 with observer:

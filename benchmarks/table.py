@@ -59,7 +59,7 @@ def pair(
     >>> pair("step", "clip", "time", [1.0, 3.0], [2.0, 2.0], aim=1.0).ratios
     [0.5, 1.5]
     """
-    if min(other) <= 0:
+    if min(*ours, *other) <= 0:
         trouble = f"too small to be measured here ({number(median(ours))} / {number(median(other))})"
         return Row(section, model, what, aim, told, note=note, trouble=trouble)
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
