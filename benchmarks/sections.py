@@ -94,44 +94,47 @@ BLOCKS = 12
 
 
 def scale_of(bench: Bench, model: str) -> boundary.Scale:
-    """On a GPU more samples and larger batches, which fill it; and of the blocks what the budget allows."""
+    """On a GPU more samples and larger batches, which fill it."""
     if bench.quick:
         return boundary.Scale(samples=16, batch=8, layers=1, small=True, device=bench.device)
     scale = boundary.Scale(device=bench.device)
     if bench.cuda:
         scale = replace(scale, samples=128, batch=32)  # ends after 64 at the earliest
-    if model != "demo" and bench.budget.left is not None:
-        scale = replace(scale, layers=blocks_that_fit(bench, model, scale))
     return scale
 
 
-def blocks_that_fit(bench: Bench, model: str, scale: boundary.Scale) -> int:
-    """Of 12, as many as one repeat has time for, by a trial of one block, which also warms the machine up; one at least."""
+def trial(bench: Bench, model: str, scale: boundary.Scale) -> tuple[int, boundary.Compared | None]:
+    """Of 12 blocks, as many as one repeat has time for, by a run of one block. Where even that has no time to be run again: 1,
+    and what the run found."""
+    if model == "demo" or bench.quick or bench.budget.left is None:
+        return scale.layers, None
     work = boundary.MODELS[WORKS[model]](replace(scale, layers=1))
     warm_up(work)
     started = time.perf_counter()
-    boundary.ours(work, {})
-    boundary.straightforward(work, {})
+    found = boundary.compared(f"{model}, one block", work, [0], {})
     took = time.perf_counter() - started
-    left = bench.budget.left or 0.0
-    # A third of it is for the row of the stop: another of our sides, or of both with more samples and fewer blocks.
-    return max(1, min(BLOCKS, int(0.6 * left / took)))
+    # A part of what is left is for the row of the stop: another of our sides, or of both with more samples and fewer blocks.
+    blocks = int(0.6 * bench.budget.left / took)
+    return max(1, min(BLOCKS, blocks)), None if blocks else found
 
 
 def run_boundary(bench: Bench, model: str) -> list[Row]:
     need_demo(model)
     boundary.CPU = bench.cpu
     scale = scale_of(bench, model)
+    layers, tried = trial(bench, model, scale)
+    scale = replace(scale, layers=layers)
     work = boundary.MODELS[WORKS[model]](scale)
     warm_up(work)
     shared = scale.samples >= 128  # then the stop has something to save in this work, too
     note = f"{scale.samples} samples" + ("" if model == "demo" else f", blocks a tower: {scale.layers}")
     if bench.cuda:
         note += "; float32"
-    found = boundary.Compared()
+    found = tried or boundary.Compared()
     stopped: list[boundary.Side] = []
-    for n in bench.few(0.9 if shared else 0.6):
-        boundary.compared(model, work, [n], {}, found)
+    for n in bench.few(0.9 if shared else 0.6) if tried is None else (0,):
+        if tried is None:
+            boundary.compared(model, work, [n], {}, found)
         if shared:
             stopped.append(lean(boundary.ours(work, STOP)))
     rows = []
