@@ -191,3 +191,30 @@ def test_rows_say_met_by_the_median_and_small_things_in_small_units(script):
     nothing = table.pair("a", "b", "c", [1.0], [0.0])
     assert (nothing.verdict, nothing.failed) == ("left out", False)
     assert table.failure("a", "b", ValueError()).trouble == "ValueError"
+
+
+def test_a_boundary_that_has_no_time_for_a_second_run_tells_of_its_trial(script, monkeypatch, capsys):
+    sections, table = importlib.import_module("sections"), importlib.import_module("table")
+    boundary = sections.boundary
+    asked: list[Any] = []
+
+    def small(scale: Any) -> Any:
+        asked.append(scale)
+        return boundary.llama(replace(scale, small=True, samples=min(scale.samples, 16), batch=16))
+
+    ran: list[int] = []
+    plain = boundary.straightforward
+    monkeypatch.setitem(boundary.MODELS, "llama", small)
+    monkeypatch.setattr(boundary, "straightforward", lambda *given: ran.append(1) or plain(*given))
+    budget = table.Budget(0.0)
+    budget.begin(1.0, 1.0)
+    rows = sections.run_boundary(sections.Bench(torch.device("cpu"), "fp32", budget), "llama")
+    assert len(ran) == 2  # the trial, and the row of the stop
+    assert {scale.layers for scale in asked} == {1}
+    assert [len(row.ratios) for row in rows] == [1] * 8
+    assert not any(row.failed for row in rows)
+    ran.clear()
+    budget = table.Budget(1e5)
+    budget.begin(1.0, 1.0)
+    assert sections.trial(sections.Bench(torch.device("cpu"), "fp32", budget), "llama", boundary.Scale()) == (12, None)
+    capsys.readouterr()
