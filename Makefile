@@ -9,16 +9,19 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE ?= demo
 RUNS ?= runs
+BENCH ?= $(RUNS)/bench.json
+BENCH_ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 # `make claims CLAIMS=--all` for all of them.
 CLAIMS ?= --sample 2
 
-.PHONY: help demo test claims torture test-torchvision lint format types imports wheel python clean
+.PHONY: help demo bench test claims torture test-torchvision lint format types imports wheel python clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
+	@echo "make bench    the table of ratios of docs/speed.md on this machine, in \$$(BENCH) and beside it as .md (goes on where it stopped)"
 	@echo "make test     the whole test suite"
 	@echo "make claims   re-run the short forms of two of the numbers in docs/claims/claims.yaml (others each day)"
 	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
@@ -57,6 +60,11 @@ demo: $(BIN)/.assets
 	@echo "== pretrained towers (174 MB, once)"
 	@$(BIN)/keeplora assets fetch
 	@$(BIN)/python scripts/demo.py --suite $(SUITE) --runs $(RUNS)
+
+# Without a network the demo's model is left out, and the table says so.
+bench: $(BIN)/.assets
+	@$(BIN)/keeplora assets fetch || true
+	$(BIN)/python benchmarks/all.py --output $(BENCH) --resume $(BENCH_ARGS)
 
 # Without a network the tests that need the real towers are skipped with a reason; in CI they must not be.
 test: $(BIN)/.test

@@ -21,20 +21,23 @@ import gc
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import machine as bench
 import straightforward as plain
 import torch
-from machine import machine, ratios, reset_peak, resident, spread
+from machine import machine, ratios, spread
 from torch import Tensor, nn
 
 from keeplora import ContinualLearner, KeepLoraConfig
+from keeplora.math.leak import spectral_norm
 from keeplora.tuner import sketching as sketching_module
 from keeplora.tuner import statistics as statistics_module
+from keeplora.tuner.sampling import EndableBatches
 
 PROMPT_TOKENS = 77
 CPU = False
@@ -44,6 +47,40 @@ ALGEBRA, PASSES, WHOLE = "linear algebra", "passes over data", "whole boundary"
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return bench.timed(work, cpu=CPU)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the work is, and where it is done.
+
+    Attributes:
+        samples, batch: pictures or texts, in all and at once. layers: blocks of each tower. small: narrow models and few classes,
+            for a trial.
+    """
+
+    samples: int = 32
+    batch: int = 16
+    layers: int = 12
+    small: bool = False
+    device: torch.device = bench.HOST
+
+    def parts(self) -> list[slice]:
+        return [slice(i, i + self.batch) for i in range(0, self.samples, self.batch)]
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+class PicturesThenPrompts(EndableBatches):
+    """Batches of pictures, which a pass may end early, and then the prompts, which all count."""
+
+    def __init__(self, pictures: Sequence[Any], prompts: Any, samples: int) -> None:
+        super().__init__(pictures, samples)
+        self._prompts = prompts
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield self._prompts
 
 
 @dataclass
@@ -65,31 +102,36 @@ class Work:
     masks: Callable[[Any], Mapping[str, Tensor]]
     feature_batches: Iterable[Any] | None = None
     once: Callable[[str], bool] = field(default=lambda name: False)
+    device: torch.device = bench.HOST
 
 
-def vit() -> Work:
+def vit(scale: Scale = Scale()) -> Work:
     from transformers import CLIPConfig, CLIPModel
+
+    classes, side = (10, 64) if scale.small else (100, 224)
+    blocks = {"num_hidden_layers": scale.layers, **(SMALL if scale.small else {})}
 
     def make() -> nn.Module:
         torch.manual_seed(0)
-        config = CLIPConfig(projection_dim=512, vision_config={"patch_size": 16})
-        return CLIPModel(config).eval()
+        vision = {"patch_size": 16, "image_size": side, **blocks}
+        with scale.device:
+            return CLIPModel(CLIPConfig(projection_dim=512, vision_config=vision, text_config=dict(blocks))).eval()
 
     draw = torch.Generator().manual_seed(1)
-    pixels = torch.randn(32, 3, 224, 224, generator=draw)
-    labels = torch.randint(100, (32,), generator=draw)
-    lengths = torch.randint(6, 13, (100,), generator=draw).tolist()
+    pixels = torch.randn(scale.samples, 3, side, side, generator=draw).to(scale.device)
+    labels = torch.randint(classes, (scale.samples,), generator=draw).to(scale.device)
+    lengths = torch.randint(6, 13, (classes,), generator=draw).tolist()
     end = CLIPConfig().text_config.eos_token_id
     words = [[end - 1, *torch.randint(1, end - 1, (n - 2,), generator=draw).tolist(), end] for n in lengths]
 
     def prompts(width: int) -> dict[str, Tensor]:
         ids = torch.tensor([w + [end] * (width - len(w)) for w in words])
         mask = torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in words])
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids.to(scale.device), "attention_mask": mask.to(scale.device)}
 
     def batches(width: int) -> list[dict[str, Tensor]]:
-        parts = [slice(0, 16), slice(16, 32)]
-        return [{"pixel_values": pixels[p], "labels": labels[p], **prompts(width)} for p in parts]
+        text = prompts(width)
+        return [{"pixel_values": pixels[p], "labels": labels[p], **text} for p in scale.parts()]
 
     def loss(model: Any, batch: Any) -> Tensor:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -108,22 +150,24 @@ def vit() -> Work:
     return Work(
         make, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "energy_weights": {"vision": 0.85, "text": 0.2}},
         narrow, batches(PROMPT_TOKENS), loss, forward, masks,
-        [*({"pixel_values": b["pixel_values"]} for b in narrow), prompts(max(lengths))], lambda name: "text" in name,
+        PicturesThenPrompts([{"pixel_values": b["pixel_values"]} for b in narrow], prompts(max(lengths)), scale.samples),
+        lambda name: "text" in name, scale.device,
     )  # fmt: skip
 
 
-def llama() -> Work:
+def llama(scale: Scale = Scale()) -> Work:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make() -> nn.Module:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=8000,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
+        sizes = SMALL if scale.small else {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
+        config = LlamaConfig(num_hidden_layers=scale.layers, vocab_size=8000, **sizes)
+        with scale.device:
+            return LlamaForCausalLM(config).eval()
 
-    ids = torch.randint(8000, (32, 128), generator=torch.Generator().manual_seed(1))
-    batches = [{"input_ids": ids[:16]}, {"input_ids": ids[16:]}]
+    tokens = 16 if scale.small else 128
+    ids = torch.randint(8000, (scale.samples, tokens), generator=torch.Generator().manual_seed(1)).to(scale.device)
+    batches = [{"input_ids": ids[p]} for p in scale.parts()]
 
     def loss(model: Any, batch: Any) -> Tensor:
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
@@ -137,27 +181,26 @@ def llama() -> Work:
     return Work(make, config, batches, batches, loss, forward, lambda batch: {})
 
 
-def demo() -> Work:
+def demo(scale: Scale = Scale()) -> Work:
     from keeplora.experiment import load_config
     from keeplora.experiment.objective import TaskObjective
     from keeplora.experiment.setup import prepare
     from keeplora.methods import method_names
 
-    setup = prepare(load_config({"suite": "demo-small", "method": "keeplora++"}, known_methods=method_names()))
+    changes = {"device": scale.device.type, "training": {"precision": "fp32"}}
+    setup = prepare(load_config({"suite": "demo-small", "method": "keeplora++"}, changes, known_methods=method_names()))
     task, family = setup.tasks[0], setup.family
     data, objective = setup.sets[task.name].train, TaskObjective(family, task, setup.precision)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[:32].tolist()
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[: scale.samples].tolist()
     items = [data[i] for i in chosen]
-    pixels = torch.stack([item["pixel_values"] for item in items])
-    labels = torch.tensor([int(item["labels"]) for item in items])
+    pixels = torch.stack([item["pixel_values"] for item in items]).to(scale.device)
+    labels = torch.tensor([int(item["labels"]) for item in items]).to(scale.device)
 
     def batches(width: int | None) -> list[dict[str, Tensor]]:
-        text = dict(objective.text_batch)
+        text = {k: v.to(scale.device) for k, v in objective.text_batch.items()}
         if width is not None:
             text = {k: nn.functional.pad(v, (0, width - v.shape[1])) for k, v in text.items()}
-        return [
-            {"pixel_values": pixels[p], "labels": labels[p], **text} for p in (slice(0, 16), slice(16, 32))
-        ]  # fmt: skip
+        return [{"pixel_values": pixels[p], "labels": labels[p], **text} for p in scale.parts() if len(labels[p])]
 
     start = {k: v.clone() for k, v in family.model.state_dict().items()}
 
@@ -185,12 +228,13 @@ def demo() -> Work:
     text = {k: narrow[0][k] for k in objective.text_batch}
     return Work(
         make, {"target_modules": family.default_target_modules, "energy_weights": {"vision": 0.85, "text": 0.2}}, narrow,
-        batches(PROMPT_TOKENS), loss, forward, masks, [*({"pixel_values": b["pixel_values"]} for b in narrow), text],
-        lambda name: "text" in name,
+        batches(PROMPT_TOKENS), loss, forward, masks,
+        PicturesThenPrompts([{"pixel_values": b["pixel_values"]} for b in narrow], text, len(labels)),
+        lambda name: "text" in name, scale.device,
     )  # fmt: skip
 
 
-MODELS = {"vit": vit, "llama": llama, "demo": demo}
+MODELS: dict[str, Callable[[Scale], Work]] = {"vit": vit, "llama": llama, "demo": demo}
 
 
 @dataclass
@@ -202,6 +246,7 @@ class Side:
     U0: dict[str, Tensor] = field(default_factory=dict)
     A: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
+    used: str = "all samples"
 
     def close(self, algebra: Sequence[str], passes: Sequence[str]) -> Side:
         self.seconds[ALGEBRA] = sum(self.seconds[name] for name in algebra)
@@ -215,7 +260,7 @@ PHASES = ("weight subspaces", "gradient pass", "A", "feature pass", "feature sub
 
 def ours(work: Work, options: Mapping[str, Any]) -> Side:
     model, side = work.make(), Side()
-    before = resident() if reset_peak() else 0
+    before = bench.begin_peak(work.device)
     learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **{**work.config, **options}))
     passes = dict.fromkeys(("collect_gradients", "collect_features"), 0.0)
 
@@ -244,7 +289,9 @@ def ours(work: Work, options: Mapping[str, Any]) -> Side:
         )
         closed, record = timed(learner.finish_task)
     assert record is not None
-    side.peak = resident("VmHWM") - before
+    side.peak = bench.peak_since(before, work.device)
+    if "statistics" in record.info:
+        side.used = ", ".join(f"{told['samples']} for the {what}" for what, told in record.info["statistics"].items())
     side.seconds |= {
         "gradient pass": passes["collect_gradients"], "A": opened - passes["collect_gradients"],
         "feature pass": passes["collect_features"], "feature subspaces": closed - passes["collect_features"],
@@ -262,7 +309,7 @@ def straightforward(work: Work, options: Mapping[str, Any]) -> Side:
     energies = {t.name: probe.config.for_tower("energy_weights", t.tower) for t in probe.targets}
     kept = {t.name: probe.config.for_tower("energy_features", t.tower) for t in probe.targets}
     del probe
-    before = resident() if reset_peak() else 0
+    before = bench.begin_peak(work.device)
     side.seconds["weight subspaces"], side.U0 = timed(lambda: plain.weight_subspaces(model, energies))
     side.seconds["gradient pass"], G = timed(lambda: plain.gradients(model, targets, work.wide, work.loss))
     side.seconds["A"], side.A = timed(lambda: plain.factors(G, side.U0, 16))
@@ -270,17 +317,17 @@ def straightforward(work: Work, options: Mapping[str, Any]) -> Side:
         lambda: plain.features(model, targets, work.wide, work.forward, work.masks, work.once)
     )
     side.seconds["feature subspaces"], side.added = timed(lambda: plain.feature_subspaces(X, side.U0, kept))
-    side.peak = resident("VmHWM") - before
+    side.peak = bench.peak_since(before, work.device)
     return side.close(("weight subspaces", "A", "feature subspaces"), ("gradient pass", "feature pass"))
 
 
 def largest_sine(one: Tensor, other: Tensor) -> float:
     """Of the largest principal angle between the spans of the columns, the smaller inside the larger."""
-    small, large = sorted((one.double(), other.double()), key=lambda M: M.shape[1])
+    device = other.device if one.device.type == "cpu" else one.device
+    small, large = sorted((one.to(device).double(), other.to(device).double()), key=lambda M: M.shape[1])
     if small.shape[1] == 0:
         return 0.0
-    rest = small - large @ (large.T @ small)
-    return float(torch.linalg.matrix_norm(rest, ord=2))
+    return spectral_norm(small - large @ (large.T @ small))
 
 
 def apart(one: Side, other: Side) -> dict[str, float]:
@@ -292,37 +339,78 @@ def apart(one: Side, other: Side) -> dict[str, float]:
     }
 
 
+@dataclass
+class Compared:
+    """Both sides run by run, without their subspaces, and how far those of the first runs lie apart."""
+
+    ours: list[Side] = field(default_factory=list)
+    plain: list[Side] = field(default_factory=list)
+    distance: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, phase: str) -> tuple[list[float], list[float]]:
+        return [side.seconds[phase] for side in self.ours], [side.seconds[phase] for side in self.plain]
+
+    def peaks(self) -> tuple[list[float], list[float]]:
+        """Bytes."""
+        return [float(side.peak) for side in self.ours], [float(side.peak) for side in self.plain]
+
+
+def compared(
+    name: str, work: Work, repeats: Iterable[int], options: Mapping[str, Any], found: Compared | None = None
+) -> Compared:
+    """Both sides of one model, in turn; added to ``found``, where that is given."""
+    found = Compared() if found is None else found
+    for repeat in repeats:
+        for label, run, sides in (("ours", ours, found.ours), ("plain", straightforward, found.plain)):
+            gc.collect()
+            sides.append(run(work, options))
+            told = f"{name}, repeat {repeat + 1}, {label}: {sides[-1].seconds[WHOLE]:.1f} s"
+            print(told, file=sys.stderr, flush=True)
+        if not found.distance:
+            found.distance = apart(found.ours[0], found.plain[0])
+        for side in (found.ours[-1], found.plain[-1]):  # only the times of a run are looked at again
+            side.U0, side.A, side.added = {}, {}, {}
+    return found
+
+
 def compare(name: str, repeats: int, options: Mapping[str, Any]) -> str:
     """The table of one model."""
-    work = MODELS[name]()
-    sides: dict[str, list[Side]] = {"ours": [], "plain": []}
-    distance: dict[str, float] = {}
-    for repeat in range(repeats):
-        for label, run in (("ours", ours), ("plain", straightforward)):
-            gc.collect()
-            sides[label].append(run(work, options))
-            print(
-                f"{name} {repeat + 1}/{repeats} {label}: {sides[label][-1].seconds[WHOLE]:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        if not distance:
-            distance = apart(sides["ours"][0], sides["plain"][0])
-        for side in (sides["ours"][-1], sides["plain"][-1]):  # only the times of a run are looked at again
-            side.U0, side.A, side.added = {}, {}, {}
+    found = compared(name, MODELS[name](Scale()), range(repeats), options)
     lines = ["", f"**{name}**", "", "| phase | ours, s | straightforward, s | ratio |", "|--|--|--|--|"]
     for phase in (*PHASES, ALGEBRA, PASSES, WHOLE):
-        a, b = ([side.seconds[phase] for side in sides[label]] for label in ("ours", "plain"))
+        a, b = found.seconds(phase)
         lines.append(f"| {phase} | {spread(a)} | {spread(b)} | {spread(ratios(a, b), 3)} |")
-    a, b = ([side.peak / 2**30 for side in sides[label]] for label in ("ours", "plain"))
+    a, b = ([n / 2**30 for n in side] for side in found.peaks())
     lines.append(f"| peak memory, GiB | {spread(a)} | {spread(b)} | {spread(ratios(a, b), 3)} |")
-    lines += ["", "largest sine of a principal angle: " + ", ".join(f"{k} {v:.1e}" for k, v in distance.items())]
+    lines += ["", "largest sine of a principal angle: " + ", ".join(f"{k} {v:.1e}" for k, v in found.distance.items())]
     return "\n".join(lines)
 
 
-def many_tasks(count: int) -> str:
-    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures."""
-    work = demo()
+@dataclass
+class ManyTasks:
+    """Boundaries of one task after another.
+
+    Attributes:
+        seconds: of each task's. dims: protected dimensions over all targets after each task, of ``total``.
+    """
+
+    seconds: list[float]
+    dims: list[int]
+    total: int
+
+    @property
+    def early(self) -> list[float]:
+        """Tasks 2 to 6."""
+        return self.seconds[1:6]
+
+    @property
+    def late(self) -> list[float]:
+        """The last five."""
+        return self.seconds[-5:]
+
+
+def sequence(work: Work, count: int) -> ManyTasks:
+    """``count`` tasks on one model, each on pictures of its own."""
     model = work.make()
     learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
     seconds, sizes = [], []
@@ -330,7 +418,11 @@ def many_tasks(count: int) -> str:
     for i in range(count):
         # Other pictures for every task: noise on top, so that each task brings directions of its own.
         narrow = [
-            {**b, "pixel_values": b["pixel_values"] + 0.3 * torch.randn(b["pixel_values"].shape, generator=draw)}
+            {
+                **b,
+                "pixel_values": b["pixel_values"]
+                + 0.3 * torch.randn(b["pixel_values"].shape, generator=draw).to(b["pixel_values"].device),
+            }
             for b in work.narrow
         ]
         batches = [
@@ -346,13 +438,37 @@ def many_tasks(count: int) -> str:
 
         seconds.append(timed(boundary)[0])
         sizes.append(sum(learner.U.dims().values()))
-    late, early = statistics.median(seconds[-5:]), statistics.median(seconds[1:6])
-    total = sum(n for n, _ in learner.U.start_dims().values())
+    return ManyTasks(seconds, sizes, sum(n for n, _ in learner.U.start_dims().values()))
+
+
+def state_bytes(work: Work, folder: Path) -> tuple[int, int, int]:
+    """Bytes of the base model, of ledger and adapters after two tasks, and of what the second of them added.
+
+    Args:
+        folder: new; they are written there.
+    """
+    model = work.make()
+    base = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
+    extra = {"feature_batches": work.feature_batches} if work.feature_batches is not None else {}
+    sizes = []
+    for name in ("one", "two"):
+        learner.start_task(name, work.narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, **extra)
+        learner.finish_task()
+        saved = learner.save_pretrained(folder / name)
+        sizes.append(sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()))
+    return base, sizes[1], sizes[1] - sizes[0]
+
+
+def many_tasks(count: int) -> str:
+    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures."""
+    found = sequence(demo(), count)
+    late, early = statistics.median(found.late), statistics.median(found.early)
     return "\n".join([
         "", f"**{count} tasks on the demo model**", "",
         "| | tasks 2 to 6 | last five | ratio |", "|--|--|--|--|",
         f"| boundary, s (median) | {early:.2f} | {late:.2f} | {late / early:.2f} |",
-        f"| protected dimensions of {total} | {sizes[1]} | {sizes[-1]} | |",
+        f"| protected dimensions of {found.total} | {found.dims[1]} | {found.dims[-1]} | |",
     ])  # fmt: skip
 
 

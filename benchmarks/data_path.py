@@ -27,12 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import machine as bench
 import numpy as np
 import torch
 from machine import machine
@@ -54,6 +55,7 @@ from keeplora.models.vision_cache import VisionCache
 SHARES = {1: 0.5, 2: 0.32, 3: 0.12, 4: 0.04, 6: 0.02}
 """Tokens of a class name: the share of the classes."""
 PICTURES, CLASSES, MANY = 16, 100, 397
+PROMPT_TOKENS = 77
 BOUND = 1024
 """Tokens of `training.prompt_tokens` in `classes`."""
 SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -87,14 +89,16 @@ def names(count: int) -> list[str]:
     return [" ".join(f"{i}x{k}" for k in range(size)) for i, size in enumerate(sizes)]
 
 
-def clip(small: bool, *, towers: tuple[str, ...] = ("vision", "text")) -> CLIP:
+def clip(small: bool, *, towers: tuple[str, ...] = ("vision", "text"), device: torch.device = bench.HOST) -> CLIP:
     """CLIP at random weights, with LoRA as KeepLoRA++ trains it in ``towers``."""
     torch.manual_seed(0)
     sizes = (SMALL, SMALL) if small else ({}, {})
     vision = {"patch_size": 16, "image_size": 224, **sizes[0]}
     config = CLIPConfig(text_config={"eos_token_id": 49407, **sizes[1]}, vision_config=vision)
     images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
-    family = CLIP(CLIPModel(config), Words(), images)
+    with device:
+        model = CLIPModel(config)
+    family = CLIP(model, Words(), images)
     family.model.requires_grad_(False)
     chosen = "|".join(family.towers[tower] for tower in towers)
     lora = LoraConfig(r=16, target_modules=rf"({chosen}).*self_attn\.(q|k|v|out)_proj", init_lora_weights=True)
@@ -104,27 +108,29 @@ def clip(small: bool, *, towers: tuple[str, ...] = ("vision", "text")) -> CLIP:
     return family
 
 
-def objective_of(family: CLIP, count: int, width: int | None = None) -> TaskObjective:
+def objective_of(family: CLIP, count: int, width: int | None = None, precision: str = "fp32") -> TaskObjective:
     """Of ``count`` classes; ``width``: prompts padded to so many tokens, none of which is cut off."""
     task: Any = SimpleNamespace(name="classes", classes=names(count), templates=["a photo of a {}."])
-    objective = TaskObjective(family, task, Precision("fp32", torch.device("cpu")))
+    objective = TaskObjective(family, task, Precision(precision, family.device))
     if width is not None:
         rows = Words()(family.class_prompts(task.classes, task.templates), padding="max_length", max_length=width)
         objective.text_batch = {key: torch.tensor(value) for key, value in rows.items()}
     return objective
 
 
-def in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of each way, one after another, ``rounds`` times after one that is not counted."""
+def in_turn(
+    ways: dict[str, Callable[[], object]], rounds: int | Iterable[int], *, cpu: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each way (of the processor, or ``cpu`` false: of the clock), one after another, ``rounds`` times after one that
+    is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for n in range(rounds + 1):
+    for way in ways.values():
+        way()
+    for n in range(rounds) if isinstance(rounds, int) else rounds:
         for name, way in ways.items():
-            start = time.process_time()
-            way()
-            took = time.process_time() - start
-            print(f"round {n} {name}: {took:.2f} s", file=sys.stderr, flush=True)
-            if n:
-                seconds[name].append(took)
+            took, _ = bench.timed(way, cpu=cpu)
+            print(f"round {n + 1} {name}: {took:.2f} s", file=sys.stderr, flush=True)
+            seconds[name].append(took)
     return seconds
 
 
@@ -144,7 +150,8 @@ def table(title: str, seconds: dict[str, list[float]], unit: float = 1.0, per: s
 
 
 def step_of(family: CLIP, objective: TaskObjective, pixels: Tensor, steps: Any) -> Callable[[], None]:
-    batch = {"pixel_values": pixels, "labels": torch.arange(len(pixels)), **objective.text_batch}
+    labels = torch.arange(len(pixels), device=pixels.device)
+    batch = {"pixel_values": pixels, "labels": labels, **objective.text_batch}
 
     def step() -> None:
         objective._step = steps

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, peak memory, medians, and a table of ratios."""
+"""What the benchmarks share: the machine's name, clocks, peak memory, medians and ratios, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 
 
 def machine() -> str:
@@ -23,7 +24,10 @@ def machine() -> str:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         name = names[0] if names else name
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    gpu = ""
+    if torch.cuda.is_available():
+        tf32 = "on" if torch.backends.cuda.matmul.allow_tf32 else "off"
+        gpu = f", {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}, TF32 {tf32})"
     return (
         f"{name}{gpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
     )
@@ -46,13 +50,40 @@ def resident(key: str = "VmRSS") -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
+def synchronise() -> None:
+    """Wait for what a GPU was given to do, where this process has used one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def now(*, cpu: bool = False) -> float:
+    """Seconds of a clock, once a GPU's work is done. ``cpu``: of the processor, over all threads."""
+    synchronise()
+    return time.process_time() if cpu else time.perf_counter()
+
+
 def timed(work: Callable[[], T], *, cpu: bool = False) -> tuple[float, T]:
     """(seconds, what ``work`` returned). ``cpu``: of the processor, over all threads: for a machine that does other work as well,
     with one thread."""
-    clock = time.process_time if cpu else time.perf_counter
-    started = clock()
+    started = now(cpu=cpu)
     found = work()
-    return clock() - started, found
+    return now(cpu=cpu) - started, found
+
+
+def begin_peak(device: torch.device) -> int:
+    """Bytes held now, from which `peak_since` counts: of the GPU's allocator, or resident; 0 where the system forgets no peak."""
+    if device.type == "cuda":
+        synchronise()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return resident() if reset_peak() else 0
+
+
+def peak_since(before: int, device: torch.device) -> int:
+    """Bytes held at most beyond ``before``."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - before
+    return resident("VmHWM") - before
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

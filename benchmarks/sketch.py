@@ -15,13 +15,15 @@ accuracy: means and paired differences over seeds, with 95 % t intervals; a run 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import machine as bench
 import torch
 from machine import machine
 from torch import Tensor, nn
@@ -150,9 +152,50 @@ def energy(suite: str, tasks: int, seeds: Sequence[int]) -> None:
 
 
 def timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+    return bench.timed(action)[0]
+
+
+@dataclass
+class Cost:
+    """Of one layer and rank: rows l; bytes of G, Z and Ψ; seconds of a batch's pass per round, and M4's (None: not taken)."""
+
+    rank: int
+    rows: int
+    G: int
+    Z: int
+    Psi: int
+    exact: list[float]
+    sketched: list[float]
+    factor: tuple[float, float] | None = None
+
+
+def costs(
+    width: int, ranks: Sequence[int], tokens: int, repeats: Iterable[int], factor: bool = False,
+    device: torch.device = bench.HOST,
+) -> Iterator[Cost]:  # fmt: skip
+    """The gradient pass of one linear layer, exact and sketched in turn, after a batch of each that is not counted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width, bias=False, device=device))
+    x = torch.randn(tokens, width, device=device)
+    for r in ranks:
+        learner = ContinualLearner(model, KeepLoraConfig(r=r, target_modules=["0"], energy_weights=0.0))
+        exact = GradientObserver(learner.targets, learner.store)
+        sketched = SketchObserver(learner.targets, learner.store)
+        times: dict[GradientObserver, list[float]] = {exact: [], sketched: []}
+        for _ in itertools.chain((None,), repeats):  # the first allocates and draws Ψ
+            for observer, found in times.items():
+                model.requires_grad_(False)
+                with observer:
+                    found.append(timed(lambda: model(x).square().sum().backward()))
+        G, Z = exact.G["0"], sketched.G["0"]
+        (Psi,) = sketched._Psi.values()
+        cost = Cost(
+            r, len(Z), *(t.numel() * t.element_size() for t in (G, Z, Psi)), times[exact][1:], times[sketched][1:]
+        )
+        if factor:
+            U = Subspace(torch.linalg.qr(torch.randn(width, width // 4, device=device)).Q)
+            cost.factor = timed(partial(residual_factor, G, U, r)), timed(partial(residual_factor, Z, U, r))
+        yield cost
 
 
 def cost(width: int, ranks: Sequence[int], tokens: int, repeats: int, factor: bool) -> None:
@@ -161,30 +204,12 @@ def cost(width: int, ranks: Sequence[int], tokens: int, repeats: int, factor: bo
         "| r | l | G, MiB | Z, MiB | Ψ, MiB | Z / G | (Z + Ψ) / G | pass of G, s | pass of Z, s | ratio | M4 of G, s | of Z, s |"
         f"\n|{' ---: |' * 12}"
     )
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(width, width, bias=False))
-    x = torch.randn(tokens, width)
-    for r in ranks:
-        learner = ContinualLearner(model, KeepLoraConfig(r=r, target_modules=["0"], energy_weights=0.0))
-        exact = GradientObserver(learner.targets, learner.store)
-        sketched = SketchObserver(learner.targets, learner.store)
-        times: dict[GradientObserver, list[float]] = {exact: [], sketched: []}
-        for _ in range(repeats + 1):  # the first allocates and draws Ψ
-            for observer, found in times.items():
-                model.requires_grad_(False)
-                with observer:
-                    found.append(timed(lambda: model(x).square().sum().backward()))
-        G, Z = exact.G["0"], sketched.G["0"]
-        (Psi,) = sketched._Psi.values()
-        sizes = [t.numel() * t.element_size() for t in (G, Z, Psi)]
-        seconds = [median(found[1:]) for found in times.values()]
-        M4 = ["–", "–"]
-        if factor:
-            U = Subspace(torch.linalg.qr(torch.randn(width, width // 4)).Q)
-            M4 = [f"{timed(partial(residual_factor, M, U, r)):.2f}" for M in (G, Z)]
+    for c in costs(width, ranks, tokens, range(repeats), factor):
+        seconds = [median(c.exact), median(c.sketched)]
+        M4 = [f"{s:.2f}" for s in c.factor] if c.factor else ["–", "–"]
         print(
-            f"| {r} | {len(Z)} | {' | '.join(f'{size / 2**20:.1f}' for size in sizes)} | 1/{sizes[0] / sizes[1]:.1f} | "
-            f"1/{sizes[0] / (sizes[1] + sizes[2]):.1f} | {seconds[0]:.3f} | {seconds[1]:.3f} | "
+            f"| {c.rank} | {c.rows} | {' | '.join(f'{size / 2**20:.1f}' for size in (c.G, c.Z, c.Psi))} | 1/{c.G / c.Z:.1f} | "
+            f"1/{c.G / (c.Z + c.Psi):.1f} | {seconds[0]:.3f} | {seconds[1]:.3f} | "
             f"{seconds[1] / seconds[0]:.2f} | {' | '.join(M4)} |", flush=True,
         )  # fmt: skip
 

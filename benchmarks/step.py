@@ -27,7 +27,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -49,13 +49,15 @@ RANKS = {"clip": 16, "llama": 32, "demo": 16}
 
 @dataclass
 class Work:
-    """A model, the loss of one batch of it, and the linears to adapt."""
+    """A model, the loss of one batch of it, the linears to adapt, and how many tokens or pictures the batch has."""
 
     name: str
     model: nn.Module
     loss: Callable[[], Tensor]
     infer: Callable[[], Any]
     targets: list[Target]
+    count: int = 0
+    unit: str = "pictures"
 
 
 def clip_work(options: argparse.Namespace) -> Work:
@@ -67,7 +69,8 @@ def clip_work(options: argparse.Namespace) -> Work:
         vision_config={"patch_size": 16, "num_hidden_layers": blocks}, projection_dim=512,
         text_config={"num_hidden_layers": blocks},
     )  # fmt: skip
-    model = CLIPModel(settings).eval().to(options.device)
+    with options.device:
+        model = CLIPModel(settings).eval()
     pixels = torch.randn(options.batch or 8, 3, 224, 224, device=options.device)
     words = torch.randint(1, 400, (20, 12), device=options.device)
     words[:, -1] = 49407  # the end token
@@ -80,19 +83,23 @@ def clip_work(options: argparse.Namespace) -> Work:
         return nn.functional.cross_entropy(logits().float(), labels)
 
     names = ["q_proj", "k_proj", "v_proj", "out_proj"]
-    return Work("clip", model, loss, logits, targets_of(model, options.rank or RANKS["clip"], names))
+    return Work("clip", model, loss, logits, targets_of(model, options.rank or RANKS["clip"], names), len(pixels))
 
 
 def llama_work(options: argparse.Namespace) -> Work:
-    """A LLaMA-style decoder of 98 M parameters at random weights, the 7 linears of each block: 4 sequences of 128 tokens."""
+    """A LLaMA-style decoder of 98 M parameters at random weights, the 7 linears of each block: 4 sequences of 128 tokens.
+
+    options: ``tokens`` in place of 128, where it has that.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = LlamaConfig(
         vocab_size=8000, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12,
         num_hidden_layers=options.layers or 12,
     )  # fmt: skip
-    model = LlamaForCausalLM(settings).eval().to(options.device)
-    ids = torch.randint(0, 8000, (options.batch or 4, 128), device=options.device)
+    with options.device:
+        model = LlamaForCausalLM(settings).eval()
+    ids = torch.randint(0, 8000, (options.batch or 4, getattr(options, "tokens", 128)), device=options.device)
 
     def loss() -> Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -100,7 +107,8 @@ def llama_work(options: argparse.Namespace) -> Work:
     def infer() -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
-    return Work("llama", model, loss, infer, targets_of(model, options.rank or RANKS["llama"], LINEARS))
+    targets = targets_of(model, options.rank or RANKS["llama"], LINEARS)
+    return Work("llama", model, loss, infer, targets, ids.numel(), "tokens")
 
 
 def demo_work(options: argparse.Namespace) -> Work:
@@ -121,7 +129,8 @@ def demo_work(options: argparse.Namespace) -> Work:
         return nn.functional.cross_entropy(logits(), labels)
 
     rank = options.rank or RANKS["demo"]
-    return Work("demo", family.model, loss, logits, targets_of(family.model, rank, family.default_target_modules))
+    targets = targets_of(family.model, rank, family.default_target_modules)
+    return Work("demo", family.model, loss, logits, targets, len(pixels))
 
 
 def targets_of(model: nn.Module, rank: int, names: Sequence[str]) -> list[Target]:
@@ -226,27 +235,34 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     return total
 
 
-def clock(device: torch.device) -> float:
+def clock(device: torch.device, cpu: bool | None = None) -> float:
+    """Seconds, once a GPU is done. ``cpu``: of the processor; None: where that says what a step costs.
+
+    On a machine that others use as well, CPU time does; with several threads it is no measure.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
-    # On a machine that others use as well, CPU time is what a step costs; with several threads it is no measure.
-    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+    if cpu is None:
+        cpu = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if cpu else time.perf_counter()
 
 
-def times(work: Work, arms: Sequence[str], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+def times(
+    work: Work, arms: Sequence[str], rounds: Iterable[int], steps: int, device: torch.device, cpu: bool | None = None
+) -> dict[str, list[float]]:
     """Seconds of a step per arm and round: the median of ``steps``, after one that is not counted."""
     found: dict[str, list[float]] = {arm: [] for arm in arms}
     shuffled = list(arms)
-    for _ in range(rounds):
+    for _ in rounds:
         random.shuffle(shuffled)
         for arm in shuffled:
             with opened(arm, work) as parameters:
                 step, taken = make_step(work, parameters), []
                 for i in range(steps + 1):
-                    start = clock(device)
+                    start = clock(device, cpu)
                     step()
                     if i:
-                        taken.append(clock(device) - start)
+                        taken.append(clock(device, cpu) - start)
             found[arm].append(median(taken))
             gc.collect()
     return found
@@ -299,8 +315,11 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> str:
     return f"{median(each):.3f} [{min(each):.3f}, {max(each):.3f}]"
 
 
-def serving(work: Work, rounds: int, device: torch.device) -> str:
-    """The model with a learned task merged, against the model before: what is there, and what a forward pass takes."""
+def serving(work: Work, rounds: Iterable[int], device: torch.device, cpu: bool | None = None) -> dict[str, list[float]]:
+    """Seconds of a forward pass per round: of the model before ("base"), with a learned task merged, and beside stock LoRA.
+
+    A merged model must have the base model's modules, no hook and no replaced forward, which is checked.
+    """
     model, targets = work.model, work.targets
     shape = [(name, type(m)) for name, m in model.named_modules()]
     store = WeightStore(model, [t.name for t in targets])
@@ -308,21 +327,28 @@ def serving(work: Work, rounds: int, device: torch.device) -> str:
         step = make_step(work, parameters)
         step()
         learned = {t.name: layer_factors(model, t) for t in targets}
-    found: dict[str, list[float]] = {"base": [], "merged": []}
-    for _ in range(rounds):
+    found: dict[str, list[float]] = {"base": [], "merged": [], "lora": []}
+    for _ in rounds:
         for state in ("base", "merged"):
             store.restore({} if state == "base" else learned)
             assert [(name, type(m)) for name, m in model.named_modules()] == shape
             assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
-            with torch.no_grad():
-                taken = []
-                for _ in range(4):
-                    start = clock(device)
-                    work.infer()
-                    taken.append(clock(device) - start)
-            found[state].append(median(taken[1:]))
-    store.restore({})
-    return ratio(found["merged"], found["base"])
+            found[state].append(_forward_seconds(work, device, cpu))
+        store.restore({})
+        with opened("lora", work):
+            found["lora"].append(_forward_seconds(work, device, cpu))
+    return found
+
+
+@torch.no_grad()
+def _forward_seconds(work: Work, device: torch.device, cpu: bool | None) -> float:
+    """Median of three passes, after one that is not counted."""
+    taken = []
+    for _ in range(4):
+        start = clock(device, cpu)
+        work.infer()
+        taken.append(clock(device, cpu) - start)
+    return median(taken[1:])
 
 
 def layer_factors(model: nn.Module, target: Target) -> Any:
@@ -349,7 +375,7 @@ def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
             yield f"| {arm} | {kept[arm] / 1e6:.1f} | {kept[arm] / kept['lora']:.3f} | {kept[arm] / kept['floor']:.3f} |"
         return
     peak = peaks(work, arms, options)
-    taken = times(work, arms, options.rounds, options.steps, options.device)
+    taken = times(work, arms, range(options.rounds), options.steps, options.device)
     yield "| arm | step, ms | × lora | × floor | kept, MB | × lora | × floor | peak, MB | × lora | × floor |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for arm in arms:
@@ -361,7 +387,8 @@ def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
             f"{median(taken[arm]) * 1e3:.0f} | {ratio(taken[arm], taken['lora'])} | {ratio(taken[arm], taken['floor'])}"
         )
         yield f"| {arm} | {told} | {memory[0]} | {memory[1]} |"
-    yield f"\nforward pass, merged / base: {serving(work, options.rounds, options.device)}"
+    served = serving(work, range(options.rounds), options.device)
+    yield f"\nforward pass, merged / base: {ratio(served['merged'], served['base'])}"
 
 
 def prepared(name: str, options: argparse.Namespace) -> Work:

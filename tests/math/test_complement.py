@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keeplora.math import (
+    CovarianceSketch,
     Subspace,
     complement,
     explained_share,
@@ -16,6 +17,7 @@ from keeplora.math import (
     held_bytes,
     new_directions,
     new_gradient_directions,
+    new_sketched_directions,
     orthonormality_error,
     project_out,
     residual_factor,
@@ -136,6 +138,14 @@ def test_fifty_tasks_leave_the_complement_orthonormal_and_the_same_as_the_column
     assert S.k == 140
     assert torch.allclose(projector(S.basis()), projector(U), atol=1e-6)
     assert float((S.held.double().T @ first.double()).abs().max()) <= 1e-6
+
+
+def test_what_is_empty_lies_where_the_rest_does():
+    there = torch.device("meta")  # stands for a GPU: tensors without values, which know their place
+    assert complement(torch.empty(4, 0, device=there)).device == there
+    nothing = CovarianceSketch(torch.empty(2, 4, device=there), trace=0.0, shed=0.0)
+    assert nothing.shares(torch.empty(4, 3, device=there)).device == there
+    assert new_sketched_directions(Subspace(torch.empty(4, 1, device=there)), nothing, 0.9)[0].device == there
 
 
 def test_a_direction_that_is_protected_already_is_refused():

@@ -35,7 +35,7 @@ def complement(U: Tensor) -> Tensor:
     """
     n, k = U.shape
     if k == 0:
-        return torch.eye(n)
+        return torch.eye(n, device=U.device)
     return fix_signs(torch.linalg.qr(U.detach().to(torch.float64), mode="complete").Q[:, k:]).to(torch.float32)
 
 
@@ -178,7 +178,7 @@ def _new(S: Subspace, C64: Tensor, energy: float, *, tolerance: float) -> tuple[
     total = float(C64.diagonal().sum())
     left = N.T @ C64 @ N
     outside = float(left.diagonal().sum())
-    none = torch.zeros((S.n_in, 0), dtype=torch.float32)
+    none = torch.zeros((S.n_in, 0), dtype=torch.float32, device=N.device)
     if total <= 0:
         return none, 1.0
     if energy == 0 or N.shape[1] == 0:

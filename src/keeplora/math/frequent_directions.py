@@ -47,7 +47,7 @@ class CovarianceSketch:
     def shares(self, V: Tensor) -> Tensor:
         """Share of tr C along each column of V, at least: ‖B v‖² / tr C, (m,) float64. The truth is at most shed / tr C above."""
         if self.trace <= 0:
-            return torch.zeros(V.shape[1], dtype=torch.float64)
+            return torch.zeros(V.shape[1], dtype=torch.float64, device=V.device)
         return (self.B.to(torch.float64) @ V.detach().to(torch.float64)).square().sum(0) / self.trace
 
 
@@ -140,7 +140,7 @@ def new_sketched_directions(S: Subspace, sketch: CovarianceSketch, energy: float
     B = sketch.B.detach().to(torch.float64)
     if B.shape[1] != S.n_in:
         raise ValueError(f"the sketch has {B.shape[1]} input dimensions but U has {S.n_in}")
-    none = torch.zeros((S.n_in, 0), dtype=torch.float32)
+    none = torch.zeros((S.n_in, 0), dtype=torch.float32, device=S.held.device)
     if sketch.trace <= 0:
         return none, 1.0
     held = S.held.to(torch.float64)
