@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from keeplora.errors import TargetError
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.observers import _Observer, collect_features, collect_gradients
 from keeplora.tuner.targets import resolve_targets
 from keeplora.tuner.weights import WeightStore
 from tests.tuner.blocks import (
@@ -391,3 +391,23 @@ def test_loader_of_the_learner_gives_the_same():
     exact = autograd_gradients(net, (data.x, torch.tensor(data.labels)))
     G = gradients(net, loader(10, 0, batch_size=3))
     assert all(close(G[name], exact[name], 1e-5) for name in G)
+
+
+@pytest.mark.parametrize("collect", [gradients, features])
+def test_products_are_float32_whatever_the_user_lets_a_gpu_do(collect, monkeypatch):
+    """TF32 for the model's own passes, none in C and G; and the user's choice is in force again behind them."""
+    passes, products = [], []
+    model = make_net()
+    model.head.register_forward_hook(lambda *_: passes.append(torch.backends.cuda.matmul.fp32_precision))
+    rows = _Observer._rows
+    monkeypatch.setattr(
+        _Observer, "_rows", lambda *a: (products.append(torch.backends.cuda.matmul.fp32_precision), rows(*a))[1]
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        collect(model, batches(5))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(passes) == {"tf32"}
+    assert set(products) == {"ieee"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,36 @@ def release_cached() -> None:
     """Give what torch's allocator keeps aside back to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` lets a GPU (TF32) or oneDNN (bf16) do.
+
+    A user may want that for a model's passes; in C and in G, whose smallest directions count, ten bits are too few (M2, M8).
+    What was set before is set again behind it.
+
+    >>> with full_float32():
+    ...     torch.backends.cuda.matmul.fp32_precision
+    'ieee'
+    """
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9 has the one switch alone
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    was = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, was, strict=True):
+            backend.fp32_precision = precision
 
 
 def halved(batches: Iterable[Any]) -> Iterable[Any] | None:

@@ -21,7 +21,7 @@ from keeplora.math import CovarianceSketch, FrequentDirections
 from keeplora.tuner import ranks
 from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.convergence import Enough
-from keeplora.tuner.memory import in_smaller_batches, release_cached
+from keeplora.tuner.memory import full_float32, in_smaller_batches, release_cached
 from keeplora.tuner.sampling import batch_size, to_device
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
@@ -153,7 +153,7 @@ class GradientObserver(_Observer):
             def collect(g: Tensor) -> None:
                 if x._version != version:
                     raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
-                with torch.autocast(g.device.type, enabled=False):
+                with torch.autocast(g.device.type, enabled=False), full_float32():
                     rows = self._rows(target, x, 1.0)
                     G = self._product(target, g.detach().to(torch.float32).reshape(-1, g.shape[-1]), rows)
                 self.fired.add(target.name)
@@ -202,7 +202,7 @@ class FeatureObserver(_Observer):
         return {name: self.C(name) for name in self._last}
 
     def _add(self, target: Target, x: Tensor) -> None:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), full_float32():
             rows = self._rows(target, x, 0.5)  # C has x twice
             if self._sketch is not None and target.n_in >= SKETCH_WIDTH * self._sketch:
                 if target.name not in self._sketches:
