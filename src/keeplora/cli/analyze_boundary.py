@@ -1,0 +1,2 @@
+def boundary() -> None:
+    pass
