@@ -22,6 +22,9 @@ from keeplora.tuner.similarity import (
     updates_of,
 )
 
+ALL, POOLED = "all, within runs", "all, pooled"
+"""Sets of pairs beside the runs' own: the order inside each run alone, or every pair against every other."""
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -30,7 +33,7 @@ class Similarity:
     Attributes:
         source: the folder whose ledger the subspaces are of. exact: whether it kept covariances. tasks: in its order.
         overlap: [i][j], symmetric. energy: [j][i], the share of j's energy inside i's subspace; None where unknown.
-        pairs: of all runs. associations: per predictor and set of runs ("all", or a run's name).
+        pairs: of all runs. associations: per set of pairs (`ALL`, `POOLED`, or a run's name) and predictor.
     """
 
     source: str
@@ -83,7 +86,9 @@ def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: P
     for pair in pairs:
         if pair.drop is not None:
             measured.setdefault(pair.run, []).append(pair)
-    sets = {"all": list(measured.values())} if len(measured) > 1 else {}
+    groups = list(measured.values())
+    # Pooled, the runs' own levels count as well: a method that disturbs less is to forget less.
+    sets = {ALL: groups, POOLED: [[pair for group in groups for pair in group]]} if len(groups) > 1 else {}
     sets |= {name: [group] for name, group in measured.items()}
     return Similarity(
         source, all(t.exact for t in tasks), tuple(features), overlap_matrix(features, energy), inside, tuple(pairs),

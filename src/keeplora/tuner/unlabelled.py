@@ -149,8 +149,7 @@ class StreamTask:
             return
         with task.adapter.peft_model.disable_adapter():
             yield
-        if not task.adapter.trainable_A:
-            task.adapter.freeze_A()  # PEFT has thawed it
+        # PEFT has thawed A; `quiet_model`, around this, puts every flag back.
 
     def _told(self) -> dict[str, Any]:
         alarm = self.alarm
