@@ -1,4 +1,4 @@
-"""How often `keeplora.tuner.task_detection` cries wolf, and how soon it sees a new task: false-alarm rates and delays, with intervals.
+"""How often `keeplora.tuner.task_detection` gives false alarms, and how soon it sees a new task; with intervals.
 
     python benchmarks/task_detection.py                                  # some minutes for the features, once; then a minute
     python benchmarks/task_detection.py --plot docs/images/task-detection.png

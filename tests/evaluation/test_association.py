@@ -24,7 +24,10 @@ def test_one_group_is_scipys():
 
 def test_levels_of_groups_do_not_count():
     """Each group falls, although the pooled points rise: Simpson's paradox."""
-    groups = [([1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]), ([11.0, 12.0, 13.0, 14.0, 15.0], [15.0, 14.0, 13.0, 12.0, 11.0])]
+    groups = [
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]),
+        ([11.0, 12.0, 13.0, 14.0, 15.0], [15.0, 14.0, 13.0, 12.0, 11.0]),
+    ]
     assert spearman_within(groups).rho == -1.0
     assert spearman_within(groups).verdict == "goes against it"
     pooled = [(a + b, c + d) for (a, c), (b, d) in [groups]]

@@ -45,7 +45,8 @@ def test_share_inside():
     U, M = basis(6, 2, 0), torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     rest = torch.linalg.qr(U, mode="complete").Q[:, 2:]
     inside, outside = share_inside(M, U), share_inside(M, rest)
-    assert inside is not None and outside is not None
+    assert inside is not None
+    assert outside is not None
     assert inside + outside == pytest.approx(1.0)
     assert share_inside(torch.zeros(2, 6), U) is None
     with pytest.raises(ValueError, match="6 input dimensions but U has 5"):

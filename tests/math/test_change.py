@@ -65,8 +65,10 @@ def test_one_direction_alone():
 def test_where_it_has_been_quiet():
     watch = RankCusum(1e-3)
     watch.learn([float(i) for i in range(50)])
-    assert watch.update(24.4) is None and watch.quiet_until == 1
-    assert watch.update(100.0) is None and watch.quiet_until == 1
+    assert watch.update(24.4) is None
+    assert watch.quiet_until == 1
+    assert watch.update(100.0) is None
+    assert watch.quiet_until == 1
     assert watch.statistic > 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from keeplora import ContinualLearner
@@ -31,7 +30,8 @@ def test_two_states_of_one_ledger(learned):
     learner, folder = learned
     ledger, W0 = Ledger.open(folder / "ledger"), learner.store.W0
     found = drift(LedgerSide("run", ledger, "a", W0), LedgerSide("run", ledger, None, W0), energy=0.5)
-    assert found.a == "run @ a" and len(found.rows) == len(learner.targets)
+    assert found.a == "run @ a"
+    assert len(found.rows) == len(learner.targets)
     total = base = 0.0
     for row in found.rows:
         name = row.layer
@@ -57,8 +57,11 @@ def test_without_the_base_model(learned):
     found = drift(LedgerSide("run", ledger, START), LedgerSide("run", ledger))
     assert found.relative is None
     for row in found.rows:
-        assert row.relative is None and row.weight_angle is None and row.a_in_b is None
-        assert row.moved > 0 and row.overlap == pytest.approx(1.0, abs=1e-5)
+        assert row.relative is None
+        assert row.weight_angle is None
+        assert row.a_in_b is None
+        assert row.moved > 0
+        assert row.overlap == pytest.approx(1.0, abs=1e-5)
 
 
 def test_two_runs_whose_subspaces_differ(learned, tmp_path):
@@ -90,7 +93,8 @@ def test_an_adapter_and_a_checkpoint_on_disk(learned, tmp_path):
     assert max(row.relative for row in drift(LedgerSide("run", ledger, None, W0), checkpoint).rows) < 1e-6
     bare = SavedSide("merged", SavedExport(merged, learner.targets), learner.targets)
     two = drift(bare, bare)
-    assert two.relative == 0.0 and all(row.a_in_b is None for row in two.rows)
+    assert two.relative == 0.0
+    assert all(row.a_in_b is None for row in two.rows)
     with pytest.raises(KeepLoraError, match="name it with --model"):
         drift(LedgerSide("run", ledger), bare)
 

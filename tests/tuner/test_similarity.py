@@ -38,9 +38,11 @@ def ledger(folder, seeds=(1, 2, 1), **kwargs) -> Ledger:
 def test_a_task_is_most_alike_to_itself(tmp_path):
     """Tasks 0 and 2 are of the same data."""
     found = ledger_features(ledger(tmp_path, keep_covariance=True))
-    assert list(found) == ["t0", "t1", "t2"] and all(t.exact for t in found.values())
+    assert list(found) == ["t0", "t1", "t2"]
+    assert all(t.exact for t in found.values())
     matrix = overlap_matrix(found, 0.9)
-    assert matrix[0][2] > 0.9 > matrix[0][1] and matrix[0][2] == matrix[2][0]
+    assert matrix[0][2] > 0.9 > matrix[0][1]
+    assert matrix[0][2] == matrix[2][0]
     assert energy_inside(found["t2"], found["t0"], 0.9) > energy_inside(found["t1"], found["t0"], 0.9)
     assert energy_inside(found["t0"], found["t0"], 0.9) >= 0.9
 
@@ -83,7 +85,8 @@ def test_pairs_and_drops(tmp_path):
     assert all(v is not None and v >= 0 for p in pairs for v in p.predicted.values())
     unfinished = pairs_of("run", ["t0", "t1", "t2"], accuracy[:3], {}, ledger_features(found))
     assert [p.drop for p in unfinished] == [10.0, None, None]
-    assert unfinished[0].predicted["update"] is None and unfinished[0].predicted["overlap"] is not None
+    assert unfinished[0].predicted["update"] is None
+    assert unfinished[0].predicted["overlap"] is not None
 
 
 def test_a_protected_task_is_disturbed_less_than_an_unprotected_one(tmp_path):

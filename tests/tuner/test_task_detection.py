@@ -81,12 +81,14 @@ def test_a_new_task_is_seen_and_no_weight_flag_or_hook_is_touched():
     random_state = torch.get_rng_state()
     assert run(found, batches(1)[8:]) == []
     alarms = run(found, batches(2)[:3])
-    assert alarms and alarms[0] <= 96 + 12
+    assert alarms
+    assert alarms[0] <= 96 + 12
     assert len(found.values) == len(found.statistics) >= 97
     assert torch.equal(random_state, torch.get_rng_state())
     assert same(before, weights(learner.model))
     assert [p.requires_grad for p in learner.model.parameters()] == flags
-    assert learner.model.training and hooks(learner.model) == []
+    assert learner.model.training
+    assert hooks(learner.model) == []
 
 
 def test_layers_with_one_input_are_watched_once():
@@ -112,7 +114,8 @@ def test_what_is_not_given_sample_by_sample_is_left_out():
     learner = ContinualLearner(Prompted(), config())
     found = detector(learner)
     found.calibrate(batches(1)[:4])
-    assert found.watched and all(name.startswith("vision_model") for name in found.watched)
+    assert found.watched
+    assert all(name.startswith("vision_model") for name in found.watched)
     with pytest.raises(TargetError, match="nothing to watch; give a watch_fn"):
         detector(learner, lambda m, b: m.text_model(m.prompts)).calibrate(batches(1)[:4])
 

@@ -49,7 +49,8 @@ def test_the_stream_is_cut_where_its_tasks_begin():
     learner = ContinualLearner(make_net(), config())
     found = learn(learner, stream((1, 160), (2, 160), (3, 160)))
     assert [record.name for record in learner.records] == ["task-1", "task-2", "task-3"]
-    assert hooks(learner.model) == [] and learner._open is None
+    assert hooks(learner.model) == []
+    assert learner._open is None
     told = [record.info["unlabelled"] for record in learner.records]
     assert [t["alarm"] is None for t in told] == [False, False, True]
     for (task, trained), after in zip(found, (160, 160, 160), strict=True):
@@ -69,7 +70,8 @@ def test_a_new_task_starts_from_the_samples_since_the_change():
         return [sum(torch.equal(b[0], k[0]) for b in batches) for k in kept]
 
     assert len(tasks) == 2
-    assert sum(of(second, tasks[0].kept)) == 0 and sum(of(first, tasks[1].kept)) == 0
+    assert sum(of(second, tasks[0].kept)) == 0
+    assert sum(of(first, tasks[1].kept)) == 0
     assert sum(of(first, tasks[0].kept)) >= len(first) - 1
     assert sum(of(second, tasks[1].kept)) == len(second)
 
@@ -127,20 +129,27 @@ def test_whoever_stops_early_still_gets_the_next_task():
 def test_an_exception_undoes_the_task_under_way():
     learner = ContinualLearner(make_net(), config())
     before = weights(learner.model)
-    with pytest.raises(RuntimeError, match="mine"):
+
+    def train():
         for task in learner.unlabelled(stream((1, 160)), loss_fn, warmup=64):
             with task as model:
                 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
                 for batch in task:
                     step(model, batch, optimizer)
                     raise RuntimeError("mine")
-    assert same(before, weights(learner.model)) and learner._open is None and learner.records == []
+
+    with pytest.raises(RuntimeError, match="mine"):
+        train()
+    assert same(before, weights(learner.model))
+    assert learner._open is None
+    assert learner.records == []
 
 
 def test_a_short_end_is_a_task_of_its_own():
     learner = ContinualLearner(make_net(), config())
     found = learn(learner, stream((1, 24)))
-    assert len(found) == 1 and len(found[0][1]) == 3
+    assert len(found) == 1
+    assert len(found[0][1]) == 3
     assert learner.records[0].info["unlabelled"]["alarm"] is None
     assert learn(learner, iter([])) == []
 
@@ -154,7 +163,7 @@ def test_a_method_without_subspaces_is_watched_by_the_tasks_own():
 def test_what_is_refused(monkeypatch):
     learner = ContinualLearner(make_net(), config())
     for bad in ({"warmup": 1}, {"keep": True}, {"alarm_rate": 0.7}):
-        with pytest.raises(KeepLoraError, match="warmup|keep|alarm_rate"):
+        with pytest.raises(KeepLoraError, match=r"warmup|keep|alarm_rate"):
             learner.unlabelled([], loss_fn, **bad)
     with pytest.raises(KeepLoraError, match="was left out: write `with task as peft_model:`"):
         for _ in learner.unlabelled(stream((1, 160)), loss_fn, warmup=64):

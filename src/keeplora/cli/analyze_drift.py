@@ -24,7 +24,9 @@ def drift(
     b: Annotated[
         Path | None, typer.Argument(help="The other; left out, the same ledger, from before its first task on.")
     ] = None,
-    task_a: Annotated[str | None, typer.Option(help="Of a ledger: as it was after this task; start: before all.")] = None,
+    task_a: Annotated[
+        str | None, typer.Option(help="Of a ledger: as it was after this task; start: before all.")
+    ] = None,
     task_b: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model, where neither side is a run directory.")] = None,
     energy: Annotated[

@@ -14,9 +14,12 @@ SHOWN = 30
 
 
 def similarity(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of the same tasks (or ledgers: without accuracies).")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories of the same tasks (or ledgers: without accuracies).")
+    ],
     subspaces: Annotated[
-        Path | None, typer.Option(help="Take the tasks' subspaces from this ledger or run; default: the best of those given.")
+        Path | None,
+        typer.Option(help="Take the tasks' subspaces from this ledger or run; default: the best of those given."),
     ] = None,
     energy: Annotated[
         float, typer.Option(help="Share of a task's energy that its own subspace holds, above 0 to 1.")
@@ -99,8 +102,8 @@ def _show(found: Similarity) -> None:
         rows,
     )
     say(
-        "Interval: bootstrap over pairs; p: values shuffled within runs. Pairs that share a task are not independent, so with few "
-        "tasks both are too sure."
+        "Interval: bootstrap over pairs; p: values shuffled within runs. Pairs that share a task are not independent, so with "
+        "few tasks both are too sure."
     )
 
 

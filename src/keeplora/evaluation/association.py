@@ -64,7 +64,9 @@ def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]], *
         if len(x) != len(y):
             raise KeepLoraError(f"a correlation needs as many values on both sides, got {len(x)} and {len(y)}")
         # Rounded to a billionth of the largest: sums of equal terms in another order must tie.
-        scaled = [np.round(np.asarray(v, dtype=float) / max(float(np.abs(v).max(initial=0.0)), 1e-300), 9) for v in (x, y)]
+        scaled = [
+            np.round(np.asarray(v, dtype=float) / max(float(np.abs(v).max(initial=0.0)), 1e-300), 9) for v in (x, y)
+        ]
         if len(x) >= LEAST and all(len(np.unique(v)) > 1 for v in scaled):
             kept.append(scaled)
     n = sum(len(x) for x, _ in kept)

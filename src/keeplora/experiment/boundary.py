@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ class BoundaryTrace:
     def false_alarms(self) -> int:
         """Alarms before the first boundary, and further ones after the first of each task."""
         starts = [0, *(at for at, _ in self.boundaries), self.samples]
-        counts = [sum(a < alarm.at <= b for alarm in self.alarms) for a, b in zip(starts, starts[1:], strict=False)]
+        counts = [sum(a < alarm.at <= b for alarm in self.alarms) for a, b in itertools.pairwise(starts)]
         return counts[0] + sum(max(0, n - 1) for n in counts[1:])
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,14 +94,20 @@ def watch_run(
     if kind not in KINDS:
         raise KeepLoraError(f"a stream is one of {', '.join(KINDS)}, not {kind!r}")
     if size < 1 or warmup < 2 * size or ramp < 1:
-        raise KeepLoraError(f"batches of {size} samples, a warm-up of {warmup} (two batches at least) or a ramp of {ramp} cannot be")
+        raise KeepLoraError(
+            f"batches of {size} samples, a warm-up of {warmup} (two batches at least) or a ramp of {ramp} cannot be"
+        )
     folder = expand(path)
     if not (folder / "config.yaml").is_file():
-        raise KeepLoraError(f"{folder} is not a run directory (no config.yaml); give the folder that `keeplora run` printed")
+        raise KeepLoraError(
+            f"{folder} is not a run directory (no config.yaml); give the folder that `keeplora run` printed"
+        )
     config = load_config(RunDirectory(folder).read_config(), {"device": device})
     setup = prepare(config)
     if odd := [task.name for task in setup.tasks if isinstance(task.train, SampleStream)]:
-        raise KeepLoraError(f"task {odd[0]!r} is read as a stream and cannot be shuffled here; give a run with data at hand")
+        raise KeepLoraError(
+            f"task {odd[0]!r} is read as a stream and cannot be shuffled here; give a run with data at hand"
+        )
     learner = setup.method.learner(setup.family.model, setup.tuner_config())
     parts = [ConcatDataset([setup.sets[t.name].train, setup.sets[t.name].test]) for t in setup.tasks]
     lengths, random = [len(part) for part in parts], Random(seed)

@@ -68,11 +68,15 @@ def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: P
     """
     places = {_name(path): LedgerPlace.open(path) for path in paths}
     if len(places) < len(paths):
-        raise KeepLoraError("two of the runs have the same folder name, so their rows could not be told apart; rename one")
+        raise KeepLoraError(
+            "two of the runs have the same folder name, so their rows could not be told apart; rename one"
+        )
     hashes = {name: place.ledger.head["base"]["hash"] for name, place in places.items()}
     first = next(iter(hashes))
     if odd := [name for name, found in hashes.items() if found != hashes[first]]:
-        raise KeepLoraError(f"{odd[0]} was learned on another base model than {first}: their features cannot be compared")
+        raise KeepLoraError(
+            f"{odd[0]} was learned on another base model than {first}: their features cannot be compared"
+        )
     source, features = _features(places, subspaces)
     pairs: list[Pair] = []
     for name, place in places.items():
@@ -122,6 +126,8 @@ def _features(places: dict[str, LedgerPlace], subspaces: Path | None) -> tuple[s
 def _association(groups: Sequence[Sequence[Pair]], predictor: str) -> Association:
     lists = []
     for group in groups:
-        known = [(x, pair.drop) for pair in group if (x := pair.predicted[predictor]) is not None and pair.drop is not None]
+        known = [
+            (x, pair.drop) for pair in group if (x := pair.predicted[predictor]) is not None and pair.drop is not None
+        ]
         lists.append(([x for x, _ in known], [y for _, y in known]))
     return spearman_within(lists)

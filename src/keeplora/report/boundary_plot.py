@@ -33,7 +33,9 @@ def plot_boundary(
     ends = [0, *(at for at, _ in found["boundaries"]), found["samples"]]
     for axes in (above, below):
         for start, end in found["warmups"]:
-            axes.axvspan(start, end, color="#eef2f6", linewidth=0, label="warm-up" if start == found["warmups"][0][0] else None)
+            axes.axvspan(
+                start, end, color="#eef2f6", linewidth=0, label="warm-up" if start == found["warmups"][0][0] else None
+            )
         for k, (at, _) in enumerate(found["boundaries"]):
             axes.axvline(at, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label=None if k else "a task begins")
         for k, alarm in enumerate(found["alarms"]):

@@ -172,7 +172,9 @@ def drift(a: Side, b: Side, energy: float = 0.5) -> Drift:
     rows, squares, base = [], 0.0, 0.0
     for name in names:
         if a.layers[name] != b.layers[name]:
-            raise KeepLoraError(f"{name} has {a.layers[name]} inputs and outputs in {a.label}, {b.layers[name]} in {b.label}")
+            raise KeepLoraError(
+                f"{name} has {a.layers[name]} inputs and outputs in {a.label}, {b.layers[name]} in {b.label}"
+            )
         row, size = _row(a, b, name, energy)
         rows.append(row)
         squares += row.moved**2

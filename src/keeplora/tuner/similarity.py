@@ -80,8 +80,8 @@ def ledger_features(ledger: Ledger) -> dict[str, TaskFeatures]:
     start = ledger.bases()
     if not start:
         raise KeepLoraError(
-            f"{ledger.path}: its method keeps no subspaces, so it does not know its tasks' features; name a run of the same tasks "
-            "by keeplora or keeplora++ as well"
+            f"{ledger.path}: its method keeps no subspaces, so it does not know its tasks' features; name a run of the same "
+            "tasks by keeplora or keeplora++ as well"
         )
     history, active = ledger.history(), {record.entry for record in ledger.records()}
     bases = Bases(start, history)
@@ -91,7 +91,7 @@ def ledger_features(ledger: Ledger) -> dict[str, TaskFeatures]:
             continue
         if not record.values and not record.covariance:
             raise KeepLoraError(
-                f"{ledger.path}: task {record.name!r} does not say what its directions are worth, as ledgers of version 0 do not; "
+                f"{ledger.path}: task {record.name!r} does not say what its directions are worth, as in ledgers of version 0; "
                 "learn it again"
             )
         exact = bool(record.covariance)
