@@ -142,7 +142,8 @@ class Table:
 
 def watch(table: Table, source: str, rate: float, seed: int, ranks: int = RANKS) -> RankCusum:
     found = RankCusum(rate, seed=seed)
-    found.learn(table.draw(source, Random(1000 + seed), ranks))
+    # Draws of their own: the same ones as for the ties would tie each picture to one side of its equals.
+    found.learn(table.draw(source, Random(f"ranks {source} {seed}"), ranks))
     return found
 
 
@@ -161,7 +162,7 @@ def false_alarms(found: dict[str, Any], rate: float, samples: int, *, in_order: 
     """Alarms per sample without any boundary, one number per source and start."""
     out = []
     for source, start, table in tables(found, "U₀ + V", "on one scale"):
-        random, one = Random(start), watch(table, source, rate, start)
+        random, one = Random(f"{source} {start}"), watch(table, source, rate, start)
         if in_order:
             stream = (table.in_order * (samples // len(table.in_order) + 1))[:samples]
         else:
@@ -179,7 +180,7 @@ def delays(
     for source, start, table in tables(found, reference, how):
         for other in found["counts"]:
             for seed in range(seeds if other != source else 0):
-                random = Random(seed * 97 + start)
+                random = Random(f"{source} {other} {start} {seed}")
                 one = watch(table, source, rate, seed, ranks)
                 for value in table.draw(source, random, BEFORE):
                     one.update(value)  # an alarm here is a false one; the watch goes on
