@@ -228,12 +228,13 @@ def plot(
     axes.legend(frameon=False)
     names = sorted({a for a, _ in abrupt})
     values = [[median(abrupt[a, b]) if a != b else float("nan") for b in names] for a in names]
-    image = grid.imshow(values, cmap="Blues", aspect="auto")
+    top = max(value for row in values for value in row if value == value)
+    image = grid.imshow(values, cmap="Blues", aspect="auto", vmin=0.0, vmax=top)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if value == value:
                 grid.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", color="black" if value < 60 else "white", fontsize=9
+                    x, y, f"{value:.0f}", ha="center", va="center", color="black" if value < 0.6 * top else "white", fontsize=9
                 )
     grid.set_xticks(range(len(names)), names, rotation=30, ha="right")
     grid.set_yticks(range(len(names)), names)
