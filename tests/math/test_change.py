@@ -72,6 +72,16 @@ def test_where_it_has_been_quiet():
     assert watch.statistic > 0
 
 
+def test_no_more_is_held_than_the_limit(monkeypatch):
+    monkeypatch.setattr("keeplora.math.change.MOST", 50)
+    watch, random = RankCusum(1e-3), Random(0)
+    watch.learn([random.gauss(0, 1) for _ in range(60)])
+    for _ in range(200):
+        watch.update(random.gauss(0, 1))
+    assert len(watch._sorted) == 50
+    assert any(watch.update(9.0) for _ in range(10))
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="finite numbers"):
         RankCusum(1e-3).update(math.nan)

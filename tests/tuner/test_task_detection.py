@@ -76,7 +76,7 @@ def test_by_either_side_of_a_subspace():
 def test_a_new_task_is_seen_and_no_weight_flag_or_hook_is_touched():
     learner = ContinualLearner(make_net(), config())
     before, flags = weights(learner.model), [p.requires_grad for p in learner.model.parameters()]
-    found = detector(learner, alarm_rate=1e-3)
+    found = detector(learner, alarm_rate=1e-3, trace=True)
     found.calibrate(batches(1)[:8])
     random_state = torch.get_rng_state()
     assert run(found, batches(1)[8:]) == []

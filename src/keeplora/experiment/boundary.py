@@ -60,7 +60,7 @@ class BoundaryTrace:
         """Per boundary the samples from it to the first alarm before the next boundary; None where none came."""
         ends = [at for at, _ in self.boundaries[1:]] + [self.samples]
         out: list[tuple[str, int | None]] = []
-        for (at, name), end in zip(self.boundaries, ends, strict=True):
+        for (at, name), end in zip(self.boundaries, ends, strict=False):  # no boundary: no delay
             first = next((a.at for a in self.alarms if at < a.at <= end), None)
             out.append((name, None if first is None else first - at))
         return out
@@ -121,7 +121,7 @@ def watch_run(
     detector = TaskDetector(
         learner.model, learner.targets, learner.store, given["forward_fn"],
         subspace=learner.U.subspace if learner.protects else None, energy=learner.feature_energy, alarm_rate=alarm_rate,
-        mask_fn=given["mask_fn"], seed=seed,
+        mask_fn=given["mask_fn"], seed=seed, trace=True,
     )  # fmt: skip
     names = tuple(task.name for task in setup.tasks)
     found = _watch(detector, iter(stream), warmup)

@@ -12,7 +12,7 @@ from keeplora.experiment.ledgers import LedgerPlace
 from keeplora.files import expand
 from keeplora.models import load_model
 from keeplora.tuner.drift import LedgerSide, SavedSide, Side
-from keeplora.tuner.leaks.saved import PREFIX, SavedExport, SavedTensors
+from keeplora.tuner.leaks.saved import PREFIX, SavedExport, SavedTensors, checkpoint_files
 from keeplora.tuner.targets import Target
 
 
@@ -69,12 +69,7 @@ def _targets(places: Sequence[LedgerPlace | None], paths: Sequence[Path]) -> lis
             return [Target(**t) for t in place.ledger.head["targets"]]
     adapters = [path for path in paths if (path / "adapter_config.json").is_file()]
     path = adapters[0] if adapters else paths[0]
-    file = "adapter_model.safetensors" if adapters else "model.safetensors"
-    if not (path / file).is_file():
-        raise KeepLoraError(
-            f"{path} holds no ledger, no adapter and no {file}; give what a run, save_pretrained or `keeplora export` wrote"
-        )
-    tensors = SavedTensors(path, [file])
+    tensors = SavedTensors(path, ["adapter_model.safetensors"] if adapters else checkpoint_files(path))
     found = []
     for name in tensors.names:
         shape = tensors.shape(name)

@@ -47,7 +47,13 @@ class Side:
     def weight(self, name: str) -> Tensor | None:
         """W (out, in) float64; None where the base model is not at hand."""
         D = self.delta(name)
-        return self.W0[name].to(torch.float64) + D if self.W0 is not None and D is not None else None
+        W0 = self.base(name)
+        return W0 + D if W0 is not None and D is not None else None
+
+    def base(self, name: str) -> Tensor | None:
+        """W₀ (out, in) float64; None where the base model is not at hand, or has no such layer."""
+        W0 = None if self.W0 is None else self.W0.get(name)
+        return None if W0 is None else W0.to(torch.float64)
 
     def U(self, name: str) -> Tensor | None:
         """The protected subspace (in, k); None where nothing is said to be protected."""
@@ -63,7 +69,7 @@ class LedgerSide(Side):
         super().__init__(label if upto is None else f"{label} @ {upto}", ledger.targets, W0)
         if reason := ledger.told.get("unmergeable"):
             raise KeepLoraError(f"{ledger.path}: no one model holds its tasks, for its method {reason}")
-        self.base = ledger.head["base"]["hash"]
+        self.base_hash = ledger.head["base"]["hash"]
         active, history = ledger.records(), ledger.history()
         if upto is not None:
             names = [record.name for record in active]
@@ -104,7 +110,8 @@ class SavedSide(Side):
             found = self.export.factors(self.targets[name])
             n_in, n_out = self.layers[name]
             return torch.zeros((n_out, n_in), dtype=torch.float64) if found is None else found.delta.to(torch.float64)
-        return self.weight_on_disk(name) - self.W0[name].to(torch.float64) if self.W0 is not None else None
+        W0 = self.base(name)
+        return None if W0 is None else self.weight_on_disk(name) - W0
 
     def weight(self, name: str) -> Tensor | None:
         return self.weight_on_disk(name) if self.export.kind == "checkpoint" else super().weight(name)
@@ -162,7 +169,7 @@ def drift(a: Side, b: Side, energy: float = 0.5) -> Drift:
     Raises:
         KeepLoraError: no common layer, one of another shape, ledgers of different base models, or D cannot be told.
     """
-    if isinstance(a, LedgerSide) and isinstance(b, LedgerSide) and a.base != b.base:
+    if isinstance(a, LedgerSide) and isinstance(b, LedgerSide) and a.base_hash != b.base_hash:
         raise KeepLoraError(
             f"{a.label} and {b.label} were learned on different base models: their updates cannot be compared"
         )

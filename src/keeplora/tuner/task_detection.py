@@ -77,7 +77,7 @@ class TaskDetector:
         shift: the smallest change worth finding quickly, in standard deviations of a sample's number.
         mask_fn: which positions count, as in `ContinualLearner.start_task`.
         frozen: makes a context in which the model is as it was when `calibrate` saw it; by default it never changes.
-        seed: of the draws that break ties.
+        seed: of the draws that break ties. trace: keep `values` and `statistics`, a number each per sample, for a plot.
 
     Use `calibrate` at the start of a task, then `update` with each batch.
     """
@@ -96,6 +96,7 @@ class TaskDetector:
         mask_fn: MaskFn = attention_masks,
         frozen: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         seed: int = 0,
+        trace: bool = False,
     ) -> None:
         check_rate(alarm_rate)
         self.model, self.targets, self.store = model, list(targets), store
@@ -105,9 +106,11 @@ class TaskDetector:
         self.seen: dict[str, Subspace] = {}
         """S per watched target: of targets with one input, the first alone."""
         self.watched: list[str] = []
+        self.trace = trace
         self.values: list[float] = []
-        """One number per sample since `calibrate`. statistics: the CUSUM after each, over its threshold."""
+        """One number per sample since `calibrate`."""
         self.statistics: list[float] = []
+        """The CUSUM after each of them, over its threshold: 1 at an alarm."""
         self.watch = RankCusum(alarm_rate, shift, seed=seed)
         self._mean = self._spread = torch.zeros(0)
 
@@ -144,9 +147,10 @@ class TaskDetector:
     def update(self, batch: Any) -> Alarm | None:
         """Judge the samples of one batch in their order; the alarm counts samples since `calibrate`, and ends the batch."""
         for value in self._reduce(self._shares([batch])):
-            self.values.append(value)
             alarm = self.watch.update(value)
-            self.statistics.append(self.watch.statistic if alarm is None else 1.0)
+            if self.trace:
+                self.values.append(value)
+                self.statistics.append(self.watch.statistic if alarm is None else 1.0)
             if alarm is not None:
                 return alarm
         return None
