@@ -2,6 +2,7 @@
 
     python benchmarks/task_detection.py                                  # some minutes for the features, once; then a minute
     python benchmarks/task_detection.py --plot docs/images/task-detection.png
+    python benchmarks/task_detection.py --late runs/demo-small-keeplora++-seed0    # its old tasks coming back after its last
 
 The demo model's features (embedded, 112 pixels, vision tower) of all pictures of demo-small's five sources are gone through
 once: per source and start (64 pictures that make V) the share of energy outside span[U₀, V] of every picture at every layer.
@@ -32,7 +33,7 @@ from machine import machine
 from torch import Tensor
 
 from keeplora.evaluation.stats import mean_interval
-from keeplora.experiment import load_config
+from keeplora.experiment import TrainedModel, load_config
 from keeplora.experiment.pictures import Collate, loader
 from keeplora.experiment.setup import prepare
 from keeplora.files import atomic_write_bytes
@@ -44,16 +45,27 @@ from keeplora.tuner.task_detection import ShareObserver, reduce_layers
 
 STARTS, FIT, RANKS, BEFORE, RAMP, MOST = 3, 64, 64, 200, 200, 2000
 RATES = (1e-2, 1e-3, 1e-4)
-REFERENCES = ("U₀", "V", "U₀ + V")
+BOTH = "U₀ + V"
+REFERENCES = ("U₀", "V", BOTH)
 
 
-def features(cache: Path) -> dict[str, Any]:
-    """Per source: its pictures' labels; per reference, source and start: (pictures of all sources, layers), and the fit's."""
+def features(cache: Path, late: Path | None = None) -> dict[str, Any]:
+    """Per reference, source and start: the shares (pictures of all sources, layers); and which pictures made V.
+
+    Args:
+        late: a run; its model and U before its last task, which is the only one to start from.
+    """
     if cache.is_file():
         return torch.load(cache, weights_only=True)
     config = load_config({"suite": "demo", "method": "keeplora++"}, {}, known_methods=method_names())
     setup = prepare(config)
-    learner = setup.method.learner(setup.family.model, setup.tuner_config())
+    family, learner = setup.family, setup.method.learner(setup.family.model, setup.tuner_config())
+    starts = [task.name for task in setup.tasks]
+    if late is not None:
+        trained = TrainedModel(late, device="cpu")
+        family, learner = trained.family, trained.learner
+        starts = trained.tasks[-1:]
+        learner.rollback(trained.tasks[-2])
     targets = [t for t in learner.targets if "vis" in t.tower]
     pictures = {
         task.name: [
@@ -70,6 +82,7 @@ def features(cache: Path) -> dict[str, Any]:
     fits = {
         (name, start): torch.randperm(len(p), generator=torch.Generator().manual_seed(start))[:FIT]
         for name, p in pixels.items()
+        if name in starts
         for start in range(STARTS)
     }
     model = learner.model
@@ -78,12 +91,12 @@ def features(cache: Path) -> dict[str, Any]:
     with torch.no_grad(), quiet_model(model):
         for (name, start), chosen in fits.items():
             with FeatureObserver(targets, learner.store) as observer:
-                setup.family.image_features(pixels[name][chosen])
+                family.image_features(pixels[name][chosen])
             for layer, C in observer.leaders().items():
                 assert isinstance(C, Tensor)
-                energy, U0 = learner.feature_energy(layer), learner.U.subspace(layer)
+                energy, U0 = learner.feature_energy(layer), learner.U.subspace(layer)  # late: U of all tasks before
                 none[layer] = Subspace.of(torch.zeros(C.shape[0], 0))
-                for reference, S in (("V", none[layer]), ("U₀ + V", U0)):
+                for reference, S in (("V", none[layer]), (BOTH, U0)):
                     found = subspaces.setdefault((reference, name, start), {})
                     found[layer] = S.extended(new_directions(S, C, energy)[0])
         subspaces["U₀", "", 0] = {layer: learner.U.subspace(layer) for layer in none}
@@ -97,7 +110,7 @@ def features(cache: Path) -> dict[str, Any]:
                     }
                     for observer in watching.values():
                         observer.begin(len(batch), {})
-                    setup.family.image_features(batch)
+                    family.image_features(batch)
                 for key, observer in watching.items():
                     table = torch.stack([observer.shares()[layer] for layer in none], dim=1).double()
                     shares.setdefault("|".join(map(str, key)), []).append(table)
@@ -148,7 +161,7 @@ def watch(table: Table, source: str, rate: float, seed: int, ranks: int = RANKS)
 
 
 def tables(found: dict[str, Any], reference: str, how: str) -> Iterator[tuple[str, int, Table]]:
-    for source in found["counts"]:
+    for source in dict.fromkeys(key.partition("|")[0] for key in found["fits"]):
         for start in range(STARTS):
             yield source, start, Table(found, source, start, reference, how)
 
@@ -161,7 +174,7 @@ def interval(values: list[float], form: str) -> str:
 def false_alarms(found: dict[str, Any], rate: float, samples: int, *, in_order: bool = False) -> list[float]:
     """Alarms per sample without any boundary, one number per source and start."""
     out = []
-    for source, start, table in tables(found, "U₀ + V", "on one scale"):
+    for source, start, table in tables(found, BOTH, "on one scale"):
         random, one = Random(f"{source} {start}"), watch(table, source, rate, start)
         if in_order:
             stream = (table.in_order * (samples // len(table.in_order) + 1))[:samples]
@@ -172,7 +185,7 @@ def false_alarms(found: dict[str, Any], rate: float, samples: int, *, in_order: 
 
 
 def delays(
-    found: dict[str, Any], rate: float, *, gradual: bool = False, reference: str = "U₀ + V", how: str = "on one scale",
+    found: dict[str, Any], rate: float, *, gradual: bool = False, reference: str = BOTH, how: str = "on one scale",
     ranks: int = RANKS, seeds: int = 4,
 ) -> dict[tuple[str, str], list[float]]:  # fmt: skip
     """Samples from the change (or from the beginning of the rise) to the first alarm after it, per ordered pair."""
@@ -234,7 +247,13 @@ def plot(
         for x, value in enumerate(row):
             if value == value:
                 grid.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", color="black" if value < 0.6 * top else "white", fontsize=9
+                    x,
+                    y,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    color="black" if value < 0.6 * top else "white",
+                    fontsize=9,
                 )
     grid.set_xticks(range(len(names)), names, rotation=30, ha="right")
     grid.set_yticks(range(len(names)), names)
@@ -247,13 +266,29 @@ def plot(
     atomic_write_bytes(path, buffer.getvalue())
 
 
+def old_tasks(found: dict[str, Any]) -> None:
+    """Delays from a run's last task to each of its old ones."""
+    print(f"{machine()}\n\n| outside of | from | to | delay: mean [95 %] | median | not seen |\n|" + " --- |" * 6)
+    for reference in ("V", BOTH):
+        for (source, other), values in delays(found, 1e-3, reference=reference, seeds=20).items():
+            missed = sum(v >= MOST for v in values) / len(values)
+            name = "U of the old tasks + V" if reference == BOTH else reference
+            print(f"| {name} | {source} | {other} | {interval(values, '.1f')} | {median(values):.0f} | {missed:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cache", type=Path, default=Path("runs/task-detection.pt"), help="the table of shares")
     parser.add_argument("--samples", type=int, default=20_000, help="of each stream without a boundary")
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument(
+        "--late", type=Path, default=None, help="a run on demo or demo-small: its last task, then its old ones"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.late is not None:
+        old_tasks(features(given.cache.with_suffix(".late.pt"), given.late))
+        return
     found = features(given.cache)
     print(f"{machine()}\npictures: {found['counts']}\n")
     print("| stream | asked | false alarms per sample, mean [95 %] | of the rate asked |\n| --- | --- | --- | --- |")
@@ -279,7 +314,7 @@ def main() -> None:
         mean, middle, late, missed = quantiles(pairs)
         slowest = max(pairs, key=lambda p: median(pairs[p]))
         print(
-            f"| {'gradual' if case.get('gradual') else 'abrupt'} | {case['rate']:g} | {case.get('reference', 'U₀ + V')} "
+            f"| {'gradual' if case.get('gradual') else 'abrupt'} | {case['rate']:g} | {case.get('reference', BOTH)} "
             f"| {case.get('how', 'on one scale')} | {case.get('ranks', RANKS)} | {mean} | {middle:.0f} | {late:.0f} "
             f"| {slowest[0]} → {slowest[1]} ({median(pairs[slowest]):.0f}) | {missed:.3f} |",
             flush=True,

@@ -21,8 +21,8 @@ from statistics import NormalDist
 OVERSHOOT = 1.166
 """2 · 0.583, how far a CUSUM of normal scores overshoots both of its borders on average (Siegmund, 1985)."""
 MOST = 100_000
-"""Values that are held to rank others among. Those that come later are ranked without joining them, so that neither memory nor the
-time per value grows for ever; the false alarms' rate then holds to about a tenth."""
+"""Values that are held to rank others among. Those that come later are ranked without joining them, so that neither memory nor
+the time per value grows for ever; the false alarms' rate then holds to about a tenth."""
 _NORMAL = NormalDist()
 
 
@@ -84,7 +84,7 @@ class RankCusum:
     >>> watch = RankCusum(rate=1e-3)
     >>> watch.learn([0.1 * (i % 7) for i in range(70)])
     >>> next(alarm for _ in range(9) if (alarm := watch.update(2.0)))
-    Alarm(at=5, onset=0, up=True)
+    Alarm(at=3, onset=0, up=True)
     """
 
     def __init__(self, rate: float, shift: float = 1.0, *, both: bool = True, seed: int = 0) -> None:

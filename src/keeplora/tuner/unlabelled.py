@@ -159,7 +159,35 @@ class StreamTask:
 
 
 class TaskStream:
-    """The tasks of a stream, one after another; see `ContinualLearner.unlabelled`."""
+    """The tasks of a stream, one after another, each found where the features change (`ContinualLearner.unlabelled`).
+
+    Args:
+        learner: of a method that trains an adapter. batches: gone through once. loss_fn: as in `start_task`.
+        alarm_rate: false alarms per sample while nothing changes, above 0 and below 0.5.
+        warmup: samples, in two batches at least, that a task is told from before it is watched.
+        shift: the smallest change worth finding quickly, in standard deviations of a sample's number.
+        keep: most batches of a task that stay in memory for its statistics (never fewer than its warm-up).
+        name: the n-th task's name in the ledger, n from 1; by default "task-n".
+        forward_fn, mask_fn, options: as in `start_task`. watch_fn: ``watch_fn(model, batch)``, the forward pass that is watched;
+            by default ``forward_fn``, else ``loss_fn``.
+
+    Raises:
+        KeepLoraError: an argument that cannot be; several processes; ``free_modules``; a method without an adapter.
+
+    >>> import torch
+    >>> from keeplora import ContinualLearner, KeepLoraConfig
+    >>> _ = torch.manual_seed(0)
+    >>> learner = ContinualLearner(torch.nn.Sequential(torch.nn.Linear(8, 3)), KeepLoraConfig(
+    ...     r=1, target_modules=["0"], energy_weights=0.1, energy_features=0.9))
+    >>> loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    >>> inputs = [torch.eye(8)[4 * task] + 0.1 * torch.randn(8, 8) for task in (0, 1) for _ in range(20)]
+    >>> for task in learner.unlabelled([(x, torch.randint(3, (8,))) for x in inputs], loss, warmup=64):
+    ...     with task as peft_model:
+    ...         for batch in task:
+    ...             loss(peft_model, batch).backward()  # and an optimiser's step
+    >>> [record.name for record in learner.records]
+    ['task-1', 'task-2']
+    """
 
     def __init__(
         self,
