@@ -160,10 +160,21 @@ def test_a_method_without_subspaces_is_watched_by_the_tasks_own():
     assert len(learner.records) == 2
 
 
+@pytest.mark.parametrize(("outside", "inside_U"), [("seen", True), ("task", False)])
+def test_outside_of_what(outside, inside_U):
+    """ "seen" holds the protected subspace, "task" does not."""
+    learner = ContinualLearner(make_net(), config(energy_weights=0.5))
+    for task in learner.unlabelled(stream((1, 160)), loss_fn, warmup=64, outside=outside):
+        with task:
+            detector = task._detector
+            left = [float(S.project_out(learner.U[name].T).norm()) for name, S in detector.seen.items()]
+        assert all((norm < 1e-4) is inside_U for norm in left)
+
+
 def test_what_is_refused(monkeypatch):
     learner = ContinualLearner(make_net(), config())
-    for bad in ({"warmup": 1}, {"keep": True}, {"alarm_rate": 0.7}):
-        with pytest.raises(KeepLoraError, match=r"warmup|keep|alarm_rate"):
+    for bad in ({"warmup": 1}, {"keep": True}, {"alarm_rate": 0.7}, {"outside": "U"}):
+        with pytest.raises(KeepLoraError, match=r"warmup|keep|alarm_rate|outside"):
             learner.unlabelled([], loss_fn, **bad)
     with pytest.raises(KeepLoraError, match="was left out: write `with task as peft_model:`"):
         for _ in learner.unlabelled(stream((1, 160)), loss_fn, warmup=64):

@@ -72,8 +72,8 @@ class StreamTask:
         if self._more:
             self._detector = TaskDetector(
                 learner.model, learner.targets, learner.store, stream.watch_fn,
-                subspace=learner.U.subspace if learner.protects else None, energy=learner.feature_energy,
-                alarm_rate=stream.alarm_rate, shift=stream.shift, mask_fn=stream.mask_fn, frozen=self._without_adapter,
+                subspace=learner.U.subspace if learner.protects and stream.outside == "seen" else None,
+                energy=learner.feature_energy, alarm_rate=stream.alarm_rate, shift=stream.shift, mask_fn=stream.mask_fn, frozen=self._without_adapter,
                 seed=learner.config.seed,
             )  # fmt: skip
             self._detector.calibrate(self._first)
@@ -167,6 +167,8 @@ class TaskStream:
         warmup: samples, in two batches at least, that a task is told from before it is watched.
         shift: the smallest change worth finding quickly, in standard deviations of a sample's number.
         keep: most batches of a task that stay in memory for its statistics (never fewer than its warm-up).
+        outside: of what the energy is watched: "seen", the protected subspace and the task's own; or "task", its own alone, which
+            sees a task that comes back sooner.
         name: the n-th task's name in the ledger, n from 1; by default "task-n".
         forward_fn, mask_fn, options: as in `start_task`. watch_fn: ``watch_fn(model, batch)``, the forward pass that is watched;
             by default ``forward_fn``, else ``loss_fn``.
@@ -199,6 +201,7 @@ class TaskStream:
         warmup: int = 128,
         shift: float = 1.0,
         keep: int = 64,
+        outside: str = "seen",
         name: Callable[[int], str] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         watch_fn: Callable[[nn.Module, Any], Any] | None = None,
@@ -209,6 +212,8 @@ class TaskStream:
         for what, value in (("warmup", warmup), ("keep", keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
                 raise KeepLoraError(f"{what} must be an integer of at least 2, got {value!r}")
+        if outside not in ("seen", "task"):
+            raise KeepLoraError(f"outside is 'seen' (all that is protected, and the task) or 'task', got {outside!r}")
         if ranks.active():
             raise KeepLoraError(
                 "a stream without task labels is learned in one process: several would see a new task begin at different batches"
@@ -220,6 +225,7 @@ class TaskStream:
             )
         self.learner, self.loss_fn, self.options = learner, loss_fn, options
         self.alarm_rate, self.warmup, self.shift, self.keep = alarm_rate, warmup, shift, keep
+        self.outside = outside
         self.forward_fn, self.mask_fn = forward_fn, mask_fn or attention_masks
         self.watch_fn = watch_fn or forward_fn or loss_fn
         self.source: Iterator[Any] = iter(batches)
