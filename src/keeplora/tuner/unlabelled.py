@@ -73,7 +73,8 @@ class StreamTask:
             self._detector = TaskDetector(
                 learner.model, learner.targets, learner.store, stream.watch_fn,
                 subspace=learner.U.subspace if learner.protects and stream.outside == "seen" else None,
-                energy=learner.feature_energy, alarm_rate=stream.alarm_rate, shift=stream.shift, mask_fn=stream.mask_fn, frozen=self._without_adapter,
+                energy=learner.feature_energy, alarm_rate=stream.alarm_rate, shift=stream.shift,
+                mask_fn=stream.mask_fn, frozen=self._without_adapter,
                 seed=learner.config.seed,
             )  # fmt: skip
             self._detector.calibrate(self._first)
