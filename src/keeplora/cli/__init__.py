@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from keeplora.cli import (
+    analyze,
     assets,
     audit,
     capacity,
@@ -62,6 +63,7 @@ app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
 app.command("audit")(audit.audit)
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(ledger.app, name="ledger")
 app.command("capacity")(capacity.capacity)
 app.add_typer(methods.app, name="methods")

@@ -35,6 +35,7 @@ from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
+from keeplora.tuner.unlabelled import TaskStream
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 
 
@@ -264,6 +265,14 @@ class ContinualLearner(TaskHistory):
                 raise cause from error
             raise
         self.finish_task()
+
+    def unlabelled(self, batches: Iterable[Any], loss_fn: LossFn, **options: Any) -> TaskStream:
+        """The tasks of a stream without task labels: ``for task in learner.unlabelled(...): with task as peft_model: ...``.
+
+        ``batches`` is gone through once. ``options`` are those of `keeplora.tuner.unlabelled.TaskStream`: ``alarm_rate`` (false
+        alarms per sample), ``warmup`` (samples a task is told from), and more; see docs/analyze-tasks.md.
+        """
+        return TaskStream(self, batches, loss_fn, **options)
 
     def sit_out(self, name: str, info: Mapping[str, Any] | None = None) -> TaskRecord:
         """Enter a task that could not be learned (no capacity left) as a record without factors, so that counts agree."""

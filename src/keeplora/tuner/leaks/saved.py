@@ -77,7 +77,7 @@ class SavedExport:
             self._names = {name: pair[0] for name, pair in halves.items() if known >= set(pair)}
         else:
             self.kind = "checkpoint"
-            self._tensors = SavedTensors(self.folder, self._checkpoint_files())
+            self._tensors = SavedTensors(self.folder, checkpoint_files(self.folder))
             self._names = _weight_names(self._tensors, targets, self.folder)
         if not self._names:
             raise KeepLoraError(
@@ -133,20 +133,22 @@ class SavedExport:
                 f"{self.folder / 'adapter_config.json'}: {pattern} is no mapping from patterns of names to numbers"
             ) from None
 
-    def _checkpoint_files(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            named = _read_json(index).get("weight_map")
-            if not isinstance(named, Mapping) or not all(isinstance(file, str) for file in named.values()):
-                raise KeepLoraError(f"{index} names no files in 'weight_map'; export the run again")
-            return list(named.values())
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        pickled = any(self.folder.glob("*.bin"))
-        raise KeepLoraError(
-            f"{self.folder} holds no adapter_config.json and no model.safetensors"
-            + ("; files of pickled tensors (.bin) are never opened: save it as safetensors" if pickled else "")
-        )
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a merged checkpoint; `KeepLoraError` where there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, Mapping) or not all(isinstance(file, str) for file in named.values()):
+            raise KeepLoraError(f"{index} names no files in 'weight_map'; export the run again")
+        return list(named.values())
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    pickled = any(folder.glob("*.bin"))
+    raise KeepLoraError(
+        f"{folder} holds no adapter_config.json and no model.safetensors"
+        + ("; files of pickled tensors (.bin) are never opened: save it as safetensors" if pickled else "")
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

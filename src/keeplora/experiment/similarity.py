@@ -1,0 +1,133 @@
+"""What run directories say of their tasks' similarity, and of what it predicts (`keeplora analyze similarity`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from keeplora.errors import KeepLoraError
+from keeplora.evaluation.association import Association, spearman_within
+from keeplora.experiment.ledgers import LedgerPlace
+from keeplora.experiment.run_directory import RunDirectory
+from keeplora.tuner.similarity import (
+    PREDICTORS,
+    Pair,
+    TaskFeatures,
+    energy_inside,
+    ledger_features,
+    overlap_matrix,
+    pairs_of,
+    updates_of,
+)
+
+ALL, POOLED = "all, within runs", "all, pooled"
+"""Sets of pairs beside the runs' own: the order inside each run alone, or every pair against every other."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Tasks, how alike they are, and how well that predicts what they did to each other.
+
+    Attributes:
+        source: the folder whose ledger the subspaces are of. exact: whether it kept covariances. tasks: in its order.
+        overlap: [i][j], symmetric. energy: [j][i], the share of j's energy inside i's subspace; None where unknown.
+        pairs: of all runs. associations: per set of pairs (`ALL`, `POOLED`, or a run's name) and predictor.
+    """
+
+    source: str
+    exact: bool
+    tasks: tuple[str, ...]
+    overlap: list[list[float | None]]
+    energy: list[list[float | None]]
+    pairs: tuple[Pair, ...]
+    associations: dict[str, dict[str, Association]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "source": self.source, "exact": self.exact, "tasks": list(self.tasks), "overlap": self.overlap,
+            "energy": self.energy, "pairs": [asdict(pair) for pair in self.pairs],
+            "associations": {
+                name: {key: one.to_dict() for key, one in found.items()} for name, found in self.associations.items()
+            },
+        }  # fmt: skip
+
+
+def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: Path | None = None) -> Similarity:
+    """Read runs of the same tasks, in whatever orders and by whatever methods, and compare prediction with measurement.
+
+    Args:
+        paths: run directories; also ledgers without a run around them, which have no accuracies.
+        energy: share of a task's energy beyond U₀ that its own subspace holds. subspaces: whose ledger gives the subspaces;
+            None: the first that kept covariances, else the first that protects.
+
+    Raises:
+        KeepLoraError: none of the ledgers protects anything, two are of different base models, or a name is given twice.
+    """
+    places = {_name(path): LedgerPlace.open(path) for path in paths}
+    if len(places) < len(paths):
+        raise KeepLoraError(
+            "two of the runs have the same folder name, so their rows could not be told apart; rename one"
+        )
+    hashes = {name: place.ledger.head["base"]["hash"] for name, place in places.items()}
+    first = next(iter(hashes))
+    if odd := [name for name, found in hashes.items() if found != hashes[first]]:
+        raise KeepLoraError(
+            f"{odd[0]} was learned on another base model than {first}: their features cannot be compared"
+        )
+    source, features = _features(places, subspaces)
+    pairs: list[Pair] = []
+    for name, place in places.items():
+        results = RunDirectory(place.root).read_results() if place.run else None
+        if results:
+            updates = updates_of(place.ledger.records())
+            pairs += pairs_of(name, results["tasks"], results["accuracy"], updates, features, energy)
+    tasks = list(features.values())
+    inside = [[energy_inside(j, i, energy) for i in tasks] for j in tasks]
+    measured: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.drop is not None:
+            measured.setdefault(pair.run, []).append(pair)
+    groups = list(measured.values())
+    # Pooled, the runs' own levels count as well: a method that disturbs less is to forget less.
+    sets = {ALL: groups, POOLED: [[pair for group in groups for pair in group]]} if len(groups) > 1 else {}
+    sets |= {name: [group] for name, group in measured.items()}
+    return Similarity(
+        source, all(t.exact for t in tasks), tuple(features), overlap_matrix(features, energy), inside, tuple(pairs),
+        {key: {p: _association(groups, p) for p in PREDICTORS} for key, groups in sets.items()},
+    )  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name
+
+
+def _features(places: dict[str, LedgerPlace], subspaces: Path | None) -> tuple[str, dict[str, TaskFeatures]]:
+    if subspaces is not None:
+        return str(subspaces), ledger_features(LedgerPlace.open(subspaces).ledger)
+    found: tuple[str, dict[str, TaskFeatures]] | None = None
+    problem: KeepLoraError | None = None
+    for name, place in places.items():
+        try:
+            features = ledger_features(place.ledger)
+        except KeepLoraError as error:
+            problem = problem or error
+            continue
+        if features and all(t.exact for t in features.values()):
+            return name, features
+        found = found or (name, features)
+    if found is not None:
+        return found
+    raise problem or KeepLoraError("give at least one run directory or ledger")
+
+
+def _association(groups: Sequence[Sequence[Pair]], predictor: str) -> Association:
+    lists = []
+    for group in groups:
+        known = [
+            (x, pair.drop) for pair in group if (x := pair.predicted[predictor]) is not None and pair.drop is not None
+        ]
+        lists.append(([x for x, _ in known], [y for _, y in known]))
+    return spearman_within(lists)

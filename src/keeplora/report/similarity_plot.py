@@ -1,0 +1,72 @@
+"""Tasks' similarity as one picture, by matplotlib: the overlap matrix, and prediction beside measured drop."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keeplora.errors import KeepLoraError
+from keeplora.files import atomic_write_bytes
+from keeplora.report.audit_plot import INK, LINE, NONE, SOFT, check_plot_name
+from keeplora.report.palette import HEAT, SERIES
+
+MARKS = "osv^D<>P"
+
+
+def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: int = 130) -> Path:
+    """Write the picture of what ``keeplora analyze similarity --json`` prints: the overlaps, and a panel per predictor.
+
+    Raises:
+        KeepLoraError: another ending than ``.png``, ``.svg`` or ``.pdf``, or no task.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    target = check_plot_name(path)
+    tasks = found["tasks"]
+    if not tasks:
+        raise KeepLoraError(f"{target}: there is no task to draw; learn one first")
+    measured = [pair for pair in found["pairs"] if pair["drop"] is not None]
+    predictors = list(measured[0]["predicted"]) if measured else []
+    figure = Figure(figsize=(4.6 + 2.6 * len(predictors), 4.2), facecolor="white", layout="constrained")
+    widths = [1.5, *[1.0] * len(predictors)]
+    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    axes = panels[0]
+    values = [[math.nan if v is None else v for v in row] for row in found["overlap"]]
+    colours = LinearSegmentedColormap.from_list("overlap", HEAT["light"]).with_extremes(bad=NONE)
+    axes.imshow(values, cmap=colours, vmin=0.0, vmax=1.0)
+    for y, row in enumerate(values if len(tasks) <= 16 else []):
+        for x, value in enumerate(row):
+            ink = "white" if value > 0.6 else INK
+            axes.text(x, y, "" if value != value else f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.set_title("Overlap of own subspaces", loc="left", fontsize=10, color=INK)
+    axes.spines[:].set_visible(False)
+    runs = list(dict.fromkeys(pair["run"] for pair in measured))
+    for axes, predictor in zip(panels[1:], predictors, strict=True):
+        for k, run in enumerate(runs):
+            points = [(p["predicted"][predictor], p["drop"]) for p in measured if p["run"] == run]
+            points = [(x, y) for x, y in points if x is not None]
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=22, alpha=0.8, linewidths=0, label=run,
+                         color=SERIES["light"][k % 8], marker=MARKS[k % len(MARKS)])  # fmt: skip
+        if predictor == "update":
+            axes.set_xscale("log")
+        axes.set_title(predictor, loc="left", fontsize=10, color=INK)
+        axes.axhline(0.0, color=LINE, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(LINE)
+    for axes in panels:
+        axes.tick_params(colors=SOFT, labelsize=8)
+    if predictors:
+        panels[1].set_ylabel("points the earlier task fell", fontsize=8, color=INK)
+        panels[-1].legend(frameon=False, fontsize=8, labelcolor=SOFT)
+    buffer = io.BytesIO()
+    kind = target.suffix[1:].lower()
+    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    return atomic_write_bytes(target, buffer.getvalue())

@@ -1,0 +1,116 @@
+"""`keeplora analyze drift`, `similarity` and `boundary` as a person calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from keeplora.cli import main  # noqa: F401  the command line before transformers
+
+ORDER = ["paint", "stripes", "dots"]
+
+
+def told(answer, code=0):
+    assert answer.code == code, answer.err
+    return json.loads(answer.out)
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return world.run()[0]
+
+
+@pytest.fixture(scope="module")
+def lora(world):
+    return world.run(method="lora")[0]
+
+
+def test_drift_within_a_run(run, cli, tmp_path):
+    found = told(cli("analyze", "drift", run, "--task-a", "paint", "--json"))
+    assert (found["a"], found["b"]) == (f"{run.name} @ paint", run.name)
+    assert found["relative"] > 0
+    assert all(row["moved_in_a"] is None or row["moved_in_a"] < 1e-9 for row in found["layers"])
+    table = cli("analyze", "drift", run, "--plot", tmp_path / "drift.png")
+    assert table.code == 0
+    assert "@ start" in table.out
+    assert "over all layers ‖D‖/‖W‖" in table.out
+    assert (tmp_path / "drift.png").stat().st_size > 5000
+    bare = cli("analyze", "drift", run, "--updates-only")
+    assert bare.code == 0
+    assert "base model is not at hand" in bare.out
+
+
+def test_drift_between_a_run_and_its_exports(run, lora, cli, tmp_path):
+    for form in ("peft", "merged"):
+        assert cli("export", run, "--format", form, "--output", tmp_path / form).code == 0
+        found = told(cli("analyze", "drift", run, tmp_path / form, "--json"))
+        assert found["relative"] < 1e-6
+    assert told(cli("analyze", "drift", tmp_path / "merged", tmp_path / "merged", "--json"))["relative"] == 0
+    apart = told(cli("analyze", "drift", run, lora, "--json"))
+    assert apart["relative"] > 1e-3
+    assert all(row["k_b"] is None for row in apart["layers"])
+
+
+def test_similarity_of_runs(run, lora, cli, tmp_path):
+    found = told(cli("analyze", "similarity", lora, run, "--json"))
+    assert found["tasks"] == ORDER
+    assert found["source"] == run.name
+    assert not found["exact"]
+    assert [found["overlap"][i][i] for i in range(3)] == [1.0] * 3
+    assert {(p["run"], p["earlier"], p["later"]) for p in found["pairs"]} == {
+        (name, a, b)
+        for name in (run.name, lora.name)
+        for a, b in (("paint", "stripes"), ("paint", "dots"), ("stripes", "dots"))
+    }
+    # Three pairs a run say nothing by themselves.
+    assert found["associations"][run.name]["overlap"]["verdict"] == "cannot be told"
+    text = cli("analyze", "similarity", run, lora, "--plot", tmp_path / "s.png")
+    assert text.code == 0
+    assert "cannot be told" in text.out
+    assert "ledger's own columns" in text.out
+    assert (tmp_path / "s.png").stat().st_size > 5000
+
+
+def test_boundaries_of_a_run(run, cli, tmp_path):
+    words = ("--warmup", "16", "--batch-size", "4", "--alarm-rate", "0.01")
+    found = told(cli("analyze", "boundary", run, *words, "--json"))
+    assert found["tasks"] == ORDER
+    assert found["samples"] == sum((10 + 6) * n for n in (3, 2, 2))
+    assert [at for at, _ in found["boundaries"]] == [48, 80]
+    assert len(found["positions"]) == len(found["values"]) == len(found["statistics"]) > 0
+    assert found["positions"] == sorted(set(found["positions"]))
+    # What is learned of a task is not judged; what was judged since its onset is learned of the next.
+    assert found["warmups"][0] == [0, 16]
+    assert found["positions"][0] == 17
+    assert all(alarm["onset"] < alarm["at"] for alarm in found["alarms"])
+    text = cli("analyze", "boundary", run, *words, "--stream", "gradual", "--ramp", "16", "--plot", tmp_path / "b.png")
+    assert text.code == 0
+    assert "false alarms:" in text.out
+    assert (tmp_path / "b.png").stat().st_size > 5000
+    mixed = told(cli("analyze", "boundary", run, *words, "--stream", "shuffled", "--json"))
+    assert mixed["boundaries"] == []
+    assert mixed["delays"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("drift", "RUN", "--energy", "0"), "--energy is a share above 0"),
+        (("drift", "RUN", "--task-b", "pets"), "no active task is named 'pets'; there are start, paint, stripes, dots"),
+        (("drift", "RUN", "--plot", "x.txt"), "a plot is written as"),
+        (("drift", "/nowhere"), "/nowhere is not a folder"),
+        (("similarity", "LORA"), "keeps no subspaces"),
+        (("similarity", "RUN", "RUN"), "same folder name"),
+        (("boundary", "RUN", "--alarm-rate", "1"), "alarm_rate is the number of false alarms per sample"),
+        (("boundary", "RUN", "--stream", "sudden"), "one of abrupt, gradual, shuffled"),
+        (("boundary", "RUN", "--warmup", "8"), "two batches at least"),
+        (("boundary", "LEDGER"), "is not a run directory"),
+    ],
+)
+def test_what_is_refused(run, lora, cli, words, message):
+    places = {"RUN": run, "LORA": lora, "LEDGER": run / "ledger"}
+    answer = cli("analyze", *(places.get(word, word) for word in words))
+    assert answer.code == 1
+    assert message in answer.err
+    assert answer.err.startswith("Error: ")
