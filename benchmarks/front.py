@@ -2,6 +2,7 @@
 
     keeplora compare studies/front.yaml
     python benchmarks/front.py runs/front --figure docs/images/front.png
+    python benchmarks/front.py docs/evidence/front.json                      # what is in docs/results.md
 
 Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), then for every γ its learning
 rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with),
@@ -12,10 +13,10 @@ luck, not the pictures'.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from keeplora.evaluation.stats import Interval, mean_interval, paired_difference
 from keeplora.files import atomic_write_json
@@ -26,10 +27,13 @@ METRICS = {"last": "Last", "transfer": "Transfer", "probe": "Probe"}
 Cells = dict[tuple[float, float], dict[int, Mapping[str, float]]]
 
 
-def read(folder: Path) -> Cells:
-    """(γ, learning rate) → seed → metrics of the finished runs, read from each run's own configuration."""
+def read(study: Path) -> Cells:
+    """(γ, learning rate) → seed → metrics of the finished runs, from each run's own configuration; or what `main` wrote of them."""
+    if study.is_file():
+        rows = json.loads(study.read_text(encoding="utf-8"))
+        return {(r["gamma"], r["learning_rate"]): {int(s): m for s, m in r["seeds"].items()} for r in rows}
     found: Cells = {}
-    for cell in study_cells(StudyStore(folder).load()):
+    for cell in study_cells(StudyStore(study).load()):
         if cell.run is not None and cell.metrics:
             config = config_of(cell.run)
             key = (float(config["tuner"]["gamma"]), float(config["training"]["learning_rate"]))
@@ -92,42 +96,42 @@ def tables(cells: Cells, against: float) -> list[str]:
 
 
 def figure(cells: Cells, path: Path) -> None:
-    """Last over Transfer and over Probe, a line per γ, a point per learning rate, bars of 95 %."""
+    """Last over Transfer and over Probe: a line per γ through the means of its learning rates, every seed a faint dot.
+
+    Bars would say less: of two or three seeds a t interval is wider than the page.
+    """
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(9, 4), layout="constrained")
+    drawing = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, keep in zip(drawing.subplots(1, 2, sharey=True), ("transfer", "probe"), strict=True):
         for number, gamma in enumerate(sorted({g for g, _ in cells})):
-            points = [(rate, seeds) for (g, rate), seeds in cells.items() if g == gamma]
-            both = [
-                [mean_interval([m[name] for m in seeds.values()]) for _, seeds in points] for name in (keep, "last")
-            ]
-            x, y = ([one["mean"] for one in side] for side in both)
-            bars: list[Any] = [[(one["high"] or one["mean"]) - one["mean"] for one in side] for side in both]
-            axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o-", color=f"C{number}", label=f"γ = {gamma:g}",
-                          capsize=2, elinewidth=0.7, markersize=4)  # fmt: skip
-            axes.annotate(f"{points[-1][0]:.2g}", (x[-1], y[-1]), textcoords="offset points", xytext=(5, 4), fontsize=7)
-            axes.annotate(f"{points[0][0]:.2g}", (x[0], y[0]), textcoords="offset points", xytext=(5, 4), fontsize=7)
-        axes.set_xlabel(f"{METRICS[keep]}: kept, percent")
+            points = [(rate, list(seeds.values())) for (g, rate), seeds in cells.items() if g == gamma]
+            x, y = ([fmean(m[name] for m in seeds) for _, seeds in points] for name in (keep, "last"))
+            axes.plot(x, y, "o-", color=f"C{number}", label=f"γ = {gamma:g}", markersize=5)
+            every = [m for _, seeds in points for m in seeds]
+            axes.scatter([m[keep] for m in every], [m["last"] for m in every], s=9, color=f"C{number}", alpha=0.35)
+            for (rate, _), at in zip(points, zip(x, y, strict=True), strict=True):
+                axes.annotate(f"{rate:.1e}".replace("e-0", "e-"), at, textcoords="offset points",
+                              xytext=(6, 4 - 9 * number), fontsize=7, color=f"C{number}")  # fmt: skip
+        axes.set_xlabel(f"{METRICS[keep]}, percent")
         axes.grid(alpha=0.3)
-    drawing.axes[0].set_ylabel("Last: learned and kept, percent")
-    drawing.axes[0].legend(frameon=False)
+    drawing.axes[0].set_ylabel("Last, percent")
+    drawing.axes[0].legend(frameon=False, title="labels: learning rate")
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, dpi=110)
+    drawing.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the study's folder")
+    parser.add_argument("study", type=Path, help="the study's folder, or the front.json that was written there")
     parser.add_argument("--against", type=float, default=1.0, help="the γ that differences are taken against")
     parser.add_argument("--figure", type=Path, help="write the figure here as well")
     args = parser.parse_args()
     cells = read(args.study)
     print("\n".join(tables(cells, args.against)))
-    atomic_write_json(
-        args.study / "front.json",
-        [{"gamma": g, "learning_rate": rate, "seeds": seeds} for (g, rate), seeds in cells.items()],
-    )
+    if args.study.is_dir():
+        rows = [{"gamma": g, "learning_rate": rate, "seeds": seeds} for (g, rate), seeds in cells.items()]
+        atomic_write_json(args.study / "front.json", rows)
     if args.figure:
         figure(cells, args.figure)
 
