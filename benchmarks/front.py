@@ -28,7 +28,7 @@ Cells = dict[tuple[float, float], dict[int, Mapping[str, float]]]
 
 
 def read(study: Path) -> Cells:
-    """(γ, learning rate) → seed → metrics of the finished runs, from each run's own configuration; or what `main` wrote of them."""
+    """(γ, learning rate) → seed → metrics of the finished runs, from each run's configuration; or what `main` wrote."""
     if study.is_file():
         rows = json.loads(study.read_text(encoding="utf-8"))
         return {(r["gamma"], r["learning_rate"]): {int(s): m for s, m in r["seeds"].items()} for r in rows}
