@@ -114,8 +114,8 @@ class ContinualLearner(TaskHistory):
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
             self._U = Bases.of(
-                ranks.spread(
-                    "the bases of the weights", list(energy), lambda n: weight_subspace(self.store.W0[n], energy[n])
+                self.store.per_weight(
+                    "the bases of the weights", list(energy), lambda n, W0: weight_subspace(W0, energy[n])
                 )
             )
         return self._U

@@ -1,0 +1,62 @@
+"""Two tasks on models that their processes hold together, in each of the ways that a loop may shard them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from keeplora import ContinualLearner
+from keeplora.tuner import ranks
+from tests.ranks.work import BATCH, SIZES, feeding, told
+from tests.tuner.blocks import Samples, config, loss_fn, make_net, per_sample
+
+
+def shard(model: nn.Module, blocks: Any) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks.size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+
+
+def epochs(data: Samples, steps: int = 6) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This rank's part of the whole batch, and the factor that makes the mean of the ranks' losses that of the batch."""
+    rank, size = ranks.rank(), ranks.size()
+    x, labels = data.x[rank::size], torch.tensor(data.labels)[rank::size]
+    for _ in range(steps):
+        yield x, labels, size / len(data)
+
+
+def train(model: nn.Module, data: Samples, optimizer: torch.optim.Optimizer) -> None:
+    model.eval()
+    for x, labels, weight in epochs(data):
+        optimizer.zero_grad()
+        (per_sample(model, (x, labels)).sum() * weight).backward()
+        optimizer.step()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
+
+
+def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
+    """``how``: the base sharded before the learner ("base"), or each task's model within it ("task")."""
+    net = make_net()
+    if how == "base":
+        shard(net, net.encoder.layers)
+    learner = ContinualLearner(net, config(), ledger=Path(folder, "ledger"))
+    for task, n in enumerate(SIZES):
+        data = Samples(n, seed=task)
+        with learner.task(f"task {task}", feeding(feed, data), per_sample if task else loss_fn) as model:
+            if how == "task":
+                shard(model, model.base_model.model.encoder.layers)
+            train(model, data, sgd(model))
+    return told(learner)
