@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,25 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
 
 
+def train_by_deepspeed(model: nn.Module, data: Samples, stage: int) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(ranks.rank()), "RANK": str(ranks.rank())}
+    os.environ |= {"WORLD_SIZE": str(ranks.size()), "LOCAL_SIZE": str(ranks.size())}
+    import deepspeed
+
+    model.eval()
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
+    for x, labels, weight in epochs(data):
+        engine.backward(per_sample(engine, (x, labels)).sum() * weight)
+        engine.step()
+    engine.destroy()
+
+
 def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
     """``how``: the base sharded before the learner ("base"), or each task's model within it ("task")."""
     net = make_net()
@@ -56,6 +75,9 @@ def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
     for task, n in enumerate(SIZES):
         data = Samples(n, seed=task)
         with learner.task(f"task {task}", feeding(feed, data), per_sample if task else loss_fn) as model:
+            if how.startswith("zero"):
+                train_by_deepspeed(model, data, stage=int(how[-1]))
+                continue
             if how == "task":
                 shard(model, model.base_model.model.encoder.layers)
             train(model, data, sgd(model))

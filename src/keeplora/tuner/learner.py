@@ -35,6 +35,7 @@ from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
+from keeplora.tuner.wrapping import unwrap, wrapping_of
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 
 
@@ -191,6 +192,7 @@ class ContinualLearner(TaskHistory):
                 self.store.keep()  # wrappers for several processes write rank 0's weights into all the others'
             model = self._attach(task)
             self.free.open(task, self.store)
+            task.wrapping = wrapping_of(model)
             if saved is not None:
                 self.load_task_state(task, saved)
         except BaseException:
@@ -213,6 +215,7 @@ class ContinualLearner(TaskHistory):
         before = self.store.snapshot()
         U_before = self._U
         try:
+            unwrap(task.wrapping, keep_trained=True)
             with ranks.together("taking the adapter out"):
                 record = self._detach(task)
                 record.full = {**self.free.updates(task, self.store), **record.full}
@@ -285,6 +288,7 @@ class ContinualLearner(TaskHistory):
 
     @staticmethod
     def _release(task: OpenTask) -> None:
+        unwrap(task.wrapping, keep_trained=False)
         release, task.release = task.release, None
         if release is not None:
             release()

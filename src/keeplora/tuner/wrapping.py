@@ -66,6 +66,18 @@ class Wrapping:
         return found
 
 
+def wrapping_of(model: nn.Module) -> Wrapping | None:
+    """Of a model that may be wrapped: one that is whole, where there is a process group (of one process, even)."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Wrapping(model) if there and not is_sharded(model) else None
+
+
+def unwrap(wrapping: Wrapping | None, *, keep_trained: bool) -> None:
+    """`Wrapping.undo`, where there is one."""
+    if wrapping is not None:
+        wrapping.undo(keep_trained=keep_trained)
+
+
 def _plain(name: str) -> str:
     """A parameter's name without those of wrappers around modules."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
