@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from keeplora import ContinualLearner
 from keeplora.tuner import ranks
+from keeplora.tuner.sharding import is_sharded
 from tests.ranks.work import BATCH, SIZES, feeding, told
 from tests.tuner.blocks import Samples, config, loss_fn, make_net, per_sample
 
@@ -43,13 +44,18 @@ def train(model: nn.Module, data: Samples, optimizer: torch.optim.Optimizer) -> 
         optimizer.step()
 
 
+def launched() -> None:
+    """What a launcher would have said."""
+    rank, size = str(ranks.rank()), str(ranks.size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "DS_ACCELERATOR": "cpu"}
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
 
 
 def train_by_deepspeed(model: nn.Module, data: Samples, stage: int) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(ranks.rank()), "RANK": str(ranks.rank())}
-    os.environ |= {"WORLD_SIZE": str(ranks.size()), "LOCAL_SIZE": str(ranks.size())}
+    launched()
     import deepspeed
 
     model.eval()
@@ -60,10 +66,32 @@ def train_by_deepspeed(model: nn.Module, data: Samples, stage: int) -> None:
         "zero_force_ds_cpu_optimizer": False,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
+    assert is_sharded(model) == (stage == 3)
     for x, labels, weight in epochs(data):
         engine.backward(per_sample(engine, (x, labels)).sum() * weight)
         engine.step()
-    engine.destroy()
+
+
+def train_by_accelerate(model: nn.Module, data: Samples, how: str) -> None:
+    """`accelerator.prepare` within the task: "accelerate", and with "-lean" as it loads large models, through the meta device."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=how.endswith("-lean"), state_dict_type="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    launched()
+    accelerator = Accelerator(cpu=True)
+    # On processes without a GPU accelerate turns to DDP whatever it is asked for; everything behind this choice is its own.
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    prepared, optimizer = accelerator.prepare(model, sgd(model))
+    assert is_sharded(prepared), accelerator.distributed_type
+    prepared.eval()
+    for x, labels, weight in epochs(data):
+        optimizer.zero_grad()
+        accelerator.backward(per_sample(prepared, (x, labels)).sum() * weight)
+        optimizer.step()
 
 
 def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
@@ -78,7 +106,12 @@ def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
             if how.startswith("zero"):
                 train_by_deepspeed(model, data, stage=int(how[-1]))
                 continue
+            if how.startswith("accelerate"):
+                train_by_accelerate(model, data, how)
+                continue
             if how == "task":
                 shard(model, model.base_model.model.encoder.layers)
+            assert is_sharded(model)
             train(model, data, sgd(model))
+        assert is_sharded(learner.model) == (how == "base")
     return told(learner)
