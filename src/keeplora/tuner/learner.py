@@ -82,6 +82,8 @@ class ContinualLearner(TaskHistory):
     function of `records`, in any selection. `rollback` works for every method."""
     single_process: ClassVar[str] = ""
     """Why the method cannot learn in several processes, as words that follow its name; empty where it can."""
+    shards_B: bool = True
+    """Whether B is sharded where the base is, and its gradient averaged by FSDP2; False: whoever trains adds gradients up."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
@@ -381,7 +383,7 @@ class ContinualLearner(TaskHistory):
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
-        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A)
+        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model
