@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader
 
 from keeplora import ContinualLearner
@@ -115,3 +116,115 @@ def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
             train(model, data, sgd(model))
         assert is_sharded(learner.model) == (how == "base")
     return told(learner)
+
+
+def bits(learner: ContinualLearner) -> dict[str, Tensor]:
+    """The running weights of the targets, whole, as they are in the model."""
+    return {name: learner.store.running(name).clone() for name in learner.store.names}
+
+
+def history(folder: str) -> dict[str, Any]:
+    """A base that stays sharded while tasks come and go, and what each state of it is."""
+    net = make_net()
+    shard(net, net.encoder.layers)
+    learner, states = ContinualLearner(net, config(), ledger=Path(folder, "ledger")), {}
+    states["start"] = bits(learner)
+    for task, n in enumerate(SIZES):
+        data = Samples(n, seed=task)
+        with learner.task(f"task {task}", feeding("loader", data), loss_fn) as model:
+            train(model, data, sgd(model))
+        states[f"after {task}"] = bits(learner)
+    try:
+        with learner.task("undone", feeding("loader", Samples(6)), loss_fn) as model:
+            train(model, Samples(6), sgd(model))
+            raise StopIteration
+    except StopIteration:
+        states["undone"] = bits(learner)
+    data = Samples(5, seed=9)
+    model = learner.start_task("thrown away", feeding("loader", data), loss_fn)
+    train(model, data, sgd(model))
+    learner.finish_task()
+    learner.rollback("task 1")
+    states["back to 1"] = bits(learner)
+    learner.remove("task 0")
+    learner.restore("task 0")
+    states["removed and restored"] = bits(learner)
+    audit = learner.audit("exports")
+    learner.rollback("task 0")
+    states["back to 0"] = bits(learner)
+    learner.save_pretrained(Path(folder, "saved"))
+    again = make_net()
+    shard(again, again.encoder.layers)
+    states["opened sharded"] = bits(ContinualLearner.from_pretrained(Path(folder, "saved"), again))
+    states["opened whole"] = bits(ContinualLearner.from_pretrained(Path(folder, "saved"), make_net()))
+    held = sum(piece.numel() for piece in learner.store._kept.values())
+    leak = (audit.factor_leak_max, max(row.weight_leak or 0.0 for row in audit.rows))
+    return {"states": states, "held": held, "leak": leak}
+
+
+def comes_back(folder: str) -> list[bool]:
+    """Whether a model that was sharded within a task that failed is what it was: whole, bit for bit, without a hook."""
+    from tests.tuner.blocks import hooks
+
+    net = make_net()
+    before, flags = [p.detach().clone() for p in net.parameters()], [p.requires_grad for p in net.parameters()]
+    learner, objects, clean = ContinualLearner(net, config()), list(net.parameters()), hooks(net)
+    try:
+        with learner.task("first", feeding("loader", Samples(8)), loss_fn) as model:
+            shard(model, model.base_model.model.encoder.layers)
+            train(model, Samples(8), sgd(model))
+            raise StopIteration
+    except StopIteration:
+        pass
+    after = list(net.parameters())
+    return [
+        not is_sharded(net),
+        all(a is b for a, b in zip(after, objects, strict=True)),
+        all(torch.equal(a, b) for a, b in zip(after, before, strict=True)),
+        [p.requires_grad for p in after] == flags,
+        hooks(net) == clean,
+        all(type(m).__name__.startswith("FSDP") is False for m in net.modules()),
+    ]
+
+
+def refused(what: str) -> str:
+    """The sentence for a sharded base that cannot be worked with."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = make_net()
+    settings: dict[str, Any] = {}
+    try:
+        if what == "columns":
+            fully_shard(net, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else Shard(0))
+        elif what == "free":
+            shard(net, net.encoder.layers)
+            settings = {"free_modules": ["head"]}
+        if what != "later":
+            learner = ContinualLearner(net, config(**settings))
+        else:
+            learner = ContinualLearner(net, config())
+            shard(net, net.encoder.layers)
+        with learner.task("first", feeding("loader", Samples(8)), loss_fn):
+            pass
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def failing(folder: str) -> str:
+    """Rank 1 cannot read a sample in a pass in which the others wait for its part of the weights."""
+    net = make_net()
+    shard(net, net.encoder.layers)
+    learner = ContinualLearner(net, config())
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if ranks.rank() == 1:
+            raise ValueError("this picture cannot be read")
+        return loss_fn(model, batch)
+
+    try:
+        with learner.task("first", DataLoader(Samples(SIZES[0]), batch_size=BATCH), loss):
+            pass
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -203,7 +203,8 @@ class TaskAdapter:
                 norms[name] = float(store.W0[name].to(torch.float32).norm()) or 1e-30
             A, B = ((whole(name, w) if sharded else w).to(torch.float32) for w in self.weights(name))
             squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0.0)
-            found.append(squared.sqrt() * (self.targets[name].s / norms[name]))
+            ratio = squared.sqrt() * (self.targets[name].s / norms[name])
+            found.append(ratio.to(found[0].device) if found else ratio)  # a device map has layers on several
         ratios = torch.stack(found).tolist()
         i = max(range(len(ratios)), key=ratios.__getitem__)
         return list(self._layers)[i], ratios[i]

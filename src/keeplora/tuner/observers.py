@@ -159,7 +159,7 @@ class GradientObserver(_Observer):
                 if x._version != version:
                     raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
                 with torch.autocast(g.device.type, enabled=False):
-                    rows = self._rows(target, x, 1.0)
+                    rows = self._rows(target, x.to(g.device), 1.0)  # a device map's hook moves inputs behind this one
                     G = self._product(target, g.detach().to(torch.float32).reshape(-1, g.shape[-1]), rows)
                 self.fired.add(target.name)
                 if target.name in self.G:

@@ -47,8 +47,8 @@ class ShardedStore(WeightStore):
     def parameter(self, name: str) -> nn.Parameter:
         if name in self._where:
             raise KeepLoraError(
-                f"the weight of {name} is sharded, but this method reads or trains whole weights: leave it out of the sharding "
-                "(fully_shard's ignored_params), or choose a method of low-rank factors"
+                f"the weight of {name} is sharded, but this method reads or trains whole weights: leave it out "
+                "of the sharding (fully_shard's ignored_params), do not shard, or choose a method of low-rank factors"
             )
         return super().parameter(name)
 
