@@ -48,7 +48,13 @@ def train(model: nn.Module, data: Samples, optimizer: torch.optim.Optimizer) -> 
 def launched() -> None:
     """What a launcher would have said."""
     rank, size = str(ranks.rank()), str(ranks.size())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

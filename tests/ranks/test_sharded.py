@@ -1,4 +1,4 @@
-"""Bases and factors that several processes hold together learn what one process learns: FSDP2, and DeepSpeed where it is there."""
+"""Bases and factors that several processes hold together learn what one process learns: FSDP2, and DeepSpeed if installed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_tasks_come_and_go_exactly(tmp_path: Path) -> None:
     for name, W in make_net().state_dict().items():
         if name.removesuffix(".weight") in states["start"]:
             assert torch.equal(states["start"][name.removesuffix(".weight")], W)
-    for name, W in states["opened whole"].items():  # products of whole matrices may round otherwise than those of their rows
+    for name, W in states[
+        "opened whole"
+    ].items():  # products of whole matrices may round otherwise than those of their rows
         torch.testing.assert_close(W, states["after 0"][name], rtol=1e-6, atol=1e-7)
     total = sum(W.numel() for W in states["start"].values())
     assert len(states["start"]) == 2 * len(TARGETS)

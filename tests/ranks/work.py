@@ -205,4 +205,3 @@ def budgeted(folder: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return two_tasks(folder, max_basis_bytes=2400, keep_covariance=True)
-

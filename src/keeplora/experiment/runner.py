@@ -208,7 +208,9 @@ class Run:
             ledger.write_metrics(record.entry, row)
 
     def _write(self) -> dict[str, Any]:
-        if not ranks.is_first() and not is_sharded(self.learner.model):  # which the audit puts together from all processes
+        if not ranks.is_first() and not is_sharded(
+            self.learner.model
+        ):  # which the audit puts together from all processes
             return {}
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
         results = build_results(

@@ -24,6 +24,7 @@ from keeplora.experiment.sharded import check_launcher
 from keeplora.tuner import ranks
 from keeplora.tuner.shares import share
 
+
 @contextlib.contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
     """Inside, the processes that a launcher has started are one run; does nothing in a process that is alone, or joined.

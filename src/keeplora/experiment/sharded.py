@@ -71,7 +71,9 @@ def shard_base(family: Any, config: KeepLoraConfig, device: torch.device) -> Non
     mesh = init_device_mesh(device.type, (ranks.size(),))
     # Each block for itself, and not the model: features are taken of parts of the model, beside its own forward.
     for block in _blocks(model, targets, family.kind == "generation"):
-        fully_shard(block, mesh=mesh, reshard_after_forward=_said_or("FSDP_RESHARD_AFTER_FORWARD", True), ignored_params=free)
+        fully_shard(
+            block, mesh=mesh, reshard_after_forward=_said_or("FSDP_RESHARD_AFTER_FORWARD", True), ignored_params=free
+        )
     family.to(device)
     family.in_step = True
 

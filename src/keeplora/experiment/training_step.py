@@ -144,6 +144,7 @@ class Gradients:
             spare = spare if parts else lent
         tally = Tally(0) if batch is None else self._add(batch, parts, where)
         for _ in range(max(numbers) - len(parts)):  # along with those that have more; it adds nothing
+            assert spare is not None
             loss, _logits = self._objective.part_loss(spare, 1)
             (loss * 0.0).backward()
         return tally

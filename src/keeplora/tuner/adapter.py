@@ -216,7 +216,9 @@ class TaskAdapter:
         """Trained factors per layer; checks that a frozen A is still what it was."""
         settle(self.model)
         # Sharded ones are put together by all processes: nothing may fail in one of them before.
-        values = {name: [whole(name, w).to(torch.float32, copy=True) for w in self.weights(name)] for name in self._layers}
+        values = {
+            name: [whole(name, w).to(torch.float32, copy=True) for w in self.weights(name)] for name in self._layers
+        }
         if not self.trainable_A:
             self.check_A(thorough=True)
         out = {}

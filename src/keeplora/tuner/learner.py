@@ -35,8 +35,8 @@ from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
-from keeplora.tuner.wrapping import unwrap, wrapping_of
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
+from keeplora.tuner.wrapping import unwrap, wrapping_of
 
 
 class ContinualLearner(TaskHistory):

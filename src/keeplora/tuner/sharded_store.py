@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from keeplora.tuner.adapter import Factors
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.sharding import Stretch, held, is_partitioned, joined_up, per_weight, settle, stretch
 from keeplora.tuner.weights import Update, WeightStore
+
+T = TypeVar("T")
 
 
 class ShardedStore(WeightStore):
@@ -58,7 +60,7 @@ class ShardedStore(WeightStore):
             self._hash = super().base_hash()
         return self._hash
 
-    def per_weight(self, what: str, names: Sequence[str], work: Callable[[str, Tensor], Any]) -> dict[str, Any]:
+    def per_weight(self, what: str, names: Sequence[str], work: Callable[[str, Tensor], T]) -> dict[str, T]:
         return per_weight(what, names, self.W0.__getitem__, work)
 
     @torch.no_grad()

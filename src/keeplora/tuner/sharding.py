@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from keeplora.errors import KeepLoraError
 from keeplora.tuner import ranks
+
+T = TypeVar("T")
 
 
 def is_partitioned(p: Tensor) -> bool:
@@ -119,8 +121,8 @@ def held(p: Tensor, where: Stretch) -> Tensor:
     if is_partitioned(p):
         flat = p.ds_tensor.detach().view(-1)  # type: ignore[attr-defined]
         return flat[: where.end - where.start]
-    assert isinstance(p, DTensor)
-    return p.detach().to_local().view(-1)
+    live: Any = p.detach()
+    return live.to_local().view(-1)
 
 
 def whole(name: str, p: Tensor) -> Tensor:
@@ -201,13 +203,16 @@ def _kind(batch: Any) -> str:
     return type(batch).__name__
 
 
-def per_weight(what: str, names: Sequence[str], read: Any, work: Any) -> dict[str, Any]:
+def per_weight(
+    what: str, names: Sequence[str], read: Callable[[str], Tensor], work: Callable[[str, Tensor], T]
+) -> dict[str, T]:
     """``work(name, W)`` for every weight, each on one process, and its result on all; one weight is whole at a time in each.
 
     Args:
         read: gives the whole weight of a name where all processes ask for it at once.
     """
-    size, rank, out = ranks.size(), ranks.rank(), {}
+    size, rank = ranks.size(), ranks.rank()
+    out: dict[str, Any] = {}
     for start in range(0, len(names), size):
         turn, mine = names[start : start + size], None
         for r, name in enumerate(turn):
@@ -233,9 +238,3 @@ def shard_update(weight: Tensor, module: nn.Module) -> None:
 
     # Kept whole from the forward to the backward pass: B is small, and one message less.
     fully_shard(module, mesh=weight.device_mesh, reshard_after_forward=False)
-
-
-def compute_device(module: nn.Module) -> torch.device:
-    """Where a linear computes."""
-    weight: Any = module.weight
-    return torch.device(weight.device)

@@ -61,7 +61,9 @@ class Wrapping:
         for name, _, _, _, flag in self._parameters:
             if flag or ".lora_" in name:
                 if name not in now:
-                    raise KeepLoraError(f"{name} is gone from the model that start_task returned: what it learned is lost")
+                    raise KeepLoraError(
+                        f"{name} is gone from the model that start_task returned: what it learned is lost"
+                    )
                 found[name] = whole(name, now[name])
         return found
 
