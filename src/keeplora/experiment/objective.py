@@ -264,10 +264,8 @@ def accuracy(
                 logits = predict(family, candidates, pixels[start:end], head, readout)
                 return int((logits.argmax(dim=1).cpu() == wanted[start:end]).sum())
 
-            if pieces is None:  # a sharded model goes through no batch in parts that another process's does not come in
-                found = [named(0, len(wanted))]
-            else:
-                found = pieces(len(wanted), named)
+            # A sharded model goes through no batch in parts, for another process's may not come in as many.
+            found = [named(0, len(wanted))] if pieces is None else pieces(len(wanted), named)
             right += sum(found) if mine else 0
             if on_batch is not None:
                 on_batch()

@@ -133,7 +133,7 @@ class TaskAdapter:
                 if not math.isclose(scaling, s, rel_tol=1e-9, abs_tol=1e-12):
                     raise RuntimeError(f"PEFT scales {name} by {scaling}, not by s = {s}")
         if shard:
-            for name, layer in self._layers.items():
+            for layer in self._layers.values():
                 shard_update(layer.base_layer.weight, layer.lora_B[ADAPTER])
                 if trainable_A:
                     shard_update(layer.base_layer.weight, layer.lora_A[ADAPTER])

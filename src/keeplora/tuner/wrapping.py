@@ -1,4 +1,4 @@
-"""What an engine does to the model within a task (FSDP2's ``fully_shard``, DeepSpeed ZeRO-3, and `accelerate` through them), undone.
+"""What an engine does to the model within a task (FSDP2's ``fully_shard``, DeepSpeed ZeRO-3, accelerate with either), undone.
 
 These engines change the modules and parameters that they are given. A learner that was given a whole model takes back a whole
 model: the trained values are put together from all processes and go into the parameters that were there before, and everything
