@@ -101,12 +101,12 @@ def train_by_accelerate(model: nn.Module, data: Samples, how: str) -> None:
         optimizer.step()
 
 
-def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
+def two_tasks(folder: str, how: str, feed: str = "loader", **settings: Any) -> dict[str, Any]:
     """``how``: the base sharded before the learner ("base"), or each task's model within it ("task")."""
     net = make_net()
     if how == "base":
         shard(net, net.encoder.layers)
-    learner = ContinualLearner(net, config(), ledger=Path(folder, "ledger"))
+    learner = ContinualLearner(net, config(**settings), ledger=Path(folder, "ledger"))
     for task, n in enumerate(SIZES):
         data = Samples(n, seed=task)
         with learner.task(f"task {task}", feeding(feed, data), per_sample if task else loss_fn) as model:
@@ -122,6 +122,10 @@ def two_tasks(folder: str, how: str, feed: str = "loader") -> dict[str, Any]:
             train(model, data, sgd(model))
         assert is_sharded(learner.model) == (how == "base")
     return told(learner)
+
+
+def with_free_modules(folder: str, how: str) -> dict[str, Any]:
+    return two_tasks(folder, how, free_modules=["head"])
 
 
 def bits(learner: ContinualLearner) -> dict[str, Tensor]:

@@ -39,6 +39,14 @@ def test_equal_to_one_process(size: int, how: str, feed: str, tmp_path: Path) ->
     assert [r.name for r in Ledger.open(tmp_path / "several" / "ledger").records()] == ["task 0", "task 1"]
 
 
+def test_free_modules_train_in_a_model_that_is_sharded_within_the_task(tmp_path: Path) -> None:
+    alone = work.two_tasks(str(tmp_path / "alone"), "loader", free_modules=["head"])
+    found = run(shards.with_free_modules, 2, tmp_path / "meet", str(tmp_path / "several"), "task")
+    assert same_bits(found[0], found[1])
+    check_close(found[0], alone)
+    assert not torch.equal(found[0]["W"]["head.weight"], make_net().head.weight)
+
+
 def test_tasks_come_and_go_exactly(tmp_path: Path) -> None:
     found = run(shards.history, 2, tmp_path / "meet", str(tmp_path))
     states = found[0]["states"]
