@@ -16,6 +16,7 @@ from keeplora.experiment import runner as runner_module
 from keeplora.experiment import training as training_module
 from keeplora.experiment.interrupt import listening
 from keeplora.tuner import ranks
+from keeplora.tuner.sharding import is_sharded
 
 
 def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
@@ -57,3 +58,21 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
             return Experiment(config, {"output": folder}, quiet=True).run()["metrics"]
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
+
+
+def sharded(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
+    """`run` as under ``accelerate launch --use_fsdp --fsdp_version 2``."""
+    found: list[bool] = []
+
+    def sharded(self: Any) -> Any:
+        found.append(is_sharded(self.learner.model))
+        return go(self)
+
+    go = runner_module.Run.go
+    with (
+        mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        mock.patch.object(runner_module.Run, "go", sharded),
+    ):
+        outcome = run(config, folder, at, who, how)
+    assert found in ([True], []), "the base was not sharded"
+    return outcome

@@ -10,8 +10,6 @@ from accelerate import dispatch_model
 
 from keeplora import ContinualLearner
 from keeplora.errors import KeepLoraError
-from tests.ranks import work
-from tests.ranks.world import run
 from tests.tuner.blocks import config, learn, make_net
 
 MAP = {"embed": "cpu", "encoder.layers.0": "cpu", "encoder.layers.1": "cpu", "head": "cpu", "dropout": "cpu"}
@@ -37,9 +35,3 @@ def test_an_offloaded_target_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(KeepLoraError, match=r"encoder\.layers\.1\.\w+ is offloaded and not in memory"):
         _ = ContinualLearner(mapped, config()).U
-
-
-def test_a_sharded_model_is_refused(tmp_path: Path) -> None:
-    before, within = zip(*run(work.sharded, 2, tmp_path), strict=True)
-    assert all("is sharded (FSDP)" in said for said in before), before
-    assert all("is sharded (FSDP)" in said for said in within), within

@@ -205,23 +205,3 @@ def budgeted(folder: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return two_tasks(folder, max_basis_bytes=2400, keep_covariance=True)
-
-
-def sharded() -> tuple[str, str]:
-    """What is said of a model that FSDP2 has sharded before the learner came, and of one that it shards in a task."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    said = []
-    mesh = init_device_mesh("cpu", (ranks.size(),))
-    try:
-        ContinualLearner(fully_shard(make_net(), mesh=mesh), config())  # type: ignore[arg-type]
-    except Exception as error:
-        said.append(str(error))
-    learner = ContinualLearner(make_net(), config())
-    try:
-        with learner.task("first", DataLoader(Samples(8), batch_size=BATCH), loss_fn) as model:
-            fully_shard(model, mesh=mesh)
-    except Exception as error:
-        said.append(str(error))
-    return said[0], said[1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["tests.ranks.world", "tests.ranks.work", "tests.ranks.runs"]
+PRELOAD = ["tests.ranks.world", "tests.ranks.work", "tests.ranks.runs", "tests.ranks.shards"]
 PATIENCE = 300.0
 """Seconds after which a world that does not end is a failure; none of them takes a tenth of it."""
 

@@ -20,6 +20,7 @@ from keeplora.models.dual_encoder import DualEncoder
 from keeplora.tuner import ranks
 from keeplora.tuner.memory import Pieces, halved
 from keeplora.tuner.sampling import to_device
+from keeplora.tuner.sharding import going_through, in_step, is_sharded
 from keeplora.tuner.shares import share
 
 HEAD_SCALE = 30.0
@@ -198,8 +199,10 @@ def initial_head(objective: TaskObjective, data: PictureTensors | StreamTensors,
     with family.evaluating(), objective.precision.autocast():
         total: Tensor | None = None
         counts = torch.zeros(len(task.classes))
-        for batch in loader(own_part(data), batch_size, Collate()):
+        for batch, mine in in_step(family.model, loader(own_part(data), batch_size, Collate()), "class means"):
             features = family.image_features(batch["pixel_values"]).float().cpu()
+            if not mine:
+                continue
             total = torch.zeros(len(task.classes), features.shape[1]) if total is None else total
             total.index_add_(0, batch["labels"], features)
             counts.index_add_(0, batch["labels"], torch.ones(len(batch["labels"])))
@@ -247,11 +250,12 @@ def accuracy(
     """
     right = 0
     workers = 0 if data.kept else workers
-    own, pieces = torch.tensor(candidates.own), Pieces("evaluation")
+    own, pieces = torch.tensor(candidates.own), None if is_sharded(family.model) else Pieces("evaluation")
     pin = family.device.type == "cuda"
-    with ranks.together("evaluation"), family.evaluating(), precision.autocast():
-        for batch in loader(own_part(data), batch_size, Collate(), workers=workers, pin=pin):
-            if workers:
+    with going_through(family.model, "evaluation"), family.evaluating(), precision.autocast():
+        brought = loader(own_part(data), batch_size, Collate(), workers=workers, pin=pin)
+        for batch, mine in in_step(family.model, brought, "evaluation"):
+            if workers and mine:
                 data.keep(batch)
             batch = {**batch, "pixel_values": to_device(batch["pixel_values"], family.device)}
             pixels, wanted = batch["pixel_values"], own[batch["labels"]]
@@ -260,7 +264,9 @@ def accuracy(
                 logits = predict(family, candidates, pixels[start:end], head, readout)
                 return int((logits.argmax(dim=1).cpu() == wanted[start:end]).sum())
 
-            right += sum(pieces(len(wanted), named))
+            # A sharded model goes through no batch in parts, for another process's may not come in as many.
+            found = [named(0, len(wanted))] if pieces is None else pieces(len(wanted), named)
+            right += sum(found) if mine else 0
             if on_batch is not None:
                 on_batch()
     right = int(ranks.totals("evaluation", right)[0])

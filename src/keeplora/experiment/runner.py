@@ -36,6 +36,7 @@ from keeplora.experiment.training import Selection, train_task
 from keeplora.report import render_report
 from keeplora.tuner import ContinualLearner, TaskRecord, ranks
 from keeplora.tuner.capacity import warn_before_full
+from keeplora.tuner.sharding import is_sharded
 from keeplora.tuner.task import TaskState
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER"
@@ -61,6 +62,7 @@ class Run:
         self.config = setup.config
         self.directory = directory
         self.learner = learner
+        learner.shards_B = False  # `add_up` adds gradients up, sharded or not
         self.checkpoints = checkpoints(directory.path)
         self.progress = Progress(quiet) if ranks.is_first() else Progress.silent()
         if directory.warning:
@@ -138,7 +140,7 @@ class Run:
             raise
         self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(order))
-        results = ranks.first("writing the results", self._write)
+        results = self._write() if is_sharded(self.learner.model) else ranks.first("writing the results", self._write)
         self._report()
         return results
 
@@ -206,7 +208,9 @@ class Run:
             ledger.write_metrics(record.entry, row)
 
     def _write(self) -> dict[str, Any]:
-        if not ranks.is_first():
+        if not ranks.is_first() and not is_sharded(
+            self.learner.model
+        ):  # which the audit puts together from all processes
             return {}
         seconds = float(self.directory.read_status().get("seconds") or 0.0)
         results = build_results(

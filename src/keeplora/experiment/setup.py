@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from keeplora.data import load_task, split_validation
 from keeplora.data.streams import SampleStream
 from keeplora.errors import ConfigError
+from keeplora.experiment import sharded
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
 from keeplora.experiment.kinds import Kind, Sets, make_kind
@@ -118,10 +119,13 @@ def prepare(config: ExperimentConfig) -> Setup:
     make_options(method.learner.Options, config.tuner.options)  # refused now, not when the first task begins
     tasks, probes = load_tasks(config)
     device = choose_device(config.device)
-    family = open_model(config, device)
+    family = open_model(config, torch.device("cpu") if sharded.asked_for() else device)
     _check_kinds(config, method, family.kind, [*tasks, *probes])
     precision = Precision(config.training.precision, device)
     kind = make_kind(family.kind, config, family, precision, method, tasks, probes)
+    setup = Setup(config, method, kind, precision, tasks, probes, {})
+    if sharded.asked_for():
+        sharded.shard_base(family, setup.tuner_config(), device)
     sets = {task.name: kind.sets(task) for task in tasks}
     guards: dict[str, Any] = {}
     for probe in probes:
@@ -133,7 +137,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     if method.learner.needs_reference and config.reference is not None:
         beside = load_task(config.reference, data_folder(config), probe=True)
         reference = (beside, kind.data_set(beside.test))
-    return Setup(config, method, kind, precision, tasks, probes, sets, guards, reference)
+    return replace(setup, sets=sets, guards=guards, reference=reference)
 
 
 def _check_kinds(config: ExperimentConfig, method: Method, kind: str, tasks: Sequence[Any]) -> None:

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from keeplora.errors import ConfigError, RankError
+from keeplora.errors import RankError
 from keeplora.experiment.checkpoint import Checkpoints, Identity, Snapshot
 from keeplora.experiment.order import BatchOrder
 from keeplora.experiment.run_directory import RunDirectory
+from keeplora.experiment.sharded import check_launcher
 from keeplora.tuner import ranks
 from keeplora.tuner.shares import share
-
-_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 @contextlib.contextmanager
@@ -34,19 +33,16 @@ def joined(device: str = "auto") -> Iterator[None]:
         device: "cpu" joins them over gloo even where there are GPUs.
 
     Raises:
-        ConfigError: the launcher asks for an engine that shards the model, which a run does not.
+        ConfigError: the launcher asks for something that a run does not do.
         RankError: another process failed or is gone.
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if launched:
+        check_launcher()
     if not launched or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         with _leaving():
             yield
         return
-    if asked := [name for key, name in _ENGINES.items() if os.environ.get(key, "").lower() == "true"]:
-        raise ConfigError(
-            f"the launcher asks for {asked[0]}, but `keeplora run` trains data-parallel: every process holds the whole model; "
-            "launch it without, or use the tuner (ContinualLearner) in a loop of your own"
-        )
     from accelerate import PartialState
 
     PartialState(cpu=device == "cpu" or not torch.cuda.is_available())

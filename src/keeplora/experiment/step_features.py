@@ -34,8 +34,9 @@ class StepFeatures:
         self._family, self._prompt_tokens = family, prompt_tokens
         trained = [name for name, p in family.model.named_parameters() if p.requires_grad]
         self.texts_fixed = _all_in(trained, family.towers["vision"])
-        # A family with a comparison of its own reads more of the picture tower than its features.
-        plain = type(family).compare is DualEncoder.compare
+        # A family with a comparison of its own reads more of the picture tower than its features. A sharded tower is called by
+        # all processes, whatever one of them remembers.
+        plain = type(family).compare is DualEncoder.compare and not family.in_step
         self.pictures_fixed = plain and _all_in(trained, family.towers["text"])
         self._prompts: dict[bytes, PromptBatches] = {}
         self._texts: dict[bytes, Tensor] = {}

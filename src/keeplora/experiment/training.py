@@ -30,6 +30,7 @@ from keeplora.experiment.training_state import (
 )
 from keeplora.experiment.training_step import Gradients, Hooks, Tally, add_up, check_gradients
 from keeplora.tuner import ranks
+from keeplora.tuner.sharding import is_sharded
 
 LARGE_UPDATE = 1.0
 """‖s B A‖_F / ‖W₀‖_F beyond which a warning is due: the update outweighs the weights that it is added to."""
@@ -101,8 +102,9 @@ class _Loop:
             self.keeper.saved[0].clear()  # its tensors need not be held any longer
             self.keeper.saved = None
         self.gradients = Gradients(
-            self.objective, self.batches, self.hooks, limit=self.state.limit, tell=self._tell_limit
-        )
+            self.objective, self.batches, self.hooks, limit=self.state.limit, tell=self._tell_limit,
+            in_step=ranks.active() and is_sharded(self.model),
+        )  # fmt: skip
         self.started = time.perf_counter() - self.state.log.seconds
         self.model.eval()
         while not self.state.done:
@@ -209,6 +211,10 @@ class _Loop:
         if not ranks.active():
             return self.gradients.add(batch, where, forget)
         tally, failed = None, None
+        if self.gradients.in_step:  # where one process fails the others wait for it within the model, and not here
+            tally, stopped = add_up(self.parameters, self.gradients.add(batch, where, forget), None, STOP.requested)
+            STOP.agree(stopped)
+            return tally
         try:
             if batch is None:
                 forget()

@@ -88,24 +88,31 @@ class Gradients:
     Args:
         limit: most samples of a part; None: as the objective gives them.
         tell: gets a sentence where the limit has changed.
+        in_step: several processes hold the model together: all go through it equally often, whatever their parts, and none
+            cuts its parts smaller.
     """
 
     def __init__(
         self, objective: TrainingObjective, batches: Batches, hooks: Hooks, *, limit: int | None = None,
-        tell: Callable[[str], None],
+        tell: Callable[[str], None], in_step: bool = False,
     ) -> None:  # fmt: skip
-        self.limit = limit
+        self.limit, self.in_step = limit, in_step
         self._objective, self._batches, self._hooks, self._tell = objective, batches, hooks, tell
 
-    def add(self, batch: Mapping[str, Any], where: str, forget: Callable[[], None]) -> Tally:
+    def add(self, batch: Mapping[str, Any] | None, where: str, forget: Callable[[], None]) -> Tally:
         """Leave the batch's gradient in the parameters.
 
         Args:
+            batch: None where this process has no part of it, which may be where processes go `in_step`.
             where: task, epoch and step, for a message. forget: takes all gradients away.
 
         Raises:
             TrainingError: a loss that is not finite. KeepLoraError: not even one sample fits the memory.
         """
+        if self.in_step:
+            forget()
+            return self._add_in_step(batch, where)
+        assert batch is not None
         while True:
             parts = self._parts(batch)
             forget()
@@ -127,6 +134,20 @@ class Gradients:
                 f"{where}: the memory did not hold {largest} samples at once; from here on the task's batches go through "
                 f"the model in parts of at most {self.limit}, and their gradients add up to those of the batch"
             )
+
+    def _add_in_step(self, batch: Mapping[str, Any] | None, where: str) -> Tally:
+        parts = [] if batch is None else self._objective.parts(batch)
+        numbers = ranks.exchange("a training step", len(parts))
+        spare = parts[-1] if parts else None
+        if min(numbers) == 0:
+            lent = ranks.agreed("a training step", spare, max(range(len(numbers)), key=numbers.__getitem__))
+            spare = spare if parts else lent
+        tally = Tally(0) if batch is None else self._add(batch, parts, where)
+        for _ in range(max(numbers) - len(parts)):  # along with those that have more; it adds nothing
+            assert spare is not None
+            loss, _logits = self._objective.part_loss(spare, 1)
+            (loss * 0.0).backward()
+        return tally
 
     def _parts(self, batch: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         parts = self._objective.parts(batch)

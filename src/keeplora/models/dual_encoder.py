@@ -52,6 +52,8 @@ class DualEncoder:
     kind: ClassVar[str] = "classification"
     family: ClassVar[str] = "vision-text"
     towers: ClassVar[dict[str, str]] = {"vision": "vision_model", "text": "text_model"}
+    in_step: bool = False
+    """Whether several processes hold the model together and call it at the same times."""
     _picture_dims: ClassVar[int] = 3  # of what `preprocess` makes of one picture
 
     def __init__(

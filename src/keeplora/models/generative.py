@@ -54,6 +54,9 @@ class Generative:
 
     kind: ClassVar[str] = "generation"
 
+    in_step: bool = False
+    """Whether several processes hold the model together and call it at the same times."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -242,6 +245,8 @@ class Generative:
         )  # fmt: skip
         inputs = self._inputs(batch)
         options: dict[str, Any] = {"tokenizer": self.tokenizer} if stop else {}
+        if self.in_step:
+            options["synced_gpus"] = True
         devices = [self.device] if self.device.type == "cuda" else []
         videos = video_by_video(self.model, batch.get("video_frames"))
         with (

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from keeplora.errors import KeepLoraError
 from keeplora.math import lora_delta
 from keeplora.tuner.activations import lean_activations
+from keeplora.tuner.sharding import is_sharded, settle, shard_update, whole
 from keeplora.tuner.targets import Target
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class TaskAdapter:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], A: Mapping[str, Tensor], *, trainable_A: bool = False
-    ) -> None:
+        self, model: nn.Module, targets: Sequence[Target], A: Mapping[str, Tensor], *, trainable_A: bool = False,
+        shard: bool = True,
+    ) -> None:  # fmt: skip
         self.targets = {t.name: t for t in targets if A.get(t.name) is not None and A[t.name].shape[0] > 0}
         self.A0 = {name: A[name].to(torch.float32) for name in self.targets}
         self.trainable_A = trainable_A
@@ -130,6 +132,11 @@ class TaskAdapter:
                 scaling, s = layer.scaling[ADAPTER], self.targets[name].s
                 if not math.isclose(scaling, s, rel_tol=1e-9, abs_tol=1e-12):
                     raise RuntimeError(f"PEFT scales {name} by {scaling}, not by s = {s}")
+        if shard:
+            for layer in self._layers.values():
+                shard_update(layer.base_layer.weight, layer.lora_B[ADAPTER])
+                if trainable_A:
+                    shard_update(layer.base_layer.weight, layer.lora_A[ADAPTER])
         self._versions = {name: self._weight_A(name)._version for name in self._layers}
         self._handle = None
         if not trainable_A:
@@ -171,7 +178,7 @@ class TaskAdapter:
         for name in self._layers:
             A = self._weight_A(name)
             written = thorough or A._version != self._versions[name]
-            if written and not torch.equal(A.detach().cpu().float(), self.A0[name]):
+            if written and not torch.equal(whole(name, A).float(), self.A0[name]):
                 raise KeepLoraError(
                     f"A of {name} was changed during the task: it must stay as it was set, or the update leaves the "
                     "residual space; train only the parameters that require a gradient"
@@ -190,13 +197,14 @@ class TaskAdapter:
 
         ‖B A‖_F² = Σ (BᵀB ∘ A Aᵀ), two r × r products: the update itself is never formed.
         """
-        found = []
+        found, sharded = [], is_sharded(self.model)
         for name in self._layers:
             if name not in norms:
                 norms[name] = float(store.W0[name].to(torch.float32).norm()) or 1e-30
-            A, B = (w.to(torch.float32) for w in self.weights(name))
+            A, B = ((whole(name, w) if sharded else w).to(torch.float32) for w in self.weights(name))
             squared = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0.0)
-            found.append(squared.sqrt() * (self.targets[name].s / norms[name]))
+            ratio = squared.sqrt() * (self.targets[name].s / norms[name])
+            found.append(ratio.to(found[0].device) if found else ratio)  # a device map has layers on several
         ratios = torch.stack(found).tolist()
         i = max(range(len(ratios)), key=ratios.__getitem__)
         return list(self._layers)[i], ratios[i]
@@ -206,12 +214,16 @@ class TaskAdapter:
 
     def factors(self) -> dict[str, Factors]:
         """Trained factors per layer; checks that a frozen A is still what it was."""
+        settle(self.model)
+        # Sharded ones are put together by all processes: nothing may fail in one of them before.
+        values = {
+            name: [whole(name, w).to(torch.float32, copy=True) for w in self.weights(name)] for name in self._layers
+        }
         if not self.trainable_A:
             self.check_A(thorough=True)
         out = {}
-        for name, layer in self._layers.items():
-            A = self._weight_A(name).detach().to("cpu", torch.float32, copy=True)
-            B = layer.lora_B[ADAPTER].weight.detach().to("cpu", torch.float32, copy=True)
+        for name in self._layers:
+            A, B = values[name]
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise FloatingPointError(f"the trained factors of {name} hold NaN or infinity; nothing is merged")
             out[name] = Factors(A, B, self.targets[name].s)

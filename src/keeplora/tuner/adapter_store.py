@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from keeplora.errors import KeepLoraError
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.quantised import dequantised, keep_layout, quantisation, stored_tensors
+from keeplora.tuner.sharded_store import ShardedStore, refuse_quantised
+from keeplora.tuner.sharding import is_sharded
 from keeplora.tuner.weights import ServingCost, Update, WeightStore, needs_whole_weight
 
 PAST = "keeplora_past"
@@ -127,11 +129,14 @@ class AdapterStore(WeightStore):
 
 
 def make_store(model: nn.Module, names: list[str], parameters: Iterable[str] = ()) -> WeightStore:
-    """The store that the targets ask for: merged weights, or adapters beside a quantised base.
+    """The store that the targets ask for: merged weights, whole or sharded, or adapters beside a quantised base.
 
     Raises:
         TargetError: a quantised linear anywhere in the model that could not be read, or would pass no gradient.
     """
     keep_layout(model)
+    if is_sharded(model):
+        refuse_quantised(model, names)
+        return ShardedStore(model, names, parameters)
     quantised = any(quantisation(model.get_submodule(name)) is not None for name in names)
     return (AdapterStore if quantised else WeightStore)(model, names, parameters)

@@ -58,7 +58,7 @@ def audit_learner(learner: ContinualLearner, detail: str = "quick", saved: str |
         state, weights, floor = states[t.name], None, None
         module = learner.store.module(t.name)
         if quantisation(module) is None:
-            W0, W = learner.store.W0[t.name], module.weight
+            W0, W = learner.store.W0[t.name], learner.store.running(t.name)
             found = merged_rows(state, names, W0, W.dtype, depth, export="running", W=W)
             running += found
             if found and found[0].basis is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from keeplora.errors import KeepLoraError
 from keeplora.tuner import ranks
+from keeplora.tuner.sharding import is_sharded
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -28,6 +29,8 @@ def join(learner: ContinualLearner) -> None:
                 "None, and cap the samples with gradient_samples and feature_samples"
             )
     what = "comparing the models"
+    if is_sharded(learner.model):
+        learner.store.base_hash()  # put together by all, which could not be waited for below
     with ranks.together(what):
         mine = (learner.config.to_dict(), learner.store.base_hash())
     for r, (config, base) in enumerate(ranks.exchange(what, mine)):

@@ -37,6 +37,7 @@ from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.unlabelled import TaskStream
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
+from keeplora.tuner.wrapping import unwrap, wrapping_of
 
 
 class ContinualLearner(TaskHistory):
@@ -82,6 +83,8 @@ class ContinualLearner(TaskHistory):
     function of `records`, in any selection. `rollback` works for every method."""
     single_process: ClassVar[str] = ""
     """Why the method cannot learn in several processes, as words that follow its name; empty where it can."""
+    shards_B: bool = True
+    """Whether B is sharded where the base is, and its gradient averaged by FSDP2; False: whoever trains adds gradients up."""
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
 
@@ -115,8 +118,8 @@ class ContinualLearner(TaskHistory):
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
             self._U = Bases.of(
-                ranks.spread(
-                    "the bases of the weights", list(energy), lambda n: weight_subspace(self.store.W0[n], energy[n])
+                self.store.per_weight(
+                    "the bases of the weights", list(energy), lambda n, W0: weight_subspace(W0, energy[n])
                 )
             )
         return self._U
@@ -192,6 +195,7 @@ class ContinualLearner(TaskHistory):
                 self.store.keep()  # wrappers for several processes write rank 0's weights into all the others'
             model = self._attach(task)
             self.free.open(task, self.store)
+            task.wrapping = wrapping_of(model)
             if saved is not None:
                 self.load_task_state(task, saved)
         except BaseException:
@@ -214,6 +218,7 @@ class ContinualLearner(TaskHistory):
         before = self.store.snapshot()
         U_before = self._U
         try:
+            unwrap(task.wrapping, keep_trained=True)
             with ranks.together("taking the adapter out"):
                 record = self._detach(task)
                 record.full = {**self.free.updates(task, self.store), **record.full}
@@ -294,6 +299,7 @@ class ContinualLearner(TaskHistory):
 
     @staticmethod
     def _release(task: OpenTask) -> None:
+        unwrap(task.wrapping, keep_trained=False)
         release, task.release = task.release, None
         if release is not None:
             release()
@@ -386,7 +392,7 @@ class ContinualLearner(TaskHistory):
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
-        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A)
+        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model

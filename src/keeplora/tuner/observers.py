@@ -23,6 +23,7 @@ from keeplora.tuner.activations import lean_activations
 from keeplora.tuner.convergence import Enough
 from keeplora.tuner.memory import full_float32, in_smaller_batches, release_cached
 from keeplora.tuner.sampling import batch_size, to_device
+from keeplora.tuner.sharding import going_through, in_step
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
 
@@ -75,6 +76,8 @@ class _Observer:
         self.store = store
         self.masks: Mapping[str, Tensor] = {}
         self.fired: set[str] = set()
+        self.paused = False
+        """The batch under way is another process's, gone through for the sake of a sharded model alone."""
         self._handles: list[Any] = []
 
     def _attach(self, target: Target, module: nn.Linear) -> Any:
@@ -151,10 +154,12 @@ class GradientObserver(_Observer):
                 y = changed = y.detach().requires_grad_(True).clone()
 
             def collect(g: Tensor) -> None:
+                if self.paused:
+                    return
                 if x._version != version:
                     raise TargetError(f"the input of {target.name} is changed in place later on; its gradient is lost")
                 with torch.autocast(g.device.type, enabled=False), full_float32():
-                    rows = self._rows(target, x, 1.0)
+                    rows = self._rows(target, x.to(g.device), 1.0)  # a device map's hook moves inputs behind this one
                     G = self._product(target, g.detach().to(torch.float32).reshape(-1, g.shape[-1]), rows)
                 self.fired.add(target.name)
                 if target.name in self.G:
@@ -259,6 +264,8 @@ class FeatureObserver(_Observer):
         name = target.name
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.paused:
+                return
             x: Tensor = args[0]
             leader = self.leader.get(name)
             if leader is None:
@@ -319,7 +326,7 @@ def collect_gradients(
         RankError: another process failed in its share.
     """
     what = "the gradient pass"
-    with ranks.together(what):
+    with going_through(model, what):
         found, count = in_smaller_batches(
             "gradient",
             batches,
@@ -342,10 +349,13 @@ def _collect_gradients(
     if enough is not None:
         enough.restart()
     with quiet_model(model), observe(targets, store) as observer:
-        for batch in batches:
+        for batch, own in in_step(model, batches, "the gradient pass"):
             batch = to_device(batch, device)
-            observer.masks = mask_fn(batch)
+            observer.paused, observer.masks = not own, mask_fn(batch)
             loss, n = sum_and_count(loss_fn(model, batch), batch)
+            if not own:
+                loss.backward()
+                continue
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} in the gradient pass, after {total} samples")
             loss.backward()
@@ -377,7 +387,7 @@ def collect_features(
     sums are added over all of them.
     """
     what = "the feature pass"
-    with ranks.together(what):
+    with going_through(model, what):
         observer = in_smaller_batches(
             "feature",
             batches,
@@ -398,10 +408,10 @@ def _collect_features(
     if enough is not None:
         enough.restart()
     with quiet_model(model), FeatureObserver(targets, store, sketch) as observer:
-        for batch in batches:
+        for batch, own in in_step(model, batches, "the feature pass"):
             seen = True
             batch = to_device(batch, device)
-            observer.masks = mask_fn(batch)
+            observer.paused, observer.masks = not own, mask_fn(batch)
             forward_fn(model, batch)
             if enough is not None and enough.reached(batches, batch_size(batch), observer.leaders) and _end(batches):
                 break

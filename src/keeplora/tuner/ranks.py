@@ -319,6 +319,24 @@ def summed(what: str, found: Mapping[str, Tensor], names: Sequence[str]) -> dict
     return out
 
 
+def gathered(what: str, piece: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The flat pieces of all ranks one after another, on the CPU, bit for bit.
+
+    Args:
+        piece: this rank's, (sizes[rank],). sizes: entries of every rank's piece; they may differ.
+    """
+    piece = piece.detach().to("cpu").contiguous()
+    if not active():
+        return piece.clone()
+    line, most = _the_line(), max(sizes) * piece.element_size()
+    mine = torch.zeros(most, dtype=torch.uint8)
+    mine[: piece.numel() * piece.element_size()] = piece.view(torch.uint8)
+    found = [torch.empty_like(mine) for _ in sizes]
+    line.call(what, lambda: dist.all_gather(found, mine, group=line.group))
+    pieces = [f[: n * piece.element_size()] for f, n in zip(found, sizes, strict=True)]
+    return torch.cat(pieces).view(piece.dtype)
+
+
 def total(what: str, tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, on its device; the same bits on all ranks. In place where it can be."""
     return _sum(what, tensor, tensor.device.type) if active() else tensor

@@ -12,6 +12,7 @@ from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
+from keeplora.tuner.wrapping import Wrapping
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class OpenTask:
     adapter: TaskAdapter | None = None
     release: Callable[[], None] | None = None
     """Gives the model back as it was before `_attach`, trained weights aside; None once that is done."""
+    wrapping: Wrapping | None = None
+    """The model as it was handed to the training loop, where an engine for several processes may wrap it."""
     info: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keeplora.errors import KeepLoraError, TargetError
+from keeplora.tuner import ranks
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.quantised import quantisation
+
+T = TypeVar("T")
 
 Update = Factors | Tensor
 """ΔW of one weight by one task: low-rank factors, or the whole matrix in float32."""
@@ -164,6 +167,14 @@ class WeightStore:
         W0 = self.W0[name]
         return (W0.to(torch.float32) + self.delta[name]).to(W0.dtype) if name in self.updates else W0
 
+    def running(self, name: str) -> Tensor:
+        """The weight that the model computes with, whole."""
+        return self._live(name).detach()
+
+    def per_weight(self, what: str, names: Sequence[str], work: Callable[[str, Tensor], T]) -> dict[str, T]:
+        """``work(name, W₀)`` for every name; of several processes one does it for all of them (`ranks.spread`)."""
+        return ranks.spread(what, names, lambda name: work(name, self.W0[name]))
+
     def base_hash(self) -> str:
         """SHA-256 over the targets' names, dtypes, shapes and W₀ bytes: what a ledger's factors belong to."""
         digest = hashlib.sha256()
@@ -196,8 +207,8 @@ class WeightStore:
         p, module = self._parameters[name], self._modules.get(name)
         if isinstance(p, DTensor) or (module is not None and module.weight is not p):
             raise KeepLoraError(
-                f"the weight of {name} is sharded (FSDP) or was replaced by another: the learner needs it whole, and the same "
-                "as when it was made; wrap the model in DistributedDataParallel, or leave it as it is"
+                f"the weight of {name} was sharded or replaced by another after the learner was made, and not within a task: "
+                "shard the base before the learner is made, or within each task the model that start_task returns"
             )
         if p.is_meta:
             raise KeepLoraError(
@@ -211,11 +222,15 @@ class WeightStore:
             return
         p = self._live(name)
         if _version(p) != self._versions[name]:
-            raise KeepLoraError(
-                f"the weight of {name} was changed in place after the learner was made, and not by it, so W₀ is lost; "
-                "make the learner after such a change"
-            )
+            raise self._lost(name)
         self._kept[name] = p.detach().to("cpu", copy=True)
+
+    @staticmethod
+    def _lost(name: str) -> KeepLoraError:
+        return KeepLoraError(
+            f"the weight of {name} was changed in place after the learner was made, and not by it, so W₀ is lost; "
+            "make the learner after such a change"
+        )
 
     def _sum(self, name: str) -> Tensor:
         first, *rest = (u.delta if isinstance(u, Factors) else u.to("cpu", torch.float32) for u in self.updates[name])

@@ -40,6 +40,7 @@ from keeplora.models.vision_cache import VisionCache
 from keeplora.tuner import ContinualLearner, KeepLoraConfig, ranks
 from keeplora.tuner.memory import Pieces
 from keeplora.tuner.sampling import to_device
+from keeplora.tuner.sharding import going_through, in_step, is_sharded
 from keeplora.tuner.shares import share
 
 IGNORED = -100
@@ -206,11 +207,13 @@ class Generation:
         lengths = data.lengths
         order = sorted(range(len(data)), key=lambda i: (lengths[i], i))
         answers = [""] * len(data)
-        with ranks.together("evaluation"), self.family.evaluating(), self.precision.autocast():
+        model = self.family.model
+        with going_through(model, "evaluation"), self.family.evaluating(), self.precision.autocast():
             batches = list(share([order[start : start + size] for start in range(0, len(order), size)]))
             collate = partial(self.family.join, side="left")
-            pieces = Pieces(f"evaluation of {task.name!r}")
-            for batch in chosen_loader(data, batches, collate, self.config.training.workers):
+            pieces = None if is_sharded(model) else Pieces(f"evaluation of {task.name!r}")
+            read = chosen_loader(data, batches, collate, self.config.training.workers)
+            for batch, mine in in_step(model, read, "evaluation"):
                 indices = batch["index"].tolist()
 
                 def answered(start: int, end: int, batch: Any = batch, indices: list[int] = indices) -> list[str]:
@@ -221,7 +224,10 @@ class Generation:
                         temperature=settings.temperature, top_p=settings.top_p, seed=self.config.seed,
                     )  # fmt: skip
 
-                for i, answer in zip(indices, chain.from_iterable(pieces(len(indices), answered)), strict=True):
+                found = [answered(0, len(indices))] if pieces is None else pieces(len(indices), answered)
+                if not mine:
+                    continue
+                for i, answer in zip(indices, chain.from_iterable(found), strict=True):
                     answers[i] = answer
                 on_batch()
         for given in ranks.exchange("evaluation", {i: answer for i, answer in enumerate(answers) if answer}):
