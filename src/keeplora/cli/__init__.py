@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from keeplora.cli import (
+    analyze,
     assets,
     audit,
     capacity,
@@ -61,6 +62,7 @@ app.command("card")(push.card)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("tune")(tune.tune)
+app.add_typer(analyze.app, name="analyze")
 app.command("audit")(audit.audit)
 app.add_typer(ledger.app, name="ledger")
 app.command("capacity")(capacity.capacity)

@@ -89,7 +89,7 @@ def build_results(
         "method": method.name, "method_title": method.title,
         "variant": "cls" if method.classifier else "text", "order": config.order_name, "candidates": config.candidates,
         "evaluate_on": config.evaluate_on, "model": config.model.name, "suite": config.suite,
-        "seed": config.seed, "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
+        "seed": config.seed, **({"auto": config.auto} if config.auto else {}), "comparison_key": key, "tasks": [t.name for t in tasks], "probes": [p.name for p in probes],
         "accuracy": scores.tasks, "probe_accuracy": scores.probes, "test_counts": {t.name: len(t.test) for t in sets},
         **kind.results(),
         "metrics": summary(scores.tasks, scores.probes),
