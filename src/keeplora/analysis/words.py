@@ -104,7 +104,9 @@ def _intra(results: Results) -> list[str]:
         for group, what in (("general", "the general sets"), ("specific", "the tasks")):
             least = _least_unharmed(leading, group)
             if least is not None and least["share"] == 0:
-                said.append(f"{name}: with nothing kept of these weights no loss can be seen in {what}: these samples tell nothing.")
+                said.append(
+                    f"{name}: with nothing kept of these weights no loss can be seen in {what}: these samples tell nothing."
+                )
             elif least is not None and least["share"] < 1:
                 said.append(
                     f"{name}: rebuilt from the leading {percent(least['rank_share'])} of their singular components "
@@ -186,26 +188,28 @@ def _spectra(results: Results) -> list[str]:
     for one in found["captured"]:
         if one["median"] >= 0.9:
             said.append(
-                f"The leading {one['rank']} directions hold {percent(one['median'])} of the residual gradient's energy at the median "
-                f"layer (the middle half of the layers: {percent(one['low'])} to {percent(one['high'])})."
+                f"The leading {one['rank']} directions hold {percent(one['median'])} of the residual gradient's energy at "
+                f"the median layer (the middle half of the layers: {percent(one['low'])} to {percent(one['high'])})."
             )
             break
     else:
         last = found["captured"][-1]
         said.append(
-            f"Even {last['rank']} directions hold only {percent(last['median'])} of the residual gradient's energy at the median layer."
+            f"Even {last['rank']} directions hold only {percent(last['median'])} of the residual gradient's energy at the median "
+            "layer."
         )
     for tower in dict.fromkeys(row["tower"] for row in found["outside"]):
         rows = [row for row in found["outside"] if row["tower"] == tower]
         shallow, deep = rows[: max(1, len(rows) // 3)], rows[-max(1, len(rows) // 3) :]
+        a, b = (percent(median(r["median"] for r in third)) for third in (shallow, deep))
         said.append(
-            f"{tower or 'The model'}: outside the weights' protected subspace lies {percent(median(r['median'] for r in shallow))} of the "
-            f"tasks' gradient energy in the shallow third and {percent(median(r['median'] for r in deep))} in the deep third."
+            f"{tower or 'The model'}: outside the weights' protected subspace lies {a} of the tasks' gradient energy in the "
+            f"shallow third and {b} in the deep third."
         )
     for one in found["protected"]:
         said.append(
-            f"At ε_f = {one['energy']:g} the features of all tasks but the last leave {one['room']:g} free dimensions at the "
-            f"median layer (least {one['least_room']}), and {percent(one['left'])} of the last task's gradient energy, of "
+            f"At ε_f = {one['energy']:g} the features of all tasks but the last leave {one['room']:g} free dimensions at "
+            f"the median layer (least {one['least_room']}), and {percent(one['left'])} of the last task's gradient energy, of "
             f"{percent(one['start'])} before the first."
         )
     if found["protected"]:
@@ -228,8 +232,10 @@ def _layers(results: Results) -> list[str]:
     rows, n = last["rows"], len(results["layers"])
     said = []
     told = (
-        ("total", f"After {n} task{'s' if n > 1 else ''} the updates are {{}} of the weights' norm in the shallow third and {{}} in the deep third (medians)."),
-        ("outside", "Of the last task's gradient energy {} lay outside the protected subspace in the shallow third and {} in the deep third."),
+        ("total", f"After {n} task{'s' if n > 1 else ''} the updates are {{}} of the weights' norm in the shallow third and {{}} "
+                  "in the deep third (medians)."),
+        ("outside", "Of the last task's gradient energy {} lay outside the protected subspace in the shallow third and {} in the "
+                    "deep third."),
         ("taken", "Of that its A took {} in the shallow third and {} in the deep third."),
     )  # fmt: skip
     for key, sentence in told:
@@ -240,8 +246,8 @@ def _layers(results: Results) -> list[str]:
     if None not in drift:
         a, b = (v for v in drift if v is not None)
         said.append(
-            f"Features of the general sets are like the untouched model’s to a linear CKA of {a:.3f} in the shallow third and {b:.3f} in "
-            "the deep third (1: the same up to rotation and scale; unbiased estimate, no interval)."
+            f"Features of the general sets are like the untouched model’s to a linear CKA of {a:.3f} in the shallow third and "
+            f"{b:.3f} in the deep third (1: the same up to rotation and scale; unbiased estimate, no interval)."
         )
     return said
 

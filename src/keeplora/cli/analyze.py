@@ -115,8 +115,8 @@ def inter(
     run = source if source is not None and (source / "config.yaml").is_file() else None
     chosen = check_what(words(what), INTER_RUN if run else INTER, "a run" if run else "an untouched model")
     plan = plan_of(
-        None if run else source, suite, model, method, data, set_, output, run=run, limit=limit, by=by, general=general, seed=seed,
-        tasks=tasks,
+        None if run else source, suite, model, method, data, set_, output, run=run, limit=limit, by=by, general=general,
+        seed=seed, tasks=tasks,
     )  # fmt: skip
     finish(lambda: analysis.inter(plan, what=chosen, jobs=jobs, quiet=quiet or None), plan)
 

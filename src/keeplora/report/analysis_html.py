@@ -34,8 +34,8 @@ SECTIONS = {
     ),
     "spectra": (
         "Gradients and features",
-        "How many directions the residual gradient has (M3, M4), how much of it lies outside the weights’ subspace at each depth, "
-        "and what is left of it when the features of the tasks are protected (M8).",
+        "How many directions the residual gradient has (M3, M4), how much of it lies outside the weights’ subspace at each "
+        "depth, and what is left of it when the features of the tasks are protected (M8).",
     ),
     "layers": (
         "Every layer after each task",
@@ -96,7 +96,10 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     if results.get("windows"):
         head = ["adapted", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
         body = [
-            [w["name"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]), _cell(w["loss"]), _over_tasks(w["loss"])]
+            [
+                w["name"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]), _cell(w["loss"]),
+                _over_tasks(w["loss"]),
+            ]
             for w in results["windows"]
         ]  # fmt: skip
         made["windows"] = [_table("Points gained on the new tasks and lost on the general sets", head, body)]
@@ -122,7 +125,8 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             )  # fmt: skip
     if results.get("undo"):
         rows = [
-            {**p, "row": f"{one['first']} first, {p['layers']} of {p['of']} out"} for one in results["undo"] for p in one["points"]
+            {**p, "row": f"{one['first']} first, {p['layers']} of {p['of']} out"}
+            for one in results["undo"] for p in one["points"]
         ]  # fmt: skip
         made["undo"] = [_scores(rows, "layers", "row")]
     return made
@@ -167,12 +171,12 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
         }
         for key, (title, about) in SECTIONS.items() if key in pictures
     ]  # fmt: skip
-    made = results.get("suggestion")
+    made: Mapping[str, Any] = results.get("suggestion") or {}
     suggested = [
         (NAMES.get(key.split(".")[0], key) + (f" · {key.split('.', 1)[1]}" if "." in key else ""), why)
-        for key, why in (made["evidence"].items() if made else ())
+        for key, why in made.get("evidence", {}).items()
     ]
-    values = [(NAMES[k], _value(made[k])) for k in NAMES if made] if made else []
+    values = [(NAMES[key], _value(made[key])) for key in NAMES if made]
     page = _template().render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
         light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),

@@ -133,6 +133,7 @@ def spectra(results: Results) -> Figure:
             panel, [r["depth"] for r in rows], [{"mean": r["median"], "low": r["low"], "high": r["high"]} for r in rows], k,
             tower or "model",
         )  # fmt: skip
+    panel.xaxis.get_major_locator().set_params(integer=True)
     _style(panel, "Gradient outside U₀", "block (0 is the shallowest)", "share of its energy")
     panel.set_ylim(bottom=0)
     panel.legend(frameon=False, fontsize=8.5)
@@ -161,6 +162,10 @@ def layers(results: Results) -> Figure:
     for i, tower in enumerate(towers):
         for j, (key, title, y) in enumerate(shown):
             panel = axes[i][j]
+            if not any(row.get(key) is not None for task in tasks for row in task["rows"] if row["tower"] == tower):
+                panel.set_visible(False)  # a tower whose inputs are not one row per sample, or too few samples
+                continue
+            panel.xaxis.get_major_locator().set_params(integer=True)
             for k, task in enumerate(tasks):
                 by: dict[int, list[float]] = {}
                 for row in task["rows"]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from statistics import fmean
@@ -31,6 +31,9 @@ from keeplora.study.resources import slots
 
 STOP_AFTER = "KEEPLORA_STOP_AFTER_POINTS"
 """Environment variable for tests: raise `KeyboardInterrupt` after so many points."""
+
+Measured = tuple[Point, dict[str, Any], float]
+"""A point, what was found, and the seconds it took."""
 
 _world: World | None = None  # of a worker process
 
@@ -112,13 +115,13 @@ def run_points(
                     raise KeyboardInterrupt
 
 
-def _here(world: World, points: Sequence[Point]) -> Iterator[tuple[Point, dict[str, Any], float]]:
+def _here(world: World, points: Sequence[Point]) -> Generator[Measured, None, None]:
     with world.kind.running(world.learner):
         for point in points:
             yield _measured(world, point)
 
 
-def _measured(world: World, point: Point) -> tuple[Point, dict[str, Any], float]:
+def _measured(world: World, point: Point) -> Measured:
     started = time.perf_counter()
     return point, measure(world, point), time.perf_counter() - started
 
@@ -126,9 +129,7 @@ def _measured(world: World, point: Point) -> tuple[Point, dict[str, Any], float]
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
-def _in_processes(
-    plan: AnalysisPlan, points: Sequence[Point], jobs: int
-) -> Iterator[tuple[Point, dict[str, Any], float]]:
+def _in_processes(plan: AnalysisPlan, points: Sequence[Point], jobs: int) -> Generator[Measured, None, None]:
     free = slots(len(points), jobs=jobs, threads=None, settings=plan.source)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(free.threads)  # read when a process imports torch
@@ -173,6 +174,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _one(point: Point) -> tuple[Point, dict[str, Any], float]:
+def _one(point: Point) -> Measured:
     assert _world is not None
     return _measured(_world, point)

@@ -205,7 +205,9 @@ def _suggestion(
         if curve["mode"] != "leading" or untouched is None or curve["part"] == "all":
             continue
         base = untouched["general"]
-        kept = [suggest.Kept(p["energy"], p["general"]["mean"]) for p in curve["points"]]
+        # A share of Σσ² is what ε_w is; one of Σσ stands for the share of Σσ² that it keeps, over the layers.
+        share = "share" if results["options"]["by"] == "energy" else "energy"
+        kept = [suggest.Kept(p[share], p["general"]["mean"]) for p in curve["points"]]
         one = suggest.energy_weights(kept, (base["mean"], base["low"], base["high"]))
         evidence[f"energy_weights.{curve['part']}"] = one.why
         tower = curve["part"] if curve["part"] in results["towers"] else ""

@@ -73,9 +73,7 @@ class AnalysisPlan:
         for name, choices in (("general", GENERAL), ("by", MEASURES)):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(
-                    f"--{name} is {value!r}: use one of {', '.join(choices)}{did_you_mean(value, choices)}"
-                )
+                raise ConfigError(f"--{name}: unknown word {value!r}{did_you_mean(value, choices)}")
         if self.limit is not None and self.limit < 4:
             raise ConfigError(f"--limit is {self.limit}: with fewer than 4 samples of a set nothing can be told")
         if self.tasks < 1:
@@ -84,7 +82,7 @@ class AnalysisPlan:
     @property
     def told(self) -> dict[str, Any]:
         """The options on which the numbers depend."""
-        return {"limit": self.limit, "general": self.general, "by": self.by, "seed": self.seed, "tasks": self.tasks}
+        return {"limit": self.limit, "general": self.general, "by": self.by, "seed": self.seed}
 
 
 def parts_of(targets: Sequence[Target]) -> list[str]:
@@ -129,9 +127,7 @@ def check_shares(shares: Sequence[float]) -> list[float]:
 def check_what(words: Sequence[str], choices: Sequence[str], where: str) -> list[str]:
     for word in words:
         if word not in choices:
-            raise ConfigError(
-                f"--what holds {word!r}, but for {where} it is of {', '.join(choices)}{did_you_mean(word, choices)}"
-            )
+            raise ConfigError(f"--what: {where} has no {word!r}{did_you_mean(word, choices)}")
     return [word for word in choices if word in words] or list(choices)
 
 

@@ -73,8 +73,8 @@ class AnalysisStore:
             raise KeepLoraError(f"{self.path / 'analysis.json'} is not an analysis's; choose another --output")
         if value.get("version") != VERSION:
             raise KeepLoraError(
-                f"{self.path} was written in version {value.get('version')} of the analysis format, this keeplora knows {VERSION}; "
-                "choose another --output, or use the keeplora that made it"
+                f"{self.path} was written in version {value.get('version')} of the analysis format, this keeplora knows "
+                f"{VERSION}; choose another --output, or use the keeplora that made it"
             )
         return value["identity"]
 

@@ -112,7 +112,8 @@ class World:
         for task in [*self.setup.tasks, *self.setup.probes]:
             if getattr(task, "scorer", None) in JUDGED:
                 raise ConfigError(
-                    f"{task.name} is scored by a judge, who would be asked for every answer at every point; choose a scorer without one"
+                    f"{task.name} is scored by a judge, who would be asked for every answer at every point; choose a "
+                    "scorer without one"
                 )
 
     # ---- model ---------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ class World:
         told = {
             "model": config.model.name, "weights": self.learner.store.base_hash(), "sets": sets,
             "tasks": {t.name: t.fingerprint for t in setup.tasks}, "candidates": config.candidates,
-            "options": self.plan.told,
+            **self.plan.told,
         }  # fmt: skip
         if self.plan.run is not None:
             entries = [[r.name, r.time, r.entry] for r in self.learner.records]
