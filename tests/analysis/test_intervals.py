@@ -33,7 +33,7 @@ def test_a_paired_difference_leaves_out_what_both_share():
 
 def test_over_tasks_that_differ_the_interval_is_wider():
     scores = {f"t{i}": [20.0 * i + (j % 2) for j in range(50)] for i in range(5)}
-    found = Resamples({name: 50 for name in scores}).spread(scores)
+    found = Resamples(dict.fromkeys(scores, 50)).spread(scores)
     assert found.low_tasks is not None
     assert found.high_tasks is not None
     assert found.high_tasks - found.low_tasks > 20 > found.high - found.low

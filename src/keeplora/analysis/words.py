@@ -38,10 +38,13 @@ def effect(name: str, change: Mapping[str, Any]) -> str:
     """
     >>> effect("the general sets", {"mean": -0.4, "low": -2.0, "high": 1.0})
     'no change can be seen in the general sets (−0.4 points [−2.0, +1.0])'
+    >>> effect("the tasks", {"mean": -3.0, "low": -5.0, "high": -1.0})
+    'the tasks lose 3.0 points [1.0, 5.0]'
     """
     if not seen(change):
         return f"no change can be seen in {name} ({points_of(change)})"
-    return f"{name} {'lose' if change['mean'] < 0 else 'gain'} {points_of(change)}"
+    low, high = sorted(abs(change[end]) for end in ("low", "high"))
+    return f"{name} {'lose' if change['mean'] < 0 else 'gain'} {abs(change['mean']):.1f} points [{low:.1f}, {high:.1f}]"
 
 
 def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -76,7 +79,8 @@ def _summary(results: Results) -> list[str]:
     said.append(f"{results['note'][:1].upper()}{results['note'][1:]}.")
     made = results.get("suggestion")
     if made:
-        given = [f"{KNOWN[k]} = {_value(v)}" for k, v in made.items() if k in KNOWN and v is not None]
+        as_it_was = results.get("as_it_was") or []
+        given = [f"{KNOWN[k]} = {_value(v, as_it_was)}" for k, v in made.items() if k in KNOWN and v is not None]
         not_told = [KNOWN[k] for k, v in made.items() if k in KNOWN and v is None]
         if given:
             said.append(f"Suggested for this model: {', '.join(given)}.")
@@ -85,9 +89,12 @@ def _summary(results: Results) -> list[str]:
     return said
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, as_it_was: Sequence[str]) -> str:
     if isinstance(value, Mapping):
-        return " / ".join(f"{float(v):g} ({tower})" for tower, v in value.items())
+        return " / ".join(
+            f"{float(v):g} ({tower}{', not told: as it was' if tower in as_it_was else ''})"
+            for tower, v in value.items()
+        )
     return f"{value:g}"
 
 
@@ -142,19 +149,25 @@ def _together(name: str, what: str, point: Mapping[str, Any]) -> str:
 
 def _thirds(results: Results) -> list[str]:
     said = []
-    firsts = [(one["name"], one["points"][0]) for one in results["thirds"] if one["points"]]
-    for name, point in firsts:
-        said.append(
-            f"With {name} of every tower cut to {percent(point['share'])} of its spectrum, "
-            f"{effect('the general sets', point['general_change'])}, and {effect('the tasks', point['specific_change'])}."
-        )
-    if len(firsts) > 1:
-        (shallow, a), (deep, b) = firsts[0], firsts[-1]
+    rows = [one for one in results["thirds"] if one["points"]]
+    for one in rows:
+        for point in one["points"][:: max(1, len(one["points"]) - 1)]:  # the hardest cut and the mildest
+            said.append(
+                f"With {one['name']} of every tower cut to {percent(point['share'])} of its spectrum, "
+                f"{effect('the general sets', point['general_change'])}, and {effect('the tasks', point['specific_change'])}."
+            )
+    if len(rows) < 2:
+        return said
+    (shallow, deep), told = (rows[0], rows[-1]), False
+    for a, b in zip(shallow["points"], deep["points"]):
         if apart(a["general_change"], b["general_change"]):
             more = shallow if a["general_change"]["mean"] < b["general_change"]["mean"] else deep
-            said.append(f"General knowledge depends more on {more}.")
-        else:
-            said.append(f"Whether general knowledge depends more on {shallow} or on {deep} cannot be told from this.")
+            said.append(f"At {percent(a['share'])} kept, general knowledge depends more on {more['name']}.")
+            told = True
+    if not told:
+        said.append(
+            f"Whether general knowledge depends more on {shallow['name']} or on {deep['name']} cannot be told from this."
+        )
     return said
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +176,7 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
         (NAMES.get(key.split(".")[0], key) + (f" · {key.split('.', 1)[1]}" if "." in key else ""), why)
         for key, why in made.get("evidence", {}).items()
     ]
-    values = [(NAMES[key], _value(made[key])) for key in NAMES if made]
+    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
     page = _template().render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
         light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
@@ -185,9 +185,9 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
     return atomic_write_text(folder / "analysis.html", page.lstrip())
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, as_it_was: Sequence[str]) -> str:
     if value is None:
         return "not told"
     if isinstance(value, Mapping):
-        return ", ".join(f"{v:g} {tower}" for tower, v in value.items())
+        return ", ".join(f"{v:g} {tower}{' (as it was)' if tower in as_it_was else ''}" for tower, v in value.items())
     return f"{value:g}"

@@ -61,7 +61,9 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any]) -> dict[str, Any]:
     results["spectra"] = _spectra(found["spectra"])
     results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
     results["undo"] = _undo(found["undo"])
-    results["suggestion"] = _suggestion(results, windows, found["spectra"]) if told["run"] is None else None
+    results["suggestion"], results["as_it_was"] = None, []
+    if told["run"] is None:
+        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found["spectra"])
     results["seconds"] = round(sum(p["result"].get("seconds", 0.0) for ps in found.values() for p in ps), 1)
     results["words"] = read_out(results)
     atomic_write_json(store.path / "results.json", results)
@@ -195,8 +197,9 @@ def _spectra(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _suggestion(
     results: Mapping[str, Any], windows: Sequence[suggest.Window], spectra: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Values by the tuner's own names, None where the figures do not tell, and the evidence for each."""
+) -> tuple[dict[str, Any], list[str]]:
+    """(Values by the tuner's own names, None where the figures do not tell, with the evidence for each; towers whose ε_w is not
+    told and stands beside the others' as it was)."""
     found: dict[str, suggest.Suggestion] = {}
     evidence: dict[str, str] = {}
     towers: dict[str, Any] = {}
@@ -230,10 +233,11 @@ def _suggestion(
         ]
         found["energy_features"] = suggest.energy_features(tried, int(found["r"].value or max(now["r"].values())))
     evidence |= {key: one.why for key, one in found.items()}
-    return {
+    made = {
         "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
         "evidence": evidence,
     }  # fmt: skip
+    return made, [tower for tower in results["towers"] if isinstance(value, Mapping) and towers.get(tower) is None]
 
 
 def _write_suggestion(path: Path, results: Mapping[str, Any]) -> None:
