@@ -44,7 +44,7 @@ def test_a_figure_for_each_part_and_no_other():
 
 def test_words_tell_apart_what_the_intervals_do():
     said = read_out(results(thirds=thirds(-20, -5)))["thirds"]
-    assert said[-1] == "General knowledge depends more on the shallow third."
+    assert said[-1] == "At 50 % kept, general knowledge depends more on the shallow third."
     said = read_out(results(thirds=thirds(-6, -5)))["thirds"]
     assert (
         said[-1]

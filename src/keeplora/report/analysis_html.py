@@ -172,10 +172,7 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
         for key, (title, about) in SECTIONS.items() if key in pictures
     ]  # fmt: skip
     made: Mapping[str, Any] = results.get("suggestion") or {}
-    suggested = [
-        (NAMES.get(key.split(".")[0], key) + (f" · {key.split('.', 1)[1]}" if "." in key else ""), why)
-        for key, why in made.get("evidence", {}).items()
-    ]
+    suggested = [(_setting(key), why) for key, why in made.get("evidence", {}).items()]
     values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
     page = _template().render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
@@ -183,6 +180,15 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
         own=(TEMPLATES / "analysis.css").read_text(encoding="utf-8"),
     )  # fmt: skip
     return atomic_write_text(folder / "analysis.html", page.lstrip())
+
+
+def _setting(key: str) -> str:
+    """
+    >>> _setting("energy_weights.vision"), _setting("r")
+    ('ε_w (energy_weights) · vision', 'rank (r)')
+    """
+    name, _, tower = key.partition(".")
+    return f"{NAMES[name]} · {tower}" if tower else NAMES[name]
 
 
 def _value(value: Any, as_it_was: Sequence[str]) -> str:
