@@ -34,10 +34,11 @@ class AnalysisStore:
         Raises:
             KeepLoraError: it holds an analysis of something else, other files, or another process writes to it.
         """
+        identity = json.loads(json.dumps(identity))  # as it will be read again: a tuple is a list
         found = self.identity()
         if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
             raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
-        if found is not None and found != dict(identity):
+        if found is not None and found != identity:
             other = [key for key in sorted({**found, **identity}) if found.get(key) != identity.get(key)]
             told = ", ".join(f"{k} {_short(found.get(k))} (now {_short(identity.get(k))})" for k in other[:3])
             raise KeepLoraError(
