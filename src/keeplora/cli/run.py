@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.files import real_path
+
+if TYPE_CHECKING:
+    from keeplora.experiment import Experiment
 
 
 def run(
@@ -31,6 +35,13 @@ def run(
             help="With --dry-run, of a generative model: tokens=700, samples=10000, tflops=100, ... Repeatable."
         ),
     ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option(
+            "--auto", help="Analyse the model first, and take the settings that this suggests where you set none."
+        ),
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes of --auto's analysis.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
     against: Annotated[
         list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
@@ -54,12 +65,14 @@ def run(
             overrides[key] = value
     if config is None and suite is None:
         raise ConfigError("nothing to run: give an experiment's YAML file, or --suite demo --method keeplora++")
-    if config is None:
-        experiment = Experiment({"suite": suite, "method": method or "keeplora++"}, overrides, quiet=quiet or None)
-    else:
-        if suite is not None:
-            overrides["suite"] = suite
-        experiment = Experiment(config, overrides, quiet=quiet or None)
+    source: Any = config if config is not None else {"suite": suite, "method": method or "keeplora++"}
+    if config is not None and suite is not None:
+        overrides["suite"] = suite
+    experiment = Experiment(source, overrides, quiet=quiet or None)
+    if auto:
+        if dry_run:
+            raise ConfigError("--auto trains and measures, which --dry-run must not: leave one of them out")
+        experiment = with_suggestions(experiment, source, overrides, jobs)
     if dry_run:
         print_plan(experiment, assume or [])
         return
@@ -70,6 +83,28 @@ def run(
         first = ranks.is_first()
     if first:
         finish(experiment.config.output_path, against or [])
+
+
+def with_suggestions(experiment: Experiment, source: Any, overrides: dict[str, Any], jobs: int) -> Experiment:
+    """The experiment with what an analysis of its model suggests wherever the user set nothing; says what was taken."""
+    from keeplora.experiment import Experiment
+    from keeplora.experiment.own_settings import own_settings
+    from keeplora.study.analyze.auto import analysis_for, take
+
+    if experiment.config.output_path.is_dir() and any(experiment.config.output_path.iterdir()):
+        raise ConfigError(
+            f"{experiment.config.output_path} is not empty; choose another --output, or go on by `keeplora resume`"
+        )
+    try:
+        found = analysis_for(experiment.config, jobs=jobs, quiet=experiment.quiet)
+    except KeyboardInterrupt as stopped:
+        stopped.add_note("repeat the command to go on with the analysis")
+        raise
+    taken = take(found, experiment.config, own_settings(source, overrides))
+    print(f"Settings after the analysis in {found.folder}:", file=sys.stderr)
+    for line in taken.said:
+        print(f"  {line}", file=sys.stderr, flush=True)
+    return Experiment(source, {**overrides, **taken.overrides, "auto": taken.record}, quiet=experiment.quiet)
 
 
 def finish(path: Path, against: list[Path]) -> None:

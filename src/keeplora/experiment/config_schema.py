@@ -258,6 +258,9 @@ class ExperimentConfig(Section):
     best_epoch: bool = Field(default=False, description="keep the epoch with the best validation accuracy")
     accept: AcceptConfig | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
+    auto: dict[str, Any] | None = Field(
+        default=None, description="what `keeplora run --auto` took from an analysis, and from which; written by it"
+    )
     output: str | None = Field(
         default=None, min_length=1, description="the run directory; None: runs/NAME-METHOD-seedSEED"
     )

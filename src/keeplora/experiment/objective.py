@@ -240,15 +240,12 @@ def predict(
     return logits if readout is None else readout(image_features, logits, candidates.classes)
 
 
-def accuracy(
+def rightly_named(
     family: DualEncoder, candidates: Candidates, data: PictureTensors, precision: Precision, batch_size: int,
     head: Tensor | None = None, on_batch: Any = None, readout: Readout | None = None, workers: int = 0,
-) -> float:  # fmt: skip
-    """Percent of pictures or videos whose class has the largest logit among the candidates.
-
-    Those that were skipped as unreadable count as wrong. ``workers``: processes that decode what is not in memory.
-    """
-    right = 0
+) -> list[bool]:  # fmt: skip
+    """Of each picture or video of this process's part of ``data``: whether its class has the largest logit."""
+    right: list[bool] = []
     workers = 0 if data.kept else workers
     own, pieces = torch.tensor(candidates.own), None if is_sharded(family.model) else Pieces("evaluation")
     pin = family.device.type == "cuda"
@@ -260,14 +257,27 @@ def accuracy(
             batch = {**batch, "pixel_values": to_device(batch["pixel_values"], family.device)}
             pixels, wanted = batch["pixel_values"], own[batch["labels"]]
 
-            def named(start: int, end: int, pixels: Tensor = pixels, wanted: Tensor = wanted) -> int:
+            def named(start: int, end: int, pixels: Tensor = pixels, wanted: Tensor = wanted) -> list[bool]:
                 logits = predict(family, candidates, pixels[start:end], head, readout)
-                return int((logits.argmax(dim=1).cpu() == wanted[start:end]).sum())
+                return (logits.argmax(dim=1).cpu() == wanted[start:end]).tolist()
 
             # A sharded model goes through no batch in parts, for another process's may not come in as many.
             found = [named(0, len(wanted))] if pieces is None else pieces(len(wanted), named)
-            right += sum(found) if mine else 0
+            if mine:
+                right += [one for part in found for one in part]
             if on_batch is not None:
                 on_batch()
+    return right
+
+
+def accuracy(
+    family: DualEncoder, candidates: Candidates, data: PictureTensors, precision: Precision, batch_size: int,
+    head: Tensor | None = None, on_batch: Any = None, readout: Readout | None = None, workers: int = 0,
+) -> float:  # fmt: skip
+    """Percent of pictures or videos whose class has the largest logit among the candidates.
+
+    Those that were skipped as unreadable count as wrong. ``workers``: processes that decode what is not in memory.
+    """
+    right = sum(rightly_named(family, candidates, data, precision, batch_size, head, on_batch, readout, workers))
     right = int(ranks.totals("evaluation", right)[0])
     return 100.0 * right / (len(data) + data.pictures.skipped)

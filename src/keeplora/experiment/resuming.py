@@ -21,7 +21,19 @@ CHANGEABLE = frozenset(
     }
 )
 """Settings that a resume may change; a checkpoint is used whatever they are."""
-_ELSEWHERE = ("name", "output", "base_dir", "data_dir", "loggers", "threads", "device", "tasks", "probes", "reference")
+_ELSEWHERE = (
+    "name",
+    "auto",
+    "output",
+    "base_dir",
+    "data_dir",
+    "loggers",
+    "threads",
+    "device",
+    "tasks",
+    "probes",
+    "reference",
+)
 """Settings that no number depends on, or that the rest of an `Identity` stands for."""
 _PACKAGES = ("keeplora", "torch", "transformers", "peft", "numpy")
 

@@ -109,6 +109,13 @@ class Kind(Protocol):
         """
         ...
 
+    def per_sample(
+        self, task: Any, data: Any, learner: ContinualLearner, *, head: Tensor | None = None,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> list[float]:  # fmt: skip
+        """What every sample of ``data`` earns with the model as it is now, 0 to 100, in the set's order; in one process alone."""
+        ...
+
     def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
         """Around the scores of one row of the accuracy matrix: no weight changes inside."""
         ...

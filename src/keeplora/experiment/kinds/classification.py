@@ -18,7 +18,7 @@ from keeplora.experiment.candidates import Candidates, candidates_for
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
 from keeplora.experiment.device import Precision
 from keeplora.experiment.kinds.base import Sets
-from keeplora.experiment.objective import TaskObjective, accuracy, initial_head
+from keeplora.experiment.objective import TaskObjective, accuracy, initial_head, rightly_named
 from keeplora.experiment.order import ShuffledBatches
 from keeplora.experiment.pictures import (
     Collate,
@@ -179,13 +179,27 @@ class Classification:
         on_batch: Callable[[], object] = lambda: None, keep: Path | None = None,
     ) -> float:  # fmt: skip
         """Percent of pictures or videos named rightly; single answers are not kept."""
+        with learner.serving(task.name):
+            return accuracy(*self._asked(task, data, learner, head, on_batch))
+
+    def per_sample(
+        self, task: TaskData, data: PictureTensors, learner: ContinualLearner, *, head: Tensor | None = None,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> list[float]:  # fmt: skip
+        with learner.serving(task.name):
+            right = rightly_named(*self._asked(task, data, learner, head, on_batch))
+        return [100.0 * one for one in right] + [0.0] * data.pictures.skipped
+
+    def _asked(
+        self, task: TaskData, data: PictureTensors, learner: ContinualLearner, head: Tensor | None, on_batch: Any
+    ) -> tuple[Any, ...]:
+        """The arguments of `accuracy` and `rightly_named`."""
         if head is None:
             head = self._heads(learner).get(tuple(task.classes))
-        with learner.serving(task.name):
-            return accuracy(
-                self.family, self._candidates(task, learner), data, self.precision, self.config.training.eval_batch_size,
-                head, on_batch, learner.readout, self.config.training.workers if data.videos else 0,
-            )  # fmt: skip
+        return (
+            self.family, self._candidates(task, learner), data, self.precision, self.config.training.eval_batch_size,
+            head, on_batch, learner.readout, self.config.training.workers if data.videos else 0,
+        )  # fmt: skip
 
     def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
         """Class features that several sets have among their candidates are computed once; but not where a method answers

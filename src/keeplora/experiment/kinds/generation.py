@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from keeplora.data.conversations import ConversationSet, ConversationTask
 from keeplora.data.streams import SampleStream
+from keeplora.errors import KeepLoraError
 from keeplora.evaluation.judges import Judge, make_judge
 from keeplora.evaluation.scorers import JUDGED, score
 from keeplora.experiment.config import ExperimentConfig, TrainingConfig
@@ -271,6 +272,20 @@ class Generation:
             keep.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(keep, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return None if scored.value is None else scored.value * share
+
+    def per_sample(
+        self, task: ConversationTask, data: ConversationTensors, learner: ContinualLearner, *, head: Tensor | None = None,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> list[float]:  # fmt: skip
+        """Of a score that is of the whole set (CIDEr, BLEU), what its scorer gives each answer by itself."""
+        with learner.serving(task.name):
+            answers = self._answers(task, data, on_batch)
+        asked = data.conversations.conversations
+        references, questions = [c.references for c in asked], [c.question for c in asked]
+        scored = score(task.scorer, answers, references, questions, judge=self._judge)
+        if scored.value is None:
+            raise KeepLoraError(f"{task.name}: {scored.missing}")
+        return [100.0 * value for value in scored.per_sample] + [0.0] * len(data.conversations.skipped)
 
     def evaluation(self, learner: ContinualLearner) -> AbstractContextManager[object]:
         return nullcontext()

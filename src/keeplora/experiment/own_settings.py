@@ -1,0 +1,26 @@
+"""Which of the tuner's settings a user chose, apart from what a preset or a suite brings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from keeplora.experiment.config import _merge, _nested, _per_method, _read
+
+
+def own_settings(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Keys of ``tuner:`` that the file (its ``per_method`` entry too) or the overrides hold, in order.
+
+    >>> own_settings({"suite": "demo", "tuner": {"r": 8}}, {"tuner.gamma.text": 1.0})
+    ['gamma', 'r']
+    """
+    values = _read(source)[0].values
+    values = _merge(values, _nested(overrides or {}, values))
+    found: set[str] = set()
+    for layer in (values, _per_method(values, values.get("method"))):
+        tuner = layer.get("tuner")
+        found |= set(tuner) if isinstance(tuner, Mapping) else set()
+    return sorted(found)

@@ -1,0 +1,199 @@
+"""``analysis.html``: an analysis's figures and what they say, one file without script or network."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keeplora.files import atomic_write_bytes, atomic_write_text
+from keeplora.report import palette
+from keeplora.report.analysis_plots import draw
+from keeplora.report.html import TEMPLATES
+from keeplora.report.tables import duration
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+SECTIONS = {
+    "intra": (
+        "The spectrum",
+        "The weights of every block of a tower are rebuilt from their leading singular components alone, or from the rest. What "
+        "general knowledge needs of the spectrum is what ε_w should protect (M1).",
+    ),
+    "thirds": (
+        "One third of the depth cut",
+        "The spectrum of the shallow, the middle or the deep third of every tower is cut, the rest is left as it is.",
+    ),
+    "windows": (
+        "One third of the depth adapted",
+        "A task is learned with all layer scales at 1 and only one third of the layers adapted. Where a point gained costs more "
+        "general knowledge, layers should move less: that is what γ is for (M6).",
+    ),
+    "spectra": (
+        "Gradients and features",
+        "How many directions the residual gradient has (M3, M4), how much of it lies outside the weights’ subspace at each "
+        "depth, and what is left of it when the features of the tasks are protected (M8).",
+    ),
+    "layers": (
+        "Every layer after each task",
+        "How far the weights have moved, how much of a task’s gradient was residual, and how like the untouched model’s the "
+        "features of general samples still are.",
+    ),
+    "undo": (
+        "Updates taken out again",
+        "The learned updates are removed layer by layer, from the shallow end and from the deep one.",
+    ),
+}
+NAMES = {
+    "energy_weights": "ε_w (energy_weights)",
+    "energy_features": "ε_f (energy_features)",
+    "gamma": "γ (gamma)",
+    "r": "rank (r)",
+}
+
+
+def _cell(spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread['mean']:.1f} [{spread['low']:.1f}, {spread['high']:.1f}]".replace("-", "−")
+
+
+def _over_tasks(spread: Mapping[str, Any]) -> str:
+    if spread.get("low_tasks") is None:
+        return "–"
+    return f"[{spread['low_tasks']:.1f}, {spread['high_tasks']:.1f}]".replace("-", "−")
+
+
+def _table(caption: str, head: list[str], rows: list[list[str]]) -> dict[str, Any]:
+    return {"caption": caption, "head": head, "rows": rows}
+
+
+def _scores(points: list[dict[str, Any]], lead: str, key: str) -> dict[str, Any]:
+    head = [lead, "general sets", "over sets", "change", "tasks", "over tasks", "change"]
+    rows = []
+    for label, p in ((str(p[key]), p) for p in points):
+        rows.append([
+            label, _cell(p["general"]), _over_tasks(p["general"]), _cell(p["general_change"]), _cell(p["specific"]),
+            _over_tasks(p["specific"]), _cell(p["specific_change"]),
+        ])  # fmt: skip
+    return _table("Scores with their 95 % intervals over samples, and over sets and their samples", head, rows)
+
+
+def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    made: dict[str, list[dict[str, Any]]] = {}
+    if results.get("intra"):
+        rows = [
+            {**p, "row": f"{c['part']}, {'kept' if c['mode'] == 'leading' else 'left'} {p['energy']:.3f} of Σσ²"}
+            for c in results["intra"] for p in c["points"]
+        ]  # fmt: skip
+        made["intra"] = [_scores(rows, "what", "row")]
+    if results.get("thirds"):
+        rows = [{**p, "row": f"{one['name']}, {p['share']:g}"} for one in results["thirds"] for p in one["points"]]
+        made["thirds"] = [_scores(rows, "third, share kept", "row")]
+    if results.get("windows"):
+        head = ["adapted", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
+        body = [
+            [
+                w["name"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]), _cell(w["loss"]),
+                _over_tasks(w["loss"]),
+            ]
+            for w in results["windows"]
+        ]  # fmt: skip
+        made["windows"] = [_table("Points gained on the new tasks and lost on the general sets", head, body)]
+    if results.get("spectra"):
+        found = results["spectra"]
+        made["spectra"] = [
+            _table(
+                "Share of the residual gradient’s energy in its leading directions, over layers and tasks",
+                ["rank", "median", "lower quartile", "upper quartile"],
+                [[str(o["rank"]), *(f"{o[k]:.3f}" for k in ("median", "low", "high"))] for o in found["captured"]],
+            )
+        ]
+        if found["protected"]:
+            made["spectra"].append(
+                _table(
+                    "After the features of all tasks but the last are protected, in a few blocks of each tower",
+                    ["ε_f", "free dimensions", "least", "last task’s gradient left", "outside U₀ alone"],
+                    [
+                        [f"{o['energy']:g}", f"{o['room']:g}", str(o["least_room"]), f"{o['left']:.3f}", f"{o['start']:.3f}"]
+                        for o in found["protected"]
+                    ],
+                )
+            )  # fmt: skip
+    if results.get("undo"):
+        rows = [
+            {**p, "row": f"{one['first']} first, {p['layers']} of {p['of']} out"}
+            for one in results["undo"] for p in one["points"]
+        ]  # fmt: skip
+        made["undo"] = [_scores(rows, "layers", "row")]
+    return made
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    options = results["options"]
+    facts = [
+        ("model", Path(str(results["model"])).name), ("suite", Path(str(results["suite"])).stem if results["suite"] else ""),
+        ("general sets", ", ".join(results["general"])), ("tasks", ", ".join(results["specific"])),
+        ("samples of each set", "all" if options["limit"] is None else f"at most {options['limit']}"),
+        ("share of", "Σσ²" if options["by"] == "energy" else "Σσ"), ("seed", str(options["seed"])),
+        ("time", duration(results["seconds"])),
+    ]  # fmt: skip
+    return [fact for fact in facts if fact[1]]
+
+
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("analysis.html.j2")
+
+
+def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``figures/*.png`` and ``analysis.html`` of an analysis's results, and return the page's path."""
+    pictures = draw(results)
+    for name, data in pictures.items():
+        atomic_write_bytes(folder / "figures" / f"{name}.png", data)
+    tables, words = _tables(results), results["words"]
+    sections = [
+        {
+            "key": key, "title": title, "about": about, "words": words.get(key, []), "tables": tables.get(key, []),
+            "picture": "data:image/png;base64," + base64.b64encode(pictures[key]).decode("ascii"),
+        }
+        for key, (title, about) in SECTIONS.items() if key in pictures
+    ]  # fmt: skip
+    made: Mapping[str, Any] = results.get("suggestion") or {}
+    suggested = [(_setting(key), why) for key, why in made.get("evidence", {}).items()]
+    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
+    page = _template().render(
+        results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
+        light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        own=(TEMPLATES / "analysis.css").read_text(encoding="utf-8"),
+    )  # fmt: skip
+    return atomic_write_text(folder / "analysis.html", page.lstrip())
+
+
+def _setting(key: str) -> str:
+    """
+    >>> _setting("energy_weights.vision"), _setting("r")
+    ('ε_w (energy_weights) · vision', 'rank (r)')
+    """
+    name, _, tower = key.partition(".")
+    return f"{NAMES[name]} · {tower}" if tower else NAMES[name]
+
+
+def _value(value: Any, as_it_was: Sequence[str]) -> str:
+    if value is None:
+        return "not told"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{v:g} {tower}{' (as it was)' if tower in as_it_was else ''}" for tower, v in value.items())
+    return f"{value:g}"

@@ -1,0 +1,250 @@
+"""From measured points to curves with intervals, suggestions and the page; everything here is made anew from the points."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from keeplora.analysis import suggest
+from keeplora.analysis.intervals import REPEATS, Resamples, Spread, ends
+from keeplora.analysis.words import read_out
+from keeplora.files import atomic_write_json, atomic_write_text
+from keeplora.report.analysis_html import render_analysis
+from keeplora.study.analyze.plan import AnalysisPlan, label_of, window_name
+from keeplora.study.analyze.store import AnalysisStore
+from keeplora.study.analyze.world import NOTES, World
+from keeplora.yaml_text import dump_yaml
+
+FORMAT = "keeplora-analysis-results"
+VERSION = 0
+GROUPS = ("general", "specific")
+
+Found = Mapping[str, list[dict[str, Any]]]
+"""Points by kind."""
+
+
+def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
+    """What results.json says of the model and the data, taken before the world is given up."""
+    config = world.setup.tuner_config()
+    towers = list(dict.fromkeys(t.tower for t in world.targets))
+    return {
+        "label": label_of(plan.source, plan.run), "model": world.config.model.name, "suite": world.config.suite,
+        "kind": world.kind.name, "method": world.config.method, "run": str(plan.run) if plan.run else None,
+        "options": plan.told, "note": NOTES[world.general_kind], "general": list(world.general),
+        "specific": list(world.specific), "towers": towers,
+        "now": {
+            name: {tower: config.for_tower(name, tower) for tower in towers}
+            for name in ("energy_weights", "energy_features", "gamma", "r")
+        },
+    }  # fmt: skip
+
+
+def conclude(store: AnalysisStore, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Write results.json, suggestion.yaml, the figures and analysis.html from the points that there are; the results."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for point in store.points():
+        found[point["kind"]].append(point)
+    results: dict[str, Any] = {"format": FORMAT, "version": VERSION, **told}
+    if found["untouched"]:
+        base = found["untouched"][0]["result"]
+        curves = _Curves(base)
+        results["untouched"] = curves.of(base)
+        results["intra"] = curves.grouped(found["intra"], ("part", "mode"), "share")
+        thirds = curves.grouped(found["third"], ("window",), "share")
+        results["thirds"] = [{**one, "name": window_name(one["window"])} for one in thirds]
+    results["windows"], windows = _windows(found["window"])
+    results["spectra"] = _spectra(found["spectra"])
+    results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
+    results["undo"] = _undo(found["undo"])
+    results["suggestion"], results["as_it_was"] = None, []
+    if told["run"] is None:
+        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found["spectra"])
+    results["seconds"] = round(sum(p["result"].get("seconds", 0.0) for ps in found.values() for p in ps), 1)
+    results["words"] = read_out(results)
+    atomic_write_json(store.path / "results.json", results)
+    if results["suggestion"] is not None:
+        _write_suggestion(store.path / "suggestion.yaml", results)
+    render_analysis(results, store.path)
+    return results
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _told(spread: Spread) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in spread._asdict().items()}
+
+
+class _Curves:
+    """Scores of points against those of ``base``, resampled alike."""
+
+    def __init__(self, base: Mapping[str, Any]) -> None:
+        self.base = {group: base[group] for group in GROUPS}
+        self.draws = {group: Resamples({k: len(v) for k, v in base[group].items()}) for group in GROUPS}
+
+    def of(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Mean and intervals per group, their difference to the base, and the mean of every set."""
+        row: dict[str, Any] = {}
+        for group in GROUPS:
+            row[group] = _told(self.draws[group].spread(result[group]))
+            row[f"{group}_change"] = _told(self.draws[group].difference(result[group], self.base[group]))
+            row[f"{group}_sets"] = {name: round(fmean(values), 4) for name, values in result[group].items()}
+        return row
+
+    def grouped(self, points: Sequence[Mapping[str, Any]], keys: Sequence[str], along: str) -> list[dict[str, Any]]:
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for point in sorted(points, key=lambda p: p[along]):
+            row = {along: point[along], **self.of(point["result"])}
+            row |= {k: point["result"][k] for k in ("energy", "rank_share", "layers", "of") if k in point["result"]}
+            groups.setdefault(tuple(point[k] for k in keys), []).append(row)
+        return [{**dict(zip(keys, key)), "points": rows} for key, rows in sorted(groups.items())]
+
+
+def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[suggest.Window]]:
+    """Per window: gain on the new tasks and loss on the general sets, over the tasks that every window has learned."""
+    learned: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for point in points:
+        if "not_learned" not in point["result"]:
+            learned[point["window"]][point["task"]] = point["result"]
+    shared = sorted(set.intersection(*(set(tasks) for tasks in learned.values()))) if learned else []
+    rows: list[dict[str, Any]] = []
+    windows: list[suggest.Window] = []
+    if not shared:
+        return rows, windows
+    picks = np.random.default_rng(0).integers(0, len(shared), (REPEATS, len(shared)))
+    for index in sorted(learned):
+        gains, losses, gain_draws, loss_draws = [], [], [], []
+        for task in shared:
+            result = learned[index][task]
+            for before, after, means, draws, sign in (
+                ("before", "after", gains, gain_draws, 1.0),
+                ("general_before", "general_after", losses, loss_draws, -1.0),
+            ):
+                resample = Resamples({k: len(v) for k, v in result[before].items()})
+                mine, theirs = resample.means(result[after]), resample.means(result[before])
+                means.append(sign * (mine[0] - theirs[0]))
+                draws.append(sign * (mine[1] - theirs[1]))
+        name = window_name(index)
+        gain, loss = np.stack(gain_draws, axis=1), np.stack(loss_draws, axis=1)
+        windows.append(suggest.Window(name, fmean(gains), fmean(losses), gain.mean(1), loss.mean(1)))
+        result = learned[index][shared[0]]
+        rows.append({
+            "window": index, "name": name, "tasks": [learned[index][t]["task_name"] for t in shared],
+            "layers": result["layers"], "trained": result["trained"],
+            "gain": _of_draws(fmean(gains), gain, picks), "loss": _of_draws(fmean(losses), loss, picks),
+        })  # fmt: skip
+    return rows, windows
+
+
+def _of_draws(mean: float, draws: Any, picks: Any) -> dict[str, Any]:
+    low, high = ends(draws.mean(1))
+    over = np.take_along_axis(draws, picks, axis=1).mean(1)
+    pair = ends(over) if draws.shape[1] > 1 else (None, None)
+    return _told(Spread(mean, low, high, *pair, 0, draws.shape[1]))
+
+
+def _undo(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Both ends' curves; nothing undone, the model as it is, is the first point of each."""
+    start = [p for p in points if p["steps"] == 0]
+    if not start:
+        return []
+    everything = [p for p in points if p["first"] == "shallow" and p["steps"] == max(q["steps"] for q in points)]
+    both = [{**p, "first": "deep"} for p in (*start, *everything)]
+    return _Curves(start[0]["result"]).grouped([*points, *both], ("first",), "steps")
+
+
+# ---- gradients and features --------------------------------------------------------------------------------------------
+
+
+def _spectra(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not points:
+        return None
+    result = points[0]["result"]
+    rows, ranks = result["rows"], result["ranks"]
+    taken = []
+    for i, r in enumerate(ranks):
+        values = [row["captured"][i] for row in rows]
+        low, high = (float(v) for v in np.quantile(values, [0.25, 0.75]))
+        taken.append({"rank": r, "median": median(values), "low": low, "high": high})
+    outside: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["depth"] is not None:
+            outside[row["tower"], row["depth"]].append(row["outside"])
+    return {
+        "captured": taken,
+        "outside": [
+            {"tower": tower, "depth": depth, "median": median(values), "low": min(values), "high": max(values)}
+            for (tower, depth), values in sorted(outside.items())
+        ],
+        "protected": [
+            {
+                "energy": one["energy"], "room": median(one["room"]), "least_room": min(one["room"]),
+                "left": median(one["left"]), "start": median(one["start"]), "layers": len(one["layers"]),
+            }
+            for one in result["protected"]
+        ],
+        "tasks": result["tasks"],
+    }  # fmt: skip
+
+
+# ---- suggestion ----------------------------------------------------------------------------------------------------------
+
+
+def _suggestion(
+    results: Mapping[str, Any], windows: Sequence[suggest.Window], spectra: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """(Values by the tuner's own names, None where the figures do not tell, with the evidence for each; towers whose ε_w is not
+    told and stands beside the others' as it was)."""
+    found: dict[str, suggest.Suggestion] = {}
+    evidence: dict[str, str] = {}
+    towers: dict[str, Any] = {}
+    untouched = results.get("untouched")
+    for curve in results.get("intra") or []:
+        if curve["mode"] != "leading" or untouched is None or curve["part"] == "all":
+            continue
+        base = untouched["general"]
+        # A share of Σσ² is what ε_w is; one of Σσ stands for the share of Σσ² that it keeps, over the layers.
+        share = "share" if results["options"]["by"] == "energy" else "energy"
+        kept = [suggest.Kept(p[share], p["general"]["mean"]) for p in curve["points"]]
+        one = suggest.energy_weights(kept, (base["mean"], base["low"], base["high"]))
+        evidence[f"energy_weights.{curve['part']}"] = one.why
+        tower = curve["part"] if curve["part"] in results["towers"] else ""
+        towers[tower] = one.value
+    now = results["now"]
+    value: Any = None
+    if any(v is not None for v in towers.values()):
+        whole = {tower: towers.get(tower) for tower in results["towers"]}
+        value = {t: v if v is not None else now["energy_weights"][t] for t, v in whole.items()}
+        if "" in value:  # a model of one tower has no name for it
+            value = value[""]
+    if windows:
+        found["gamma"] = suggest.gamma(windows)
+    if spectra:
+        result = spectra[0]["result"]
+        shares = {r: [row["captured"][i] for row in result["rows"]] for i, r in enumerate(result["ranks"])}
+        found["r"] = suggest.rank(shares)
+        tried = [
+            suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
+        ]
+        found["energy_features"] = suggest.energy_features(tried, int(found["r"].value or max(now["r"].values())))
+    evidence |= {key: one.why for key, one in found.items()}
+    made = {
+        "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
+        "evidence": evidence,
+    }  # fmt: skip
+    return made, [tower for tower in results["towers"] if isinstance(value, Mapping) and towers.get(tower) is None]
+
+
+def _write_suggestion(path: Path, results: Mapping[str, Any]) -> None:
+    made = results["suggestion"]
+    tuner = {key: value for key, value in made.items() if key != "evidence" and value is not None}
+    atomic_write_text(path, dump_yaml({
+        "format": "keeplora-suggestion", "version": 0, "model": results["model"], "of": results["label"],
+        "tuner": tuner, "not_told": [k for k, v in made.items() if v is None], "evidence": made["evidence"],
+        "data": results["note"],
+    }))  # fmt: skip

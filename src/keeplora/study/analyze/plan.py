@@ -1,0 +1,180 @@
+"""What an analysis measures: its points, each with a name that its file bears, in the order of measuring."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keeplora.analysis.spectrum import MEASURES
+from keeplora.errors import ConfigError, KeepLoraError, did_you_mean
+from keeplora.tuner.targets import Target
+
+SHARES = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)
+"""Of the spectrum, the grid of `intra`."""
+THIRD_SHARES = (0.5, 0.85, 0.95)
+WINDOWS = 3
+STEPS = 6
+"""Steps in which updates are undone over the depth."""
+INTER = ("thirds", "windows", "spectra")
+INTER_RUN = ("layers", "undo")
+GENERAL = ("auto", "reference", "probes")
+HELD_OUT = 0.25
+"""Share of a task's training data that windows are judged on, where the experiment holds none out."""
+LIMIT = 200
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to measure.
+
+    Attributes:
+        kind: what; `keeplora.study.analyze.measure` has a function per kind. values: JSON values that say which.
+    """
+
+    kind: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Unique, and safe as a file's.
+
+        >>> Point("intra", {"part": "vision_model", "mode": "leading", "share": 0.85}).name
+        'intra-vision_model-leading-0.85'
+        """
+        return "-".join([self.kind, *(re.sub(r"[^\w.]+", "_", f"{v}") for v in self.values.values())])
+
+
+@dataclass(frozen=True)
+class AnalysisPlan:
+    """What is looked at and how; the same plan finds the same numbers.
+
+    Attributes:
+        source: a resolved experiment configuration (`ExperimentConfig.resolved`), or with ``run`` that of the run.
+        output: the analysis's folder. run: a finished run's directory, or None.
+        limit: most samples of each set; None: all. general: which sets stand for general knowledge, one of `GENERAL`.
+        by: what a share of the spectrum is of, one of `MEASURES`. seed: of the choice of samples, and of training.
+        tasks: on how many tasks, from the first, windows of layers are adapted.
+    """
+
+    source: Mapping[str, Any]
+    output: Path
+    run: Path | None = None
+    limit: int | None = LIMIT
+    general: str = "auto"
+    by: str = "energy"
+    seed: int = 0
+    tasks: int = 2
+
+    def __post_init__(self) -> None:
+        for name, choices in (("general", GENERAL), ("by", MEASURES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"--{name}: unknown word {value!r}{did_you_mean(value, choices)}")
+        if self.limit is not None and self.limit < 4:
+            raise ConfigError(f"--limit is {self.limit}: with fewer than 4 samples of a set nothing can be told")
+        if self.tasks < 1:
+            raise ConfigError(f"--tasks is {self.tasks}: windows of layers are adapted on at least one task")
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The options on which the numbers depend."""
+        return {"limit": self.limit, "general": self.general, "by": self.by, "seed": self.seed}
+
+
+def parts_of(targets: Sequence[Target]) -> list[str]:
+    """The towers, in the model's order."""
+    return list(dict.fromkeys(t.tower or "model" for t in targets))
+
+
+def in_part(target: Target, part: str) -> bool:
+    return part == "all" or (target.tower or "model") == part
+
+
+def window_of(target: Target, windows: int = WINDOWS) -> int | None:
+    """Which of so many windows of depth a target lies in, 0 the shallowest; None for one without a depth.
+
+    >>> t = Target("a", "vision", 3, 12, 4, 4, 1.0, 4, 4.0)
+    >>> window_of(t), window_of(t, 12)
+    (0, 3)
+    """
+    if target.depth is None or target.blocks < 2:
+        return None
+    return int((target.depth + 0.5) * windows / target.blocks)
+
+
+def window_name(index: int, windows: int = WINDOWS) -> str:
+    """ "the shallow third", "the middle third", "the deep third"."""
+    names = ("the shallow third", "the middle third", "the deep third")
+    return names[index] if windows == len(names) else f"window {index + 1} of {windows}"
+
+
+def windows_present(targets: Sequence[Target]) -> list[int]:
+    return sorted({w for t in targets if (w := window_of(t)) is not None})
+
+
+def check_shares(shares: Sequence[float]) -> list[float]:
+    """The grid in order, 0 and 1 (the two ends that every rule needs) put in."""
+    for share in shares:
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"--shares holds {share:g}, but a share of the spectrum lies between 0 and 1")
+    return sorted({0.0, 1.0, *shares})
+
+
+def check_what(words: Sequence[str], choices: Sequence[str], where: str) -> list[str]:
+    for word in words:
+        if word not in choices:
+            raise ConfigError(f"--what: {where} has no {word!r}{did_you_mean(word, choices)}")
+    return [word for word in choices if word in words] or list(choices)
+
+
+def intra_points(targets: Sequence[Target], shares: Sequence[float], parts: Sequence[str] | None = None) -> list[Point]:
+    """The spectrum: each part's weights from their leading components, and without them."""
+    there = parts_of(targets)
+    for part in parts or ():
+        if part not in (*there, "all"):
+            raise ConfigError(f"--parts: no tower is named {part!r}{did_you_mean(part, [*there, 'all'])}")
+    points = [Point("untouched")]
+    for part in parts or there:
+        for mode in ("leading", "without"):
+            # Nothing dropped, and everything kept, is the model itself: told by one point, and checked by one.
+            for share in [s for s in check_shares(shares) if s > 0 or mode == "leading"]:
+                points.append(Point("intra", {"part": part, "mode": mode, "share": share}))
+    return points
+
+
+def inter_points(targets: Sequence[Target], what: Sequence[str], tasks: int) -> list[Point]:
+    """The depth, on an untouched model: thirds truncated, windows adapted, gradients and features."""
+    windows = windows_present(targets)
+    if len(windows) < 2 and ("thirds" in what or "windows" in what):
+        raise KeepLoraError("the targets have no depth to be cut into thirds: no tower has two blocks")
+    points = [Point("untouched")]
+    if "spectra" in what:
+        points.append(Point("spectra"))
+    if "thirds" in what:
+        points += [Point("third", {"window": w, "share": share}) for w in windows for share in THIRD_SHARES]
+    if "windows" in what:
+        points += [Point("window", {"task": t, "window": w}) for t in range(1, tasks + 1) for w in windows]
+    return points
+
+
+def run_points(what: Sequence[str], learned: int) -> list[Point]:
+    """The depth, on a finished run: every layer after each task, and updates undone."""
+    points: list[Point] = []
+    if "layers" in what:
+        points += [Point("layers", {"task": t}) for t in range(1, learned + 1)]
+    if "undo" in what:
+        points += [Point("undo", {"first": "shallow", "steps": k}) for k in range(STEPS + 1)]
+        # All undone, and nothing, are the same from either end.
+        points += [Point("undo", {"first": "deep", "steps": k}) for k in range(1, STEPS)]
+    return points
+
+
+def label_of(plan_source: Mapping[str, Any], run: str | os.PathLike[str] | None) -> str:
+    """How pages name what was analysed."""
+    if run is not None:
+        return Path(run).name
+    return str(plan_source.get("name") or Path(str(plan_source.get("suite") or "experiment")).stem)

@@ -1,0 +1,77 @@
+"""An analysis from its plan to its page, for Python callers and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keeplora.study.analyze.execute import run_points
+from keeplora.study.analyze.outcome import about, conclude
+from keeplora.study.analyze.plan import (
+    INTER,
+    INTER_RUN,
+    SHARES,
+    AnalysisPlan,
+    Point,
+    inter_points,
+    intra_points,
+)
+from keeplora.study.analyze.plan import run_points as points_of_run
+from keeplora.study.analyze.store import AnalysisStore
+from keeplora.study.analyze.world import World
+
+
+class Analysis(NamedTuple):
+    """What an analysis found.
+
+    Attributes:
+        results: what results.json holds. folder: where everything is. page: analysis.html.
+    """
+
+    results: dict[str, Any]
+    folder: Path
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "analysis.html"
+
+
+def analyze(
+    plan: AnalysisPlan, points: Callable[[World], Sequence[Point]], *, jobs: int | None = None, quiet: bool | None = None,
+    world: World | None = None,
+) -> Analysis:  # fmt: skip
+    """Measure what the folder lacks of ``points``, then write results, suggestion and page from all that it has.
+
+    Raises:
+        KeepLoraError: the folder holds another analysis, or another process writes to it.
+        KeyboardInterrupt: Ctrl-C; what was measured is kept, and the page is written of it.
+    """
+    world = world or World(plan)
+    wanted, told, identity = list(points(world)), about(plan, world), world.identity()
+    if jobs is not None and jobs > 1:
+        world = None  # every process opens its own
+    with AnalysisStore(plan.output).writing(identity) as store:
+        try:
+            run_points(plan, world, store, wanted, jobs=jobs, quiet=quiet)
+        except KeyboardInterrupt:
+            if any(store.has(point) for point in wanted):
+                conclude(store, told)
+            raise
+        return Analysis(conclude(store, told), plan.output)
+
+
+def intra(
+    plan: AnalysisPlan, *, shares: Sequence[float] = SHARES, parts: Sequence[str] | None = None, **how: Any
+) -> Analysis:
+    """The spectrum: `intra_points` of the untouched model."""
+    return analyze(plan, lambda world: intra_points(world.targets, shares, parts), **how)
+
+
+def inter(plan: AnalysisPlan, *, what: Sequence[str] = (), **how: Any) -> Analysis:
+    """The depth: of an untouched model `INTER`, of a finished run `INTER_RUN`; ``what``: only these of them."""
+    if plan.run is not None:
+        chosen = list(what) or list(INTER_RUN)
+        return analyze(plan, lambda world: points_of_run(chosen, len(world.learner.records)), **how)
+    chosen = list(what) or list(INTER)
+    return analyze(plan, lambda w: inter_points(w.targets, chosen, min(plan.tasks, len(w.setup.tasks))), **how)

@@ -1,0 +1,119 @@
+"""An analysis's folder: what it is of, and every measured point as a file of its own, written as it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from keeplora.errors import KeepLoraError, reason
+from keeplora.experiment.folder_lock import FolderLock
+from keeplora.files import atomic_write_json, sweep
+from keeplora.json_text import read_json
+from keeplora.study.analyze.plan import Point
+
+FORMAT = "keeplora-analysis"
+VERSION = 0
+
+
+class AnalysisStore:
+    """The folder of one analysis, locked while it is written to (``with store.writing(identity)``).
+
+    Layout: analysis.json (what it is of), points/NAME.json, results.json, suggestion.yaml, analysis.html, figures/*.png.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FolderLock | None = None
+
+    def writing(self, identity: Mapping[str, Any]) -> AnalysisStore:
+        """Lock the folder for an analysis of ``identity``, made where it is not there.
+
+        Raises:
+            KeepLoraError: it holds an analysis of something else, other files, or another process writes to it.
+        """
+        identity = json.loads(json.dumps(identity))  # as it will be read again: a tuple is a list
+        found = self.identity()
+        if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
+            raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
+        if found is not None and found != identity:
+            other = [key for key in sorted({**found, **identity}) if found.get(key) != identity.get(key)]
+            told = ", ".join(f"{k} {_short(found.get(k))} (now {_short(identity.get(k))})" for k in other[:3])
+            raise KeepLoraError(
+                f"{self.path} holds the analysis of another model, other data or other options: {told}; choose another --output"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
+            self._lock.acquire()
+        except OSError as error:
+            raise KeepLoraError(f"{self.path} cannot be written to: {reason(error)}") from None
+        sweep(self.path)
+        if found is None:
+            atomic_write_json(self.path / "analysis.json", {"format": FORMAT, "version": VERSION, "identity": identity})
+        return self
+
+    def __enter__(self) -> AnalysisStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the folder's analysis is of; None where there is none."""
+        value = self._read(self.path / "analysis.json")
+        if value is None:
+            return None
+        if value.get("format") != FORMAT or not isinstance(value.get("identity"), dict):
+            raise KeepLoraError(f"{self.path / 'analysis.json'} is not an analysis's; choose another --output")
+        if value.get("version") != VERSION:
+            raise KeepLoraError(
+                f"{self.path} was written in version {value.get('version')} of the analysis format, this keeplora knows "
+                f"{VERSION}; choose another --output, or use the keeplora that made it"
+            )
+        return value["identity"]
+
+    def has(self, point: Point) -> bool:
+        return self._file(point).is_file()
+
+    def write(self, point: Point, result: Mapping[str, Any]) -> None:
+        """Keep a measured point; it is on disk, whole, when this returns."""
+        atomic_write_json(self._file(point), {"kind": point.kind, **point.values, "result": dict(result)})
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every measured point, by name."""
+        found = []
+        for file in sorted((self.path / "points").glob("*.json")):
+            value = self._read(file)
+            if value is None or not isinstance(value.get("result"), dict) or "kind" not in value:
+                raise KeepLoraError(f"{file} is damaged: it holds no measured point; delete it and repeat the command")
+            found.append(value)
+        return found
+
+    def _file(self, point: Point) -> Path:
+        return self.path / "points" / f"{point.name}.json"
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            value = read_json(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
+        except ValueError as error:
+            raise KeepLoraError(f"{path} is damaged ({error}); delete it and repeat the command") from None
+        if not isinstance(value, dict):
+            raise KeepLoraError(f"{path} is damaged: it holds no object; delete it and repeat the command")
+        return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}…"

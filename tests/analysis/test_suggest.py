@@ -1,0 +1,105 @@
+"""The rules from figures to settings, on made-up figures: what they give, and that they say nothing where nothing is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keeplora.analysis import suggest
+from keeplora.analysis.suggest import Kept, Protected, Window
+
+UNTOUCHED = (60.0, 55.0, 65.0)
+
+
+def curve(*scores: float) -> list[Kept]:
+    return [Kept(share, score) for share, score in zip((0.0, 0.5, 0.8, 0.9, 1.0), scores)]
+
+
+def window(name: str, gain: float, loss: float, spread: float = 0.5) -> Window:
+    rng = np.random.default_rng(len(name))
+    return Window(name, gain, loss, rng.normal(gain, spread, 2000), rng.normal(loss, spread, 2000))
+
+
+def test_energy_weights_is_the_least_share_from_which_nothing_is_lost():
+    found = suggest.energy_weights(curve(2, 30, 58, 60, 60), UNTOUCHED)
+    assert found.value == 0.8
+    assert "at 0.50 it is 30.0" in found.why
+    assert "below 5.0 points cannot be seen" in found.why
+
+
+def test_a_share_above_which_the_score_falls_again_does_not_count():
+    assert suggest.energy_weights(curve(2, 58, 40, 60, 60), UNTOUCHED).value == 0.9
+
+
+def test_a_score_above_the_interval_is_no_loss():
+    assert suggest.energy_weights(curve(2, 30, 70, 71, 60), UNTOUCHED).value == 0.8
+
+
+@pytest.mark.parametrize(
+    ("scores", "why"),
+    [
+        ((57, 58, 59, 60, 60), "do not show what the tower's weights hold"),
+        ((2, 5, 10, 40, 60), "nothing to learn in"),
+        ((2, 5, 10, 40, 50), "no share that was tried"),
+    ],
+)
+def test_energy_weights_that_the_curve_does_not_tell(scores, why):
+    found = suggest.energy_weights(curve(*scores), UNTOUCHED)
+    assert found.value is None
+    assert why in found.why
+
+
+@given(st.floats(0, 1))
+def test_gamma_gives_the_schedule_the_ratio_of_the_thirds(ratio):
+    gamma = suggest.gamma_of(ratio)
+    assert suggest.LEAST_GAMMA <= gamma <= 1
+    shallow, deep = gamma + (1 - gamma) / 6, gamma + (1 - gamma) * 5 / 6
+    if gamma > suggest.LEAST_GAMMA:
+        assert shallow / deep == pytest.approx(ratio)
+    else:
+        assert shallow / deep >= ratio - 1e-9
+
+
+def test_gamma_is_low_where_shallow_layers_cost_more():
+    found = suggest.gamma([window("shallow", 20, 20), window("middle", 20, 15), window("deeper", 20, 10)])
+    assert found.value == pytest.approx(1 / 3, abs=0.01)  # prices 1 and 1/2
+
+
+def test_gamma_is_one_where_deep_layers_cost_more():
+    assert suggest.gamma([window("shallow", 20, 5), window("deeper", 20, 15)]).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("windows", "why"),
+    [
+        ([window("shallow", 20, 10), window("deeper", 20, 10.05)], "no difference can be seen"),
+        ([window("shallow", 0.1, 10), window("deeper", 20, 10)], "shallow alone gains"),
+        ([window("shallow", 20, 10), window("deeper", -3, 10)], "deeper alone gains"),
+        ([window("shallow", 20, 10)], "but one window"),
+    ],
+)
+def test_gamma_that_the_windows_do_not_tell(windows, why):
+    found = suggest.gamma(windows)
+    assert found.value is None
+    assert why in found.why
+
+
+def test_rank_is_the_smallest_that_takes_nine_tenths_at_the_median_layer():
+    assert suggest.rank({8: [0.85, 0.95, 0.96], 4: [0.5, 0.89, 0.99], 16: [0.99] * 3}).value == 8
+    assert suggest.rank({4: [0.5, 0.6, 0.99]}).value is None
+    assert suggest.rank({}).value is None
+
+
+def test_energy_features_is_the_largest_that_leaves_room_in_nine_of_ten_layers():
+    tried = [
+        Protected(0.9, [40] * 10, [0.5] * 10, [0.6] * 10),
+        Protected(0.99, [20] * 9 + [3], [0.4] * 10, [0.6] * 10),
+        Protected(0.999, [20] * 8 + [3, 3], [0.1] * 10, [0.6] * 10),
+    ]
+    assert suggest.energy_features(tried, 16).value == 0.99
+    assert suggest.energy_features(tried, 32).value == 0.9
+    found = suggest.energy_features(tried, 64)
+    assert found.value is None
+    assert "leaves room enough" in found.why

@@ -1,0 +1,382 @@
+"""`keeplora analyze` and `keeplora run --auto` from end to end on tiny worlds of both kinds."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keeplora.study.analyze.execute import STOP_AFTER
+from keeplora.yaml_text import dump_yaml, read_yaml
+from tests.cli.tiny_world import results_of
+from tests.experiment.generation_world import make_world
+
+GRID = ("--shares", "0.5,0.9")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that do not close, pictures and words of a page."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[dict[str, Any]] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        if tag == "img":
+            self.pictures.append(found)
+        assert tag != "script"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def points_of(folder: Path) -> dict[str, Any]:
+    """Measured points by name, without their times."""
+    found = {}
+    for file in sorted((folder / "points").glob("*.json")):
+        value = json.loads(file.read_text(encoding="utf-8"))
+        value["result"].pop("seconds")
+        found[file.stem] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def looked_at(world, tmp_path_factory):
+    """intra and inter of the tiny CLIP in one folder, by the command line; the tests read it and change nothing."""
+    from keeplora.cli import main
+
+    folder = tmp_path_factory.mktemp("analysis")
+    config = world.yaml(folder / "experiment.yaml")
+    for command in (("intra", *GRID), ("inter", "--tasks", "1")):
+        with pytest.raises(SystemExit) as left:
+            main(["analyze", command[0], str(config), *command[1:], "--output", str(folder / "a"), "--quiet"])
+        assert not left.value.code
+    return config, folder / "a"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A generative world's configuration file."""
+    folder = tmp_path_factory.mktemp("questions")
+    path = folder / "experiment.yaml"
+    path.write_text(dump_yaml(make_world(folder)), encoding="utf-8")
+    return path
+
+
+def test_the_full_end_of_the_grid_is_the_model_itself(looked_at):
+    points = points_of(looked_at[1])
+    base = points["untouched"]["result"]
+    for part in ("vision_model", "text_model"):
+        full = points[f"intra-{part}-leading-1.0"]["result"]
+        assert full["energy"] == pytest.approx(1.0)
+        assert {k: full[k] for k in base} == base
+        nothing = points[f"intra-{part}-leading-0.0"]["result"]
+        assert nothing["energy"] == 0.0
+        assert {k: nothing[k] for k in base} == {k: points[f"intra-{part}-without-1.0"]["result"][k] for k in base}
+        assert nothing["specific"] != base["specific"]
+
+
+def test_every_kind_of_point_is_in_the_results_with_intervals(looked_at):
+    results = results_of(looked_at[1])
+    assert results["format"] == "keeplora-analysis-results"
+    assert {(c["part"], c["mode"]) for c in results["intra"]} == {
+        (part, mode) for part in ("vision_model", "text_model") for mode in ("leading", "without")
+    }
+    for curve in results["intra"]:
+        energies = [p["energy"] for p in curve["points"]]
+        assert energies == sorted(energies, reverse=curve["mode"] == "without")
+    for row in results["windows"]:
+        assert row["gain"]["low"] <= row["gain"]["mean"] <= row["gain"]["high"]
+        assert row["tasks"] == ["paint"]
+    assert [row["name"] for row in results["windows"]] == ["the shallow third", "the middle third", "the deep third"]
+    assert sum(row["layers"] for row in results["windows"]) == 20
+    captured = [one["median"] for one in results["spectra"]["captured"]]
+    assert captured == sorted(captured)
+    rooms = [one["room"] for one in results["spectra"]["protected"]]
+    assert rooms == sorted(rooms, reverse=True)  # the more is protected, the less is free
+    assert results["words"]["summary"]
+
+
+def test_a_test_picture_is_never_scored(looked_at, world):
+    sets = points_of(looked_at[1])["untouched"]["result"]["specific"]
+    # 10 training pictures a class, of which a quarter, at most, is held out for the windows.
+    assert {name: len(values) for name, values in sets.items()} == {"paint": 22, "stripes": 15, "dots": 15}
+
+
+def test_the_suggestion_is_of_the_tuners_own_keys(looked_at):
+    values, _ = read_yaml(looked_at[1] / "suggestion.yaml")
+    assert set(values["tuner"]) | set(values["not_told"]) == {"energy_weights", "energy_features", "gamma", "r"}
+    results = results_of(looked_at[1])
+    assert values["tuner"] == {k: v for k, v in results["suggestion"].items() if k != "evidence" and v is not None}
+    assert set(values["evidence"]) >= {"gamma", "r", "energy_features", "energy_weights.vision_model"}
+
+
+def test_the_page_is_whole_and_holds_every_figure(looked_at):
+    page = Page(looked_at[1] / "analysis.html")
+    assert page.open == []
+    assert {"intra", "thirds", "windows", "spectra", "how", "summary"} <= set(page.ids)
+    assert len(page.pictures) == 4
+    assert all(p["src"].startswith("data:image/png;base64,") and p["alt"] for p in page.pictures)
+    assert {f.name for f in (looked_at[1] / "figures").iterdir()} == {
+        f"{name}.png" for name in ("intra", "thirds", "windows", "spectra")
+    }
+    for line in results_of(looked_at[1])["words"]["intra"]:
+        assert line in page.text
+
+
+def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
+    config, whole = looked_at
+    words = ("analyze", "intra", config, *GRID, "--output", tmp_path / "a")
+    monkeypatch.setenv(STOP_AFTER, "3")
+    answer = cli(*words)
+    assert answer.code == 130
+    assert f"what was measured is in {tmp_path / 'a'}; repeat the command to go on" in answer.err
+    assert len(points_of(tmp_path / "a")) == 3
+    assert (tmp_path / "a/analysis.html").is_file()
+    monkeypatch.delenv(STOP_AFTER)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a/points").iterdir()}
+    assert cli(*words).code == 0
+    assert all(f.stat().st_mtime_ns == when for f, when in before.items())  # not measured again
+    mine, theirs = points_of(tmp_path / "a"), points_of(whole)
+    assert len(mine) > 3
+    assert mine == {name: theirs[name] for name in mine}
+
+
+@pytest.mark.slow
+def test_killed_with_its_processes_it_goes_on(looked_at, process, tmp_path):
+    config, whole = looked_at
+    words = ("-m", "keeplora", "analyze", "intra", config, *GRID, "--jobs", "2", "--output", tmp_path / "a")
+    child = process(*words)
+    end = time.monotonic() + 300
+    while len(list((tmp_path / "a/points").glob("*.json"))) < 2:
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "a/results.json").exists()
+    again = process(*words)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    mine, theirs = points_of(tmp_path / "a"), points_of(whole)
+    assert mine == {name: theirs[name] for name in mine}
+
+
+def test_a_folder_of_another_analysis_is_refused(looked_at, cli):
+    config, folder = looked_at
+    answer = cli("analyze", "intra", config, "--limit", "5", "--output", folder)
+    assert answer.code == 1
+    assert "another model, other data or other options: limit 200 (now 5)" in answer.err
+    answer = cli("analyze", "intra", config, "--output", folder / "points")
+    assert answer.code == 1
+    assert "holds no analysis; choose another --output" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("intra",), "give either an experiment's YAML file or --suite NAME"),
+        (("intra", "CONFIG", "--shares", "0.5,x"), "write numbers with commas between them"),
+        (("intra", "CONFIG", "--shares", "1.5"), "a share of the spectrum lies between 0 and 1"),
+        (
+            ("intra", "CONFIG", "--parts", "vison_model"),
+            "no tower is named 'vison_model'; did you mean 'vision_model'?",
+        ),
+        (("intra", "CONFIG", "--by", "energie"), "unknown word 'energie'; did you mean 'energy'?"),
+        (("intra", "CONFIG", "--general", "reference"), "names no `reference:` set"),
+        (("intra", "CONFIG", "--limit", "2"), "fewer than 4 samples"),
+        (("inter", "CONFIG", "--what", "window"), "did you mean 'windows'?"),
+        (("inter", "CONFIG", "--what", "undo"), "an untouched model has no 'undo'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(looked_at, cli, tmp_path, words, said):
+    words = [str(looked_at[0]) if word == "CONFIG" else word for word in words]
+    answer = cli("analyze", *words, "--output", tmp_path / "a")
+    assert answer.code == 1
+    assert said in answer.err
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_general_sets_nothing_is_begun(world, cli, tmp_path):
+    config = world.yaml(tmp_path / "e.yaml", probes=[])
+    answer = cli("analyze", "intra", config, "--output", tmp_path / "a")
+    assert answer.code == 1
+    assert "nothing stands for general knowledge" in answer.err
+
+
+def test_a_finished_run(world, cli, tmp_path):
+    run, results = world.run()
+    answer = cli("analyze", "inter", run, "--output", tmp_path / "a")
+    assert answer.code == 0, answer.err
+    found = results_of(tmp_path / "a")
+    points = points_of(tmp_path / "a")
+    # Nothing undone: the run's last row. Everything undone: its first, the untouched model.
+    for steps, row in ((0, -1), (6, 0)):
+        sets = points[f"undo-shallow-{steps}"]["result"]["specific"]
+        scores = [sum(sets[name]) / len(sets[name]) for name in results["tasks"]]
+        assert scores == pytest.approx(results["accuracy"][row], abs=1e-3)
+    assert points["undo-shallow-6"]["result"]["layers"] == 20
+    last = found["layers"][-1]
+    assert [t["task_name"] for t in found["layers"]] == ["paint", "stripes", "dots"]
+    for task in found["layers"]:
+        for row in task["rows"]:
+            assert row["update"] > 0
+            assert 0 <= row["outside"] <= 1
+            assert 0 < row["taken"] <= 1 + 1e-5
+            assert row["cka"] is None or row["cka"] <= 1 + 1e-6
+    assert max(row["total"] for row in last["rows"]) > max(row["update"] for row in found["layers"][0]["rows"])
+    assert found["suggestion"] is None
+    assert not (tmp_path / "a/suggestion.yaml").exists()
+    page = Page(tmp_path / "a/analysis.html")
+    assert page.open == []
+    assert {"layers", "undo"} <= set(page.ids)
+
+
+def test_the_residual_share_is_that_of_the_gradient_the_task_was_given(world, cli, tmp_path):
+    """Of the first task A takes min(r, …) directions of the residual gradient: with r as wide as the layer, all of it."""
+    run, _ = world.run(tuner={"r": 24}, tasks=[{"name": "paint", "source": "folder", "path": "paint"}])
+    assert cli("analyze", "inter", run, "--what", "layers", "--output", tmp_path / "a").code == 0
+    rows = results_of(tmp_path / "a")["layers"][0]["rows"]
+    assert all(row["taken"] == pytest.approx(1.0, abs=1e-3) for row in rows)
+
+
+def test_a_method_without_updates_to_undo_is_refused(world, cli, tmp_path):
+    run, _ = world.run(method="oracle")
+    answer = cli("analyze", "inter", run, "--output", tmp_path / "a")
+    assert answer.code == 1
+    assert "keeps a model per task" in answer.err
+
+
+def test_questions_and_answers(questions, cli, tmp_path):
+    base = ("--output", tmp_path / "a", "--limit", "6")
+    assert cli("analyze", "intra", questions, *GRID, *base).code == 0
+    assert cli("analyze", "inter", questions, "--tasks", "1", *base).code == 0
+    found = results_of(tmp_path / "a")
+    assert found["kind"] == "generation"
+    points = points_of(tmp_path / "a")
+    untouched = points["untouched"]["result"]
+    full = points["intra-model.language_model-leading-1.0"]["result"]
+    assert {k: full[k] for k in untouched} == untouched
+    assert [row["name"] for row in found["windows"]] == ["the shallow third", "the deep third"]
+    assert found["general"] == ["general"]
+    assert Page(tmp_path / "a/analysis.html").open == []
+
+
+def test_a_run_of_questions(questions, cli, tmp_path):
+    assert cli("run", questions, "--output", tmp_path / "run", "--quiet").code == 0
+    answer = cli("analyze", "inter", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    found = results_of(tmp_path / "run/analysis")
+    cka = [row["cka"] for row in found["layers"][-1]["rows"] if row["tower"] == "model.language_model"]
+    assert all(0 < value <= 1 + 1e-6 for value in cka)
+    run = results_of(tmp_path / "run")
+    sets = points_of(tmp_path / "run/analysis")["undo-shallow-0"]["result"]["specific"]
+    scores = [sum(sets[name]) / len(sets[name]) for name in run["tasks"]]
+    assert scores == pytest.approx(run["accuracy"][-1], abs=1e-3)
+
+
+# ---- run --auto ---------------------------------------------------------------------------------------------------
+
+
+def suggesting(folder: Path, config: Path, **values: Any) -> None:
+    """Put suggestions into the analysis that a first ``run --auto`` left, as if its points had told them."""
+    results = results_of(folder)
+    results["suggestion"] |= values
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = world.yaml(tmp_path / "experiment.yaml", tuner={"r": 4, "energy_features": 0.9})
+    from keeplora.study.analyze import auto
+
+    real = auto.analyze
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        suggesting(found.folder, config, gamma=0.5, r=2, energy_features=0.95)
+        return found._replace(results=results_of(found.folder))
+
+    monkeypatch.setattr(auto, "analyze", told)
+    answer = cli("run", config, "--auto", "--output", tmp_path / "run", "--quiet")
+    assert answer.code == 0, answer.err
+    assert "gamma: 0.5 from the analysis (was 0.2)" in answer.err
+    assert "r: 4, as your configuration says" in answer.err
+    assert "energy_features: 0.9, as your configuration says" in answer.err
+    values, _ = read_yaml(tmp_path / "run/config.yaml")
+    assert (values["tuner"]["gamma"], values["tuner"]["r"], values["tuner"]["energy_features"]) == (0.5, 4, 0.9)
+    record = results_of(tmp_path / "run")["auto"]
+    assert record["settings"]["gamma"] == {"suggested": 0.5, "taken": True, "before": 0.2}
+    assert record["settings"]["r"]["taken"] is False
+    (folder,) = (tmp_path / "runs").glob("analysis-experiment-*")
+    assert record["analysis"] == f"runs/{folder.name}"
+    scales = {row["layer"]: row["scale"] for row in results_of(tmp_path / "run")["layers"]}
+    assert min(scales.values()) == pytest.approx(0.5)
+
+    # The same again: nothing is measured, and the command says another --output.
+    again = cli("run", config, "--auto", "--output", tmp_path / "run2", "--quiet")
+    assert again.code == 0
+    assert "[1/" not in again.err.split("Settings after")[0]
+    assert [f.name for f in (tmp_path / "runs").glob("analysis-*")] == [folder.name]
+    full = cli("run", config, "--auto", "--output", tmp_path / "run", "--quiet")
+    assert full.code == 1
+    assert "is not empty" in full.err
+
+
+def test_the_scale_stays_where_the_rank_changes(world, cli, tmp_path, monkeypatch):
+    from keeplora.experiment import load_config
+    from keeplora.study.analyze.auto import take
+    from keeplora.study.analyze.run import Analysis
+
+    config = load_config(world.config(tuner={"r": 4}))
+    made = {"energy_weights": {"vision_model": 0.9, "text_model": 0.5}, "energy_features": None, "gamma": None, "r": 8}
+    results = {"suggestion": {**made, "evidence": {}}, "note": ""}
+    (tmp_path / "results.json").write_text("{}")
+    taken = take(Analysis(results, tmp_path), config, own=[])
+    assert taken.overrides["tuner.r"] == 8
+    assert taken.overrides["tuner.lora_alpha"] / 8 == config.tuner.lora_alpha / 4
+    assert taken.overrides["tuner.energy_weights"] == made["energy_weights"]
+    assert "tuner.gamma" not in taken.overrides
+    assert "lora_alpha" not in str(take(Analysis(results, tmp_path), config, own=["lora_alpha"]).overrides)
+    assert "tuner.r" not in take(Analysis(results, tmp_path), config, own=["r"]).overrides
+
+
+def test_auto_is_for_the_methods_that_read_its_settings(world, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = world.yaml(tmp_path / "e.yaml", method="lora")
+    answer = cli("run", config, "--auto", "--output", tmp_path / "run")
+    assert answer.code == 1
+    assert "method 'lora' does not read" in answer.err
+    answer = cli("run", config, "--auto", "--dry-run")
+    assert answer.code == 1
+    assert "leave one of them out" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_point_is_named(looked_at, cli, tmp_path):
+    config, whole = looked_at
+    folder = Path(shutil.copytree(whole, tmp_path / "a", ignore=shutil.ignore_patterns(".lock")))
+    (folder / "points/untouched.json").write_text("{")
+    answer = cli("analyze", "intra", config, *GRID, "--output", folder)
+    assert answer.code == 1
+    assert "untouched.json is damaged" in answer.err
+    assert "delete it and repeat the command" in answer.err
