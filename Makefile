@@ -11,7 +11,7 @@ SUITE ?= demo
 RUNS ?= runs
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help demo test torture test-torchvision lint format types imports wheel python clean
+.PHONY: help demo test torture test-torchvision lint format types imports site wheel python clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
 	@echo "make types    pyright"
 	@echo "make imports  which way imports may go (import-linter)"
+	@echo "make site     the documentation as a site in site/ (mkdocs, any warning is an error)"
 	@echo "make wheel    build sdist and wheel into dist/, install and try them outside the checkout"
 	@echo "make clean    remove $(VENV), dist and caches; runs stay"
 
@@ -47,6 +48,10 @@ $(BIN)/.test: $(BIN)/.assets
 
 $(BIN)/.dev: $(BIN)/.test
 	@$(INSTALL) -e '.[assets,test,dev]'
+	@touch $@
+
+$(BIN)/.docs: $(BIN)/.dev
+	@$(INSTALL) -e '.[assets,test,dev,docs]'
 	@touch $@
 
 demo: $(BIN)/.assets
@@ -88,8 +93,12 @@ types: $(BIN)/.dev
 imports: $(BIN)/.dev
 	$(BIN)/lint-imports
 
+site: $(BIN)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
+
 wheel: $(BIN)/.dev
 	$(BIN)/python scripts/check_wheel.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
