@@ -52,8 +52,8 @@ DATA = (
     "keeplora/report/templates/study.css",
 )
 SDIST = (
-    "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "mkdocs.yml", "Makefile",
-    "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
+    "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
+    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
 )  # fmt: skip
 MAX_WHEEL_BYTES = 48_000_000
 

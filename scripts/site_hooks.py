@@ -25,7 +25,9 @@ _FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _ITEM = re.compile(r"^ *(?:[-*+]|\d+\.) ")
 
-STYLE = ".md-grid{max-width:76rem}.md-typeset td:first-child code{white-space:nowrap}.md-typeset table:not([class]){font-size:.68rem}\n"
+STYLE = (
+    ".md-grid{max-width:76rem}.md-typeset td:first-child code{white-space:nowrap}.md-typeset table{font-size:.68rem}\n"
+)
 
 # ---- pages out of the code ------------------------------------------------------------------------------------------
 
@@ -67,7 +69,9 @@ def _cell(text: object) -> str:
 def _option(parameter: Any) -> tuple[str, str]:
     if parameter.param_type_name == "argument":
         name = (parameter.metavar or parameter.name).upper().strip("[]").rstrip(".")
-        return f"`{name}`" + (" …" if parameter.nargs == -1 or getattr(parameter, "multiple", False) else ""), "needed" if parameter.required else ""
+        return f"`{name}`" + (
+            " …" if parameter.nargs == -1 or getattr(parameter, "multiple", False) else ""
+        ), "needed" if parameter.required else ""
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     default = parameter.default
     shown = "" if default in (None, False, (), []) or callable(default) else f"`{default}`"
@@ -152,11 +156,17 @@ def settings_page() -> str:
     from keeplora.experiment.config_schema import ExperimentConfig
     from keeplora.tuner.config import KeepLoraConfig
 
-    text = "# Settings\n\n## Keys of an experiment\n\nAny of them can be set on the command line: `-o training.epochs=5`. "
+    text = (
+        "# Settings\n\n## Keys of an experiment\n\nAny of them can be set on the command line: `-o training.epochs=5`. "
+    )
     text += "A task's own keys are in [Pictures and questions](../data.md), presets in [The method](../method.md).\n\n"
     text += "| key | default | meaning |\n| --- | --- | --- |\n"
-    text += "".join(f"| `{key}` | {_cell(default)} | {_cell(meaning)} |\n" for key, default, meaning in settings_rows(ExperimentConfig))
-    text += "\n## Fields of KeepLoraConfig\n\nFor a training loop of your own.\n\n| field | default | meaning |\n| --- | --- | --- |\n"
+    text += "".join(
+        f"| `{key}` | {_cell(default)} | {_cell(meaning)} |\n"
+        for key, default, meaning in settings_rows(ExperimentConfig)
+    )
+    text += "\n## Fields of KeepLoraConfig\n\nFor a training loop of your own.\n\n"
+    text += "| field | default | meaning |\n| --- | --- | --- |\n"
     plain = KeepLoraConfig()
     return text + "".join(
         f"| `{item.name}` | `{_cell(getattr(plain, item.name))}` | {_cell(item.metadata.get('help', ''))} |\n"
@@ -221,7 +231,9 @@ def outside(origin: str) -> set[str]:
     """Files and folders of the repository that ``origin`` links to and docs/ does not hold."""
     text = (ROOT / origin).read_text(encoding="utf-8")
     links = (found[1] for line, fenced in lines_of(text) if not fenced for found in _LINK.finditer(line))
-    return {path for path in (_target(link, origin) for link in links) if path not in HOME and not path.startswith("docs/")}
+    return {
+        path for path in (_target(link, origin) for link in links) if path not in HOME and not path.startswith("docs/")
+    }
 
 
 def lines_of(text: str) -> Iterator[tuple[str, bool]]:
@@ -250,14 +262,12 @@ def for_site(text: str, origin: str, page: str) -> str:
         return posixpath.relpath(page_of(_target(found[1], origin)), here or ".") + (found[2] or "")
 
     out: list[str] = []
-    inside = before = False
+    inside = False
     for line, fenced in lines_of(text):
         # Three spaces put text into a numbered item on a code host; Python-Markdown wants four.
-        if line.startswith("   ") and not line.startswith("    ") and _in_numbered(out):
+        if line.startswith("   ") and (inside or not line.startswith("    ")) and _in_numbered(out):
             line = " " + line
-        elif inside and line.startswith("   ") and _in_numbered(out):
-            line = " " + line
-        if fenced and not before:
+        if fenced and not inside:
             found = _FENCE.match(line)
             assert found is not None
             line = f"{found['indent']}{found['marks']}{(found['info'].split() or [''])[0]}"
@@ -267,7 +277,7 @@ def for_site(text: str, origin: str, page: str) -> str:
             line = _LINK.sub(moved, line)
             if _ITEM.match(line) and out and out[-1].strip() and not _in_list(out):
                 out.append("")
-        before = inside = fenced
+        inside = fenced
         out.append(line)
     return "\n".join(out) + "\n"
 

@@ -101,7 +101,11 @@ def test_the_table_of_what_may_differ_names_what_there_is() -> None:
 
     text = (ROOT / "docs/adding-a-model.md").read_text(encoding="utf-8")
     table = text.split("## What may differ")[1].split("## Try it")[0]
-    named = {name for row in re.findall(r"^\| [^|]+\| [^|]+\| ([^|]+)\|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+    named = {
+        name
+        for row in re.findall(r"^\| [^|]+\| [^|]+\| ([^|]+)\|", table, re.M)
+        for name in re.findall(r"`(\w+)`", row)
+    }
     assert {"_padding", "token_masks", "picture_masks", "default_target_modules", "compare", "logits"} <= named
     assert all(hasattr(DualEncoder, name) for name in named - {"CLIP"})
     assert ATTENTION_SUFFIXES

@@ -29,7 +29,9 @@ def test_own_photos(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     run_page("tutorial-photos.md", here, at_least=9)
     out = capsys.readouterr().out
     assert "photos/fruit/apple/0.jpg" in out
-    assert "0.jpg" in json.dumps(json.loads((here / "runs/shop-lora-seed0/data.json").read_text())["tasks"][0]["warnings"])
+    assert "0.jpg" in json.dumps(
+        json.loads((here / "runs/shop-lora-seed0/data.json").read_text())["tasks"][0]["warnings"]
+    )
     page = (here / "runs/index.html").read_text(encoding="utf-8")
     assert all(f"shop-{method}-seed0/report.html" in page for method in ("zero-shot", "lora"))
     assert "shop-keeplora%2B%2B-seed0/report.html" in page

@@ -80,7 +80,8 @@ def _entry(row: Row, root: Path, metrics: list[Metric]) -> dict[str, Any]:
     tail += [_number(row.seconds, tables.duration(row.seconds)), _number(row.size, tables.size(row.size))]
     started = Entry(_plain(tables.moment(row.started)), _plain(row.started)) if row.started else Entry("–", "")
     return {
-        "name": _plain(row.name), "where": "" if where in (".", _plain(row.name)) else where, "link": _link(row, root), "state": _state(row),
+        "name": _plain(row.name), "where": "" if where in (".", _plain(row.name)) else where,
+        "link": _link(row, root), "state": _state(row),
         "cells": cells, "tail": [*tail, started],
     }  # fmt: skip
 
