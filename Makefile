@@ -93,8 +93,9 @@ types: $(BIN)/.dev
 imports: $(BIN)/.dev
 	$(BIN)/lint-imports
 
+# Not --quiet: mkdocs then sees no warning, and --strict has nothing to fail on.
 site: $(BIN)/.docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore::DeprecationWarning -m mkdocs build --strict
 	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
 
 wheel: $(BIN)/.dev

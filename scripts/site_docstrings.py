@@ -1,10 +1,16 @@
-"""For the site: examples in docstrings stand in no section of their own here, so each block of ``>>>`` lines gets a fence."""
+"""For the site: examples in docstrings stand in no section of their own here, so each block of ``>>>`` lines gets a fence;
+indices that follow one another are no links."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import griffe
+
+sys.path.insert(0, str(Path(__file__).parent))
+from site_hooks import plain_brackets
 
 
 def fenced(text: str) -> str:
@@ -22,11 +28,12 @@ def fenced(text: str) -> str:
         elif indent is not None and not line.strip():
             out.append(f"{indent}```")
             indent = None
-        out.append(line.replace("  # doctest: +SKIP", ""))
+        code = indent is not None or line.startswith("    ")
+        out.append(line.replace("  # doctest: +SKIP", "") if code else plain_brackets(line))
     return "\n".join([*out, f"{indent}```"] if indent is not None else out)
 
 
 class FencedExamples(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None and ">>> " in obj.docstring.value:
+        if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)

@@ -250,6 +250,16 @@ def lines_of(text: str) -> Iterator[tuple[str, bool]]:
             yield line, bool(found)
 
 
+def plain_brackets(line: str) -> str:
+    r"""Indices one after the other as text: outside code, Markdown takes them for a reference.
+
+    >>> plain_brackets("a[i][j], `a[i][j]`") == r"a[i]\[j], `a[i][j]`"
+    True
+    """
+    parts = re.split(r"(`+[^`]*`+)", line)
+    return "".join(part if i % 2 else re.sub(r"\](?=\[)", r"]\\", part) for i, part in enumerate(parts))
+
+
 def for_site(text: str, origin: str, page: str) -> str:
     """Markdown of the repository's file ``origin`` as the site's page ``page`` needs it.
 
@@ -275,6 +285,7 @@ def for_site(text: str, origin: str, page: str) -> str:
                 out.append("")
         elif not fenced:
             line = _LINK.sub(moved, line)
+            line = line if line.startswith("    ") else plain_brackets(line)
             if _ITEM.match(line) and out and out[-1].strip() and not _in_list(out):
                 out.append("")
         inside = fenced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import posixpath
 import re
@@ -147,3 +148,15 @@ def test_a_source_page_holds_the_file(tmp_path: Path) -> None:
     assert page.startswith("# src/keeplora/math/leak.py\n\n```python\n")
     assert (ROOT / "src/keeplora/math/leak.py").read_text(encoding="utf-8").rstrip() in page
     assert "- [torch_loop.py](examples/torch_loop.py.md)" in hooks.source_page("examples")
+
+
+def test_indices_are_no_links() -> None:
+    text = "mean of acc[i][j], not `acc[i][j]`, [a](data.md)\n\n    acc[i][j]\n"
+    moved = hooks.for_site(text, "docs/x.md", "x.md")
+    assert moved == "mean of acc[i]\\[j], not `acc[i][j]`, [a](data.md)\n\n    acc[i][j]\n"
+
+
+def test_the_examples_of_the_hook_hold() -> None:
+    assert doctest.testmod(hooks).failed == 0
+    pytest.importorskip("griffe", reason="griffe comes with the extra `docs`")
+    assert doctest.testmod(script("site_docstrings")).failed == 0
