@@ -264,7 +264,7 @@ def for_site(text: str, origin: str, page: str) -> str:
     """Markdown of the repository's file ``origin`` as the site's page ``page`` needs it.
 
     >>> for_site("See [it](../src/a.py).\\n```bash norun\\nls\\n```", "docs/x.md", "x.md")
-    'See [it](source/src/a.py.md).\\n```bash\\nls\\n```\\n'
+    'See [it](source/src/a.py.md).\\n\\n```bash\\nls\\n```\\n'
     """
     here = posixpath.dirname(page)
 
