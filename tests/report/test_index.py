@@ -188,6 +188,22 @@ def test_a_folder_without_runs_is_one_sentence(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_listed_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "mine", "one")
+    (tmp_path / "theirs").mkdir()
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "theirs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    page = rendered(tmp_path)
+    assert page.row("one")["state"] == "finished"
+    assert page.row("theirs")["state"].endswith("theirs cannot be listed: Permission denied")
+
+
 def test_a_study_whose_file_is_damaged_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s/study.json").write_text("[]")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keeplora.errors import KeepLoraError
+from keeplora.errors import KeepLoraError, reason
 from keeplora.json_text import read_json
 from keeplora.report.kinds import KINDS, Metric
 from keeplora.report.runs import load_run
@@ -25,9 +25,9 @@ UNREADABLE = "damaged"
 class Row:
     """One folder of the index. What is not known is None, and the page leaves its cell empty.
 
-    ``kind`` is "run" or "study"; ``done`` and ``total`` count tasks of a run, cells of a study; ``does`` is
-    "classification" or "generation", and ``metrics`` are those of that kind; ``size`` is in bytes, of all files below the
-    folder; ``seconds`` as the run tells it.
+    ``kind`` is "run", "study", or "folder" for one that cannot be listed; ``done`` and ``total`` count tasks of a run, cells
+    of a study; ``does`` is "classification" or "generation", and ``metrics`` are those of that kind; ``size`` is in bytes, of
+    all files below the folder; ``seconds`` as the run tells it.
     """
 
     path: Path
@@ -65,16 +65,13 @@ def _is_run(folder: Path, files: set[str]) -> bool:
     )
 
 
-def find_folders(root: Path) -> Iterator[tuple[Path, str]]:
+def find_folders(root: Path, closed: list[OSError]) -> Iterator[tuple[Path, str]]:
     """Every run and study at or below ``root`` with "run" or "study", in order of their paths.
 
-    Nothing is looked for inside a run; links are not followed; a folder that cannot be listed is an error that names it.
+    Nothing is looked for inside a run, and links are not followed. What the system said of folders that cannot be listed is
+    added to ``closed``.
     """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, folders, files in os.walk(root, onerror=stop):
+    for folder, folders, files in os.walk(root, onerror=closed.append):
         here, names = Path(folder), set(files)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if STUDY in names:
@@ -155,13 +152,18 @@ def collect(root: Path) -> list[Row]:
     """
     if not root.is_dir():
         raise KeepLoraError(f"{root} is no folder; give one that holds runs, such as `keeplora report --index runs`")
-    rows = []
-    for path, kind in find_folders(root):
+    rows: list[Row] = []
+    closed: list[OSError] = []
+    for path, kind in find_folders(root, closed):
         try:
             row = read_study(path) if kind == "study" else read_run(path)
         except KeepLoraError as error:
             row = Row(path=path, kind=kind, name=path.name, state=UNREADABLE, note=str(error))
         rows.append(Row(**{**row.__dict__, "size": folder_size(path)}))
+    for error in closed:
+        if not isinstance(error, FileNotFoundError):  # one that vanished meanwhile is gone
+            path = Path(error.filename)
+            rows.append(Row(path, "folder", path.name, UNREADABLE, f"{path} cannot be listed: {reason(error)}"))
     if not rows:
         raise KeepLoraError(
             f"{root} holds no run and no study: nothing in it has a results.json, a status.json or a study.json; "
