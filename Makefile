@@ -16,7 +16,7 @@ PYTEST_ARGS ?= -n 2
 # `make claims CLAIMS=--all` for all of them.
 CLAIMS ?= --sample 2
 
-.PHONY: help demo bench test claims torture test-torchvision lint format types imports wheel python clean
+.PHONY: help demo bench test claims torture test-torchvision lint format types imports site wheel python clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
 	@echo "make types    pyright"
 	@echo "make imports  which way imports may go (import-linter)"
+	@echo "make site     the documentation as a site in site/ (mkdocs, any warning is an error)"
 	@echo "make wheel    build sdist and wheel into dist/, install and try them outside the checkout"
 	@echo "make clean    remove $(VENV), dist and caches; runs stay"
 
@@ -54,6 +55,10 @@ $(BIN)/.test: $(BIN)/.assets
 
 $(BIN)/.dev: $(BIN)/.test
 	@$(INSTALL) -e '.[assets,test,dev]'
+	@touch $@
+
+$(BIN)/.docs: $(BIN)/.dev
+	@$(INSTALL) -e '.[assets,test,dev,docs]'
 	@touch $@
 
 demo: $(BIN)/.assets
@@ -105,8 +110,13 @@ types: $(BIN)/.dev
 imports: $(BIN)/.dev
 	$(BIN)/lint-imports
 
+# Not --quiet: mkdocs then sees no warning, and --strict has nothing to fail on.
+site: $(BIN)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore::DeprecationWarning -m mkdocs build --strict
+	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
+
 wheel: $(BIN)/.dev
 	$(BIN)/python scripts/check_wheel.py
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,6 +43,9 @@ DATA = (
     "keeplora/experiment/presets/*.yaml",
     "keeplora/report/templates/answers.html.j2",
     "keeplora/report/templates/card.md.j2",
+    "keeplora/report/templates/index.css",
+    "keeplora/report/templates/index.html.j2",
+    "keeplora/report/templates/index.js",
     "keeplora/report/templates/report.html.j2",
     "keeplora/report/templates/style.css",
     "keeplora/report/templates/study.html.j2",
@@ -50,7 +53,7 @@ DATA = (
 )
 SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
-    "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
+    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
 )  # fmt: skip
 MAX_WHEEL_BYTES = 48_000_000
 

@@ -205,6 +205,19 @@ def test_report_is_rendered_again(world, cli, tmp_path):
     assert "Sequential LoRA" in (path / "report.html").read_text(encoding="utf-8")
 
 
+def test_an_index_over_runs_is_written(world, cli, tmp_path):
+    world.copied(world.run()[0], tmp_path / "runs" / "one")
+    answer = cli("report", "--index", tmp_path / "runs")
+    assert (answer.code, answer.out) == (0, f"{tmp_path / 'runs' / 'index.html'}\n")
+    assert 'href="one/report.html"' in (tmp_path / "runs" / "index.html").read_text(encoding="utf-8")
+    refused = cli("report", "--index", tmp_path / "runs", "--against", tmp_path / "runs" / "one")
+    assert refused.code == 1
+    assert "--against is for one run's report" in refused.err
+    (tmp_path / "none").mkdir()
+    refused = cli("report", "--index", tmp_path / "none")
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+
+
 def test_audit_answers_with_its_exit_status(world, cli, tmp_path, monkeypatch):
     path, results = world.run()
     answer = cli("audit", path)
