@@ -17,11 +17,14 @@ A's rows, U₀, what the features add; the smaller of the two inside the larger)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -213,10 +216,9 @@ class Side:
 PHASES = ("weight subspaces", "gradient pass", "A", "feature pass", "feature subspaces")
 
 
-def ours(work: Work, options: Mapping[str, Any]) -> Side:
-    model, side = work.make(), Side()
-    before = resident() if reset_peak() else 0
-    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **{**work.config, **options}))
+@contextlib.contextmanager
+def watched_passes() -> Iterator[dict[str, float]]:
+    """Seconds in the gradient and in the feature pass of what is done inside."""
     passes = dict.fromkeys(("collect_gradients", "collect_features"), 0.0)
 
     def watched(name: str, take: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,15 +229,18 @@ def ours(work: Work, options: Mapping[str, Any]) -> Side:
 
         return call
 
+    with contextlib.ExitStack() as stack:
+        for module, name in ((sketching_module, "collect_gradients"), (statistics_module, "collect_features")):
+            stack.enter_context(mock.patch.object(module, name, watched(name, getattr(module, name))))
+        yield passes
+
+
+def ours(work: Work, options: Mapping[str, Any]) -> Side:
+    model, side = work.make(), Side()
+    before = resident() if reset_peak() else 0
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **{**work.config, **options}))
     side.seconds["weight subspaces"], U = timed(lambda: learner.U)
-    with (
-        mock.patch.object(
-            sketching_module, "collect_gradients", watched("collect_gradients", sketching_module.collect_gradients)
-        ),
-        mock.patch.object(
-            statistics_module, "collect_features", watched("collect_features", statistics_module.collect_features)
-        ),
-    ):
+    with watched_passes() as passes:
         extra = {"feature_batches": work.feature_batches} if work.feature_batches is not None else {}
         opened, _ = timed(
             lambda: learner.start_task(
@@ -320,12 +325,16 @@ def compare(name: str, repeats: int, options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def many_tasks(count: int) -> str:
-    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures."""
+def many_tasks(count: int, ledger: str | None = None) -> str:
+    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures.
+
+    Args:
+        ledger: a folder for the tasks, as every run has one; None: they stay in memory.
+    """
     work = demo()
     model = work.make()
-    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
-    seconds, sizes = [], []
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config), ledger=ledger)
+    seconds, sizes, phases = [], [], []
     draw = torch.Generator().manual_seed(2)
     for i in range(count):
         # Other pictures for every task: noise on top, so that each task brings directions of its own.
@@ -338,22 +347,34 @@ def many_tasks(count: int) -> str:
             {k: v for k, v in narrow[0].items() if k not in ("pixel_values", "labels")},
         ]
 
-        def boundary(i: int = i, narrow: Any = narrow, batches: Any = batches) -> None:
-            learner.start_task(
+        def before(i: int = i, narrow: Any = narrow, batches: Any = batches) -> Any:
+            return learner.start_task(
                 f"task {i}", narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, feature_batches=batches
             )
-            learner.finish_task()
 
-        seconds.append(timed(boundary)[0])
+        with warnings.catch_warnings(), watched_passes() as passes:
+            warnings.simplefilter("ignore")  # that layers fill up
+            opened, peft_model = timed(before)
+            with torch.no_grad():  # as if B had been trained
+                for p in peft_model.parameters():
+                    if p.requires_grad:
+                        p.copy_(1e-3 * torch.randn(p.shape, generator=draw))
+            closed, _ = timed(learner.finish_task)
+        seconds.append(opened + closed)
+        phases.append(sum(passes.values()))
         sizes.append(sum(learner.U.dims().values()))
-    late, early = statistics.median(seconds[-5:]), statistics.median(seconds[1:6])
+        print(f"task {i + 1}: {seconds[-1]:.2f} s, passes {phases[-1]:.2f}, U {sizes[-1]}", file=sys.stderr, flush=True)
     total = sum(n for n, _ in learner.U.start_dims().values())
-    return "\n".join([
-        "", f"**{count} tasks on the demo model**", "",
+    rest = [whole - passes for whole, passes in zip(seconds, phases, strict=True)]
+    lines = [
+        "", f"**{count} tasks on the demo model, {'with a ledger' if ledger else 'in memory'}**", "",
         "| | tasks 2 to 6 | last five | ratio |", "|--|--|--|--|",
-        f"| boundary, s (median) | {early:.2f} | {late:.2f} | {late / early:.2f} |",
-        f"| protected dimensions of {total} | {sizes[1]} | {sizes[-1]} | |",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    for what, values in (("boundary", seconds), ("of it passes over data", phases), ("all else", rest)):
+        late, early = statistics.median(values[-5:]), statistics.median(values[1:6])
+        lines.append(f"| {what}, s (median) | {early:.2f} | {late:.2f} | {late / early:.2f} |")
+    lines.append(f"| protected dimensions of {total} | {sizes[1]} | {sizes[-1]} | |")
+    return "\n".join(lines)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -368,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=50, help="length of the sequence; 0: none")
+    parser.add_argument("--ledger", action="store_true", help="the sequence of --tasks writes a ledger, as a run does")
     parser.add_argument(
         "-o", "--option", type=option, action="append", default=[], help="a setting of KeepLoraConfig, for ours"
     )
@@ -382,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.models:
         print(compare(name, args.repeats, dict(args.option)), flush=True)
     if args.tasks:
-        print(many_tasks(args.tasks), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            print(many_tasks(args.tasks, f"{folder}/ledger" if args.ledger else None), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from keeplora.tuner import ranks
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.basis import added_columns, in_force
 from keeplora.tuner.convergence import Matrix, explained, growth
+from keeplora.tuner.stored import opened
 
 if TYPE_CHECKING:
     from keeplora.tuner.basis import Bases
@@ -59,7 +60,8 @@ def protect(
     for t in learner.targets:
         groups.setdefault((shared or {}).get(t.name, t.name), []).append(t.name)
     joined: dict[str, _Joined] = {}
-    spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
+    with opened(r.basis for r in U.records):
+        spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
     for found in spread.values():
         joined |= found
     basis, shed = dict(record.basis), {}

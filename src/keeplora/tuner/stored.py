@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, kind: str) -> None:
         self._path, self._prefix = path, f"{kind}/"
+        self._file: safe_open | None = None
         with self._open() as file:
             keys = [key for key in list(file.keys()) if key.startswith(self._prefix)]
             self._shapes = {key.removeprefix(self._prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
@@ -42,19 +45,46 @@ class StoredTensors(Mapping[str, Tensor]):
             raise LedgerError(f"{self._path} was changed while it was in use: {name} has another shape; restore it")
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # a Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def _open(self) -> safe_open:
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The file stays open inside, for many tensors of it."""
+        with self._open() as self._file:
+            try:
+                yield
+            finally:
+                self._file = None
+
+    def _open(self) -> contextlib.AbstractContextManager[safe_open]:
+        if self._file is not None:
+            return contextlib.nullcontext(self._file)
         try:
             return safe_open(self._path, framework="pt")
         except (FileNotFoundError, SafetensorError, OSError) as error:
             raise LedgerError(
                 f"{self._path} cannot be read ({error}): the learner goes on from its ledger, which must stay where it is"
             ) from None
+
+
+MOST_OPEN = 128
+"""Files that `opened` holds at a time: systems allow a process some hundreds."""
+
+
+@contextlib.contextmanager
+def opened(groups: Iterable[object]) -> Iterator[None]:
+    """Those of ``groups`` that are stored are opened once, and not for each tensor; the first `MOST_OPEN` of them."""
+    with contextlib.ExitStack() as stack:
+        for group in itertools.islice((g for g in groups if isinstance(g, StoredTensors)), MOST_OPEN):
+            stack.enter_context(group.opened())
+        yield
 
 
 class StoredStart(Mapping[str, Subspace]):
@@ -67,6 +97,9 @@ class StoredStart(Mapping[str, Subspace]):
         if name in self._complements:
             return Subspace(self._complements[name], True)
         return Subspace.of(self._columns[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns or name in self._complements
 
     def __iter__(self) -> Iterator[str]:
         yield from self._columns
