@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from keeplora import ContinualLearner, KeepLoraConfig
 from keeplora.tuner import sketching as sketching_module
 from keeplora.tuner import statistics as statistics_module
+from keeplora.tuner.observers import quiet_model
 
 PROMPT_TOKENS = 77
 CPU = False
@@ -325,6 +326,53 @@ def compare(name: str, repeats: int, options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def floors(name: str, repeats: int) -> str:
+    """Our passes beside what they cannot go below: the model's own forward and backward pass, nothing collected. One batch."""
+    work = MODELS[name]()
+    model = work.make()
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
+    batches = work.narrow[:1]
+    shown = list(work.feature_batches or batches)[:1]
+    first = {t.tower: t.name for t in reversed(learner.targets)}.values()  # where the backward pass may end
+
+    def alone(backward: bool) -> None:
+        handles = []
+        if backward:
+            leaf = lambda module, args, y: y.detach().requires_grad_(True).clone()  # noqa: E731
+            handles = [learner.store.module(n).register_forward_hook(leaf) for n in first]
+        with quiet_model(model), torch.set_grad_enabled(backward):
+            for batch in batches if backward else shown:
+                found = work.loss(model, batch) if backward else work.forward(model, batch)
+                if backward:
+                    found.sum().backward()
+        for handle in handles:
+            handle.remove()
+
+    def gradient() -> Any:
+        return sketching_module.collect_gradients(model, learner.targets, learner.store, batches, work.loss, work.masks)
+
+    def features() -> Any:
+        seen = [t for t in learner.targets if work.feature_batches is None or not work.once(t.name)]
+        return statistics_module.collect_features(model, seen, learner.store, shown, work.forward, work.masks)
+
+    lines = [
+        "",
+        f"**{name}: passes over one batch beside their floor**",
+        "",
+        "| pass | s | floor, s | ratio |",
+        "|--|--|--|--|",
+    ]
+    for what, take, floor in (
+        ("gradient", gradient, lambda: alone(True)), ("features (first batch's tower)", features, lambda: alone(False)),
+    ):  # fmt: skip
+        a, b = [], []
+        for _ in range(repeats):
+            a.append(timed(take)[0])
+            b.append(timed(floor)[0])
+        lines.append(f"| {what} | {spread(a)} | {spread(b)} | {spread(ratios(a, b), 3)} |")
+    return "\n".join(lines)
+
+
 def many_tasks(count: int, ledger: str | None = None) -> str:
     """What the boundary of the last task takes beside that of the second, on the demo model's first pictures.
 
@@ -389,6 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=50, help="length of the sequence; 0: none")
+    parser.add_argument("--floor", action="store_true", help="our passes beside the model's own, and nothing else")
     parser.add_argument("--ledger", action="store_true", help="the sequence of --tasks writes a ledger, as a run does")
     parser.add_argument(
         "-o", "--option", type=option, action="append", default=[], help="a setting of KeepLoraConfig, for ours"
@@ -401,9 +450,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     CPU = args.cpu
     os.environ["KEEPLORA_NO_CACHE"] = "1"  # the bases of the weights are to be computed, on both sides
     print(machine() + (", processor seconds" if CPU else ""), flush=True)
-    for name in args.models:
+    for name in args.models if args.floor else ():
+        print(floors(name, args.repeats), flush=True)
+    for name in () if args.floor else args.models:
         print(compare(name, args.repeats, dict(args.option)), flush=True)
-    if args.tasks:
+    if args.tasks and not args.floor:
         with tempfile.TemporaryDirectory() as folder:
             print(many_tasks(args.tasks, f"{folder}/ledger" if args.ledger else None), flush=True)
 

@@ -11,10 +11,11 @@ from torch import nn
 from keeplora import ContinualLearner
 from keeplora.errors import LedgerError
 from keeplora.math import Subspace
+from keeplora.tuner import stored
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.ledger import TaskRecord
-from keeplora.tuner.stored import StoredFactors
+from keeplora.tuner.stored import StoredFactors, opened
 from keeplora.tuner.weights import WeightStore
 from tests.tuner.blocks import same, weights
 from tests.tuner.stream import learn, make_wide, settings
@@ -184,3 +185,27 @@ def test_a_complement_follows_from_the_one_before_and_not_from_all_tasks(monkeyp
     # What is held: the pieces, and what they leave; never more than the width.
     assert sum(r.basis["x"].shape[1] for r in U.records) + 1 + U._past_half["x"].held.shape[1] == 40
     assert not grown(40, 10)._past_half
+
+
+def test_a_stored_tensor_is_not_read_to_know_that_it_is_there(streams, monkeypatch):
+    kept, _, _ = streams
+    basis = kept.records[0].basis
+    opened = []
+    monkeypatch.setattr(type(basis), "_open", lambda self: opened.append(1))
+    assert kept.targets[0].name in basis
+    assert "nothing" not in basis
+    assert kept.targets[0].name in kept.U.start
+    assert kept.U.dims() == kept.records[-1].used
+    assert not opened
+
+
+def test_files_are_opened_once_for_a_boundary(streams, tmp_path, monkeypatch):
+    shutil.copytree(streams[2], tmp_path / "ledger")
+    learner = ContinualLearner.from_pretrained(tmp_path / "ledger", make_wide(), append=True)
+    basis = learner.records[0].basis
+    names = [t.name for t in learner.targets]
+    with opened([record.basis for record in learner.records]):
+        monkeypatch.setattr(stored, "safe_open", None)  # opening once more would fail
+        inside = {name: basis[name] for name in names}
+    monkeypatch.undo()
+    assert same(inside, {name: basis[name] for name in names})
