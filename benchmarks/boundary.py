@@ -12,6 +12,9 @@ A's rows, U₀, what the features add; the smaller of the two inside the larger)
 - llama: a LLaMA of 12 blocks, width 768 (100 M), random weights; 32 texts of 128 random tokens in two batches; the 7 linears of
   each block, ε_w 0.6, ε_f 0.99, r 16.
 - demo: the embedded default on the first task of demo-small, 32 of its pictures.
+
+``--tasks 50`` learns that many tasks one after another, on the demo model or, with ``--sequence chain``, on one so small that
+nothing hides what grows; ``--floor`` has our passes beside the model's own.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ class Work:
     Attributes:
         make: a new model, the same every time. narrow, wide: the batches that ours, and the straightforward side, go through.
         loss: (model, batch) to one loss per sample. forward: of the feature pass. feature_batches: ours.
-        masks: which positions count. once: targets whose inputs are the same in every batch (class prompts).
+        masks: which positions count. once: targets whose inputs are the same in every batch (class prompts). renew: a
+            batch of another task.
     """
 
     make: Callable[[], nn.Module]
@@ -69,6 +73,7 @@ class Work:
     masks: Callable[[Any], Mapping[str, Tensor]]
     feature_batches: Iterable[Any] | None = None
     once: Callable[[str], bool] = field(default=lambda name: False)
+    renew: Callable[[Any, torch.Generator], Any] = field(default=lambda batch, draw: noisy(batch, draw))
 
 
 def vit() -> Work:
@@ -194,7 +199,42 @@ def demo() -> Work:
     )  # fmt: skip
 
 
+def chain() -> Work:
+    """Twelve linears of width 256 and 32 inputs of three dimensions that are new with every task, so that U fills up: what a
+    boundary takes beside its passes and decompositions, which are small here."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + torch.tanh(layer(x))
+            return x
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Chain()
+
+    config = {"target_modules": [f"layers.{i}" for i in range(12)], "energy_weights": 0.3}
+    batch = {"x": torch.zeros(32, 256)}
+    return Work(
+        make, config, [batch], [batch], lambda m, b: m(b["x"]).square().mean(1), lambda m, b: m(b["x"]), lambda b: {},
+        renew=lambda b, draw: {"x": torch.randn(32, 3, generator=draw) @ torch.randn(3, 256, generator=draw)},
+    )  # fmt: skip
+
+
+def noisy(batch: Any, draw: torch.Generator) -> Any:
+    """Other pictures: noise on top, so that each task brings directions of its own."""
+    return {
+        **batch,
+        "pixel_values": batch["pixel_values"] + 0.3 * torch.randn(batch["pixel_values"].shape, generator=draw),
+    }
+
+
 MODELS = {"vit": vit, "llama": llama, "demo": demo}
+SEQUENCES = {"demo": demo, "chain": chain}
 
 
 @dataclass
@@ -373,31 +413,32 @@ def floors(name: str, repeats: int) -> str:
     return "\n".join(lines)
 
 
-def many_tasks(count: int, ledger: str | None = None) -> str:
-    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures.
+def many_tasks(name: str, count: int, ledger: str | None = None) -> str:
+    """What the boundary of the last task takes beside that of the second.
 
     Args:
         ledger: a folder for the tasks, as every run has one; None: they stay in memory.
     """
-    work = demo()
+    work = SEQUENCES[name]()
     model = work.make()
     learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config), ledger=ledger)
     seconds, sizes, phases = [], [], []
     draw = torch.Generator().manual_seed(2)
     for i in range(count):
-        # Other pictures for every task: noise on top, so that each task brings directions of its own.
-        narrow = [
-            {**b, "pixel_values": b["pixel_values"] + 0.3 * torch.randn(b["pixel_values"].shape, generator=draw)}
-            for b in work.narrow
-        ]
-        batches = [
-            *({"pixel_values": b["pixel_values"]} for b in narrow),
-            {k: v for k, v in narrow[0].items() if k not in ("pixel_values", "labels")},
-        ]
+        narrow = [work.renew(b, draw) for b in work.narrow]
+        extra: dict[str, Any] = {}
+        if work.feature_batches is not None:
+            pictures = [{"pixel_values": b["pixel_values"]} for b in narrow]
+            extra = {
+                "feature_batches": [
+                    *pictures,
+                    {k: v for k, v in narrow[0].items() if k not in ("pixel_values", "labels")},
+                ]
+            }
 
-        def before(i: int = i, narrow: Any = narrow, batches: Any = batches) -> Any:
+        def before(i: int = i, narrow: Any = narrow, extra: Any = extra) -> Any:
             return learner.start_task(
-                f"task {i}", narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, feature_batches=batches
+                f"task {i}", narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, **extra
             )
 
         with warnings.catch_warnings(), watched_passes() as passes:
@@ -415,7 +456,7 @@ def many_tasks(count: int, ledger: str | None = None) -> str:
     total = sum(n for n, _ in learner.U.start_dims().values())
     rest = [whole - passes for whole, passes in zip(seconds, phases, strict=True)]
     lines = [
-        "", f"**{count} tasks on the demo model, {'with a ledger' if ledger else 'in memory'}**", "",
+        "", f"**{count} tasks on the {name} model, {'with a ledger' if ledger else 'in memory'}**", "",
         "| | tasks 2 to 6 | last five | ratio |", "|--|--|--|--|",
     ]  # fmt: skip
     for what, values in (("boundary", seconds), ("of it passes over data", phases), ("all else", rest)):
@@ -437,6 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=50, help="length of the sequence; 0: none")
+    parser.add_argument("--sequence", choices=sorted(SEQUENCES), default="demo", help="the model of --tasks")
     parser.add_argument("--floor", action="store_true", help="our passes beside the model's own, and nothing else")
     parser.add_argument("--ledger", action="store_true", help="the sequence of --tasks writes a ledger, as a run does")
     parser.add_argument(
@@ -456,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(compare(name, args.repeats, dict(args.option)), flush=True)
     if args.tasks and not args.floor:
         with tempfile.TemporaryDirectory() as folder:
-            print(many_tasks(args.tasks, f"{folder}/ledger" if args.ledger else None), flush=True)
+            print(many_tasks(args.sequence, args.tasks, f"{folder}/ledger" if args.ledger else None), flush=True)
 
 
 if __name__ == "__main__":
