@@ -120,7 +120,7 @@ def new_directions(S: Subspace, C: Tensor, energy: float) -> tuple[Tensor, float
         (V, ε_t): V (in, m) float32, orthonormal and orthogonal to U, and the share of tr C that [U, V] explains.
 
     >>> V, share = new_directions(Subspace.of(torch.eye(3)[:, :2]), torch.diag(torch.tensor([3.0, 1.0, 1.0])), 0.9)
-    >>> V.T, share
+    >>> V.T.abs(), share
     (tensor([[0., 0., 1.]]), 1.0)
     """
     found = feature_growth(S, C, energy)
