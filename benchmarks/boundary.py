@@ -12,15 +12,21 @@ A's rows, U₀, what the features add; the smaller of the two inside the larger)
 - llama: a LLaMA of 12 blocks, width 768 (100 M), random weights; 32 texts of 128 random tokens in two batches; the 7 linears of
   each block, ε_w 0.6, ε_f 0.99, r 16.
 - demo: the embedded default on the first task of demo-small, 32 of its pictures.
+
+``--tasks 50`` learns that many tasks one after another, on the demo model or, with ``--sequence chain``, on one so small that
+nothing hides what grows; ``--floor`` has our passes beside the model's own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import statistics
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +37,15 @@ import machine as bench
 import straightforward as plain
 import torch
 from machine import machine, ratios, spread
-from torch import Tensor, nn
+from torch import Tensor
+from works import MODELS, SEQUENCES, Scale, Work
 
 from keeplora import ContinualLearner, KeepLoraConfig
 from keeplora.math.leak import spectral_norm
 from keeplora.tuner import sketching as sketching_module
 from keeplora.tuner import statistics as statistics_module
-from keeplora.tuner.sampling import EndableBatches
+from keeplora.tuner.observers import quiet_model
 
-PROMPT_TOKENS = 77
 CPU = False
 """Whether processor seconds are counted (--cpu)."""
 ALGEBRA, PASSES, WHOLE = "linear algebra", "passes over data", "whole boundary"
@@ -47,194 +53,6 @@ ALGEBRA, PASSES, WHOLE = "linear algebra", "passes over data", "whole boundary"
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return bench.timed(work, cpu=CPU)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the work is, and where it is done.
-
-    Attributes:
-        samples, batch: pictures or texts, in all and at once. layers: blocks of each tower. small: narrow models and few classes,
-            for a trial.
-    """
-
-    samples: int = 32
-    batch: int = 16
-    layers: int = 12
-    small: bool = False
-    device: torch.device = bench.HOST
-
-    def parts(self) -> list[slice]:
-        return [slice(i, i + self.batch) for i in range(0, self.samples, self.batch)]
-
-
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-
-
-class PicturesThenPrompts(EndableBatches):
-    """Batches of pictures, which a pass may end early, and then the prompts, which all count."""
-
-    def __init__(self, pictures: Sequence[Any], prompts: Any, samples: int) -> None:
-        super().__init__(pictures, samples)
-        self._prompts = prompts
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
-        yield self._prompts
-
-
-@dataclass
-class Work:
-    """One model and one task for both sides.
-
-    Attributes:
-        make: a new model, the same every time. narrow, wide: the batches that ours, and the straightforward side, go through.
-        loss: (model, batch) to one loss per sample. forward: of the feature pass. feature_batches: ours.
-        masks: which positions count. once: targets whose inputs are the same in every batch (class prompts).
-    """
-
-    make: Callable[[], nn.Module]
-    config: dict[str, Any]
-    narrow: list[Any]
-    wide: list[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
-    forward: Callable[[nn.Module, Any], Any]
-    masks: Callable[[Any], Mapping[str, Tensor]]
-    feature_batches: Iterable[Any] | None = None
-    once: Callable[[str], bool] = field(default=lambda name: False)
-    device: torch.device = bench.HOST
-
-
-def vit(scale: Scale = Scale()) -> Work:
-    from transformers import CLIPConfig, CLIPModel
-
-    classes, side = (10, 64) if scale.small else (100, 224)
-    blocks = {"num_hidden_layers": scale.layers, **(SMALL if scale.small else {})}
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        vision = {"patch_size": 16, "image_size": side, **blocks}
-        with scale.device:
-            return CLIPModel(CLIPConfig(projection_dim=512, vision_config=vision, text_config=dict(blocks))).eval()
-
-    draw = torch.Generator().manual_seed(1)
-    pixels = torch.randn(scale.samples, 3, side, side, generator=draw).to(scale.device)
-    labels = torch.randint(classes, (scale.samples,), generator=draw).to(scale.device)
-    lengths = torch.randint(6, 13, (classes,), generator=draw).tolist()
-    end = CLIPConfig().text_config.eos_token_id
-    words = [[end - 1, *torch.randint(1, end - 1, (n - 2,), generator=draw).tolist(), end] for n in lengths]
-
-    def prompts(width: int) -> dict[str, Tensor]:
-        ids = torch.tensor([w + [end] * (width - len(w)) for w in words])
-        mask = torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in words])
-        return {"input_ids": ids.to(scale.device), "attention_mask": mask.to(scale.device)}
-
-    def batches(width: int) -> list[dict[str, Tensor]]:
-        text = prompts(width)
-        return [{"pixel_values": pixels[p], "labels": labels[p], **text} for p in scale.parts()]
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        return nn.functional.cross_entropy(model(**inputs).logits_per_image, batch["labels"], reduction="none")
-
-    def forward(model: Any, batch: Any) -> None:
-        if "pixel_values" in batch:
-            model.get_image_features(pixel_values=batch["pixel_values"])
-        if "input_ids" in batch:
-            model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-    def masks(batch: Any) -> dict[str, Tensor]:
-        return {"text_model": batch["attention_mask"].bool()} if "attention_mask" in batch else {}
-
-    narrow = batches(max(lengths))
-    return Work(
-        make, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "energy_weights": {"vision": 0.85, "text": 0.2}},
-        narrow, batches(PROMPT_TOKENS), loss, forward, masks,
-        PicturesThenPrompts([{"pixel_values": b["pixel_values"]} for b in narrow], prompts(max(lengths)), scale.samples),
-        lambda name: "text" in name, scale.device,
-    )  # fmt: skip
-
-
-def llama(scale: Scale = Scale()) -> Work:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = SMALL if scale.small else {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
-        config = LlamaConfig(num_hidden_layers=scale.layers, vocab_size=8000, **sizes)
-        with scale.device:
-            return LlamaForCausalLM(config).eval()
-
-    tokens = 16 if scale.small else 128
-    ids = torch.randint(8000, (scale.samples, tokens), generator=torch.Generator().manual_seed(1)).to(scale.device)
-    batches = [{"input_ids": ids[p]} for p in scale.parts()]
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
-
-    def forward(model: Any, batch: Any) -> None:
-        model.model(input_ids=batch["input_ids"], use_cache=False)
-
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = {"target_modules": modules, "energy_weights": 0.6}
-    return Work(make, config, batches, batches, loss, forward, lambda batch: {})
-
-
-def demo(scale: Scale = Scale()) -> Work:
-    from keeplora.experiment import load_config
-    from keeplora.experiment.objective import TaskObjective
-    from keeplora.experiment.setup import prepare
-    from keeplora.methods import method_names
-
-    changes = {"device": scale.device.type, "training": {"precision": "fp32"}}
-    setup = prepare(load_config({"suite": "demo-small", "method": "keeplora++"}, changes, known_methods=method_names()))
-    task, family = setup.tasks[0], setup.family
-    data, objective = setup.sets[task.name].train, TaskObjective(family, task, setup.precision)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[: scale.samples].tolist()
-    items = [data[i] for i in chosen]
-    pixels = torch.stack([item["pixel_values"] for item in items]).to(scale.device)
-    labels = torch.tensor([int(item["labels"]) for item in items]).to(scale.device)
-
-    def batches(width: int | None) -> list[dict[str, Tensor]]:
-        text = {k: v.to(scale.device) for k, v in objective.text_batch.items()}
-        if width is not None:
-            text = {k: nn.functional.pad(v, (0, width - v.shape[1])) for k, v in text.items()}
-        return [{"pixel_values": pixels[p], "labels": labels[p], **text} for p in scale.parts() if len(labels[p])]
-
-    start = {k: v.clone() for k, v in family.model.state_dict().items()}
-
-    def make() -> nn.Module:
-        family.model.load_state_dict(start)
-        return family.model
-
-    def forward(model: nn.Module, batch: Any) -> None:
-        if "pixel_values" in batch:
-            family.image_features(batch["pixel_values"])
-        if "input_ids" in batch:
-            family.text_features({k: v for k, v in batch.items() if k in objective.text_batch})
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        logits = family.logits(
-            family.image_features(batch["pixel_values"]),
-            family.text_features({k: v for k, v in batch.items() if k in objective.text_batch}),
-        )
-        return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-
-    def masks(batch: Any) -> dict[str, Tensor]:
-        return {"text_model": batch["attention_mask"].bool()} if "attention_mask" in batch else {}
-
-    narrow = batches(None)
-    text = {k: narrow[0][k] for k in objective.text_batch}
-    return Work(
-        make, {"target_modules": family.default_target_modules, "energy_weights": {"vision": 0.85, "text": 0.2}}, narrow,
-        batches(PROMPT_TOKENS), loss, forward, masks,
-        PicturesThenPrompts([{"pixel_values": b["pixel_values"]} for b in narrow], text, len(labels)),
-        lambda name: "text" in name, scale.device,
-    )  # fmt: skip
-
-
-MODELS: dict[str, Callable[[Scale], Work]] = {"vit": vit, "llama": llama, "demo": demo}
 
 
 @dataclass
@@ -258,10 +76,9 @@ class Side:
 PHASES = ("weight subspaces", "gradient pass", "A", "feature pass", "feature subspaces")
 
 
-def ours(work: Work, options: Mapping[str, Any]) -> Side:
-    model, side = work.make(), Side()
-    before = bench.begin_peak(work.device)
-    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **{**work.config, **options}))
+@contextlib.contextmanager
+def watched_passes() -> Iterator[dict[str, float]]:
+    """Seconds in the gradient and in the feature pass of what is done inside."""
     passes = dict.fromkeys(("collect_gradients", "collect_features"), 0.0)
 
     def watched(name: str, take: Callable[..., Any]) -> Callable[..., Any]:
@@ -272,15 +89,18 @@ def ours(work: Work, options: Mapping[str, Any]) -> Side:
 
         return call
 
+    with contextlib.ExitStack() as stack:
+        for module, name in ((sketching_module, "collect_gradients"), (statistics_module, "collect_features")):
+            stack.enter_context(mock.patch.object(module, name, watched(name, getattr(module, name))))
+        yield passes
+
+
+def ours(work: Work, options: Mapping[str, Any]) -> Side:
+    model, side = work.make(), Side()
+    before = bench.begin_peak(work.device)
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **{**work.config, **options}))
     side.seconds["weight subspaces"], U = timed(lambda: learner.U)
-    with (
-        mock.patch.object(
-            sketching_module, "collect_gradients", watched("collect_gradients", sketching_module.collect_gradients)
-        ),
-        mock.patch.object(
-            statistics_module, "collect_features", watched("collect_features", statistics_module.collect_features)
-        ),
-    ):
+    with watched_passes() as passes:
         extra = {"feature_batches": work.feature_batches} if work.feature_batches is not None else {}
         opened, _ = timed(
             lambda: learner.start_task(
@@ -386,15 +206,64 @@ def compare(name: str, repeats: int, options: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def floors(name: str, repeats: int) -> str:
+    """Our passes beside what they cannot go below: the model's own forward and backward pass, nothing collected. One batch."""
+    work = MODELS[name](Scale())
+    model = work.make()
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
+    batches = work.narrow[:1]
+    shown = list(work.feature_batches or batches)[:1]
+    first = {t.tower: t.name for t in reversed(learner.targets)}.values()  # where the backward pass may end
+
+    def alone(backward: bool) -> None:
+        handles = []
+        if backward:
+            leaf = lambda module, args, y: y.detach().requires_grad_(True).clone()  # noqa: E731
+            handles = [learner.store.module(n).register_forward_hook(leaf) for n in first]
+        with quiet_model(model), torch.set_grad_enabled(backward):
+            for batch in batches if backward else shown:
+                found = work.loss(model, batch) if backward else work.forward(model, batch)
+                if backward:
+                    found.sum().backward()
+        for handle in handles:
+            handle.remove()
+
+    def gradient() -> Any:
+        return sketching_module.collect_gradients(model, learner.targets, learner.store, batches, work.loss, work.masks)
+
+    def features() -> Any:
+        seen = [t for t in learner.targets if work.feature_batches is None or not work.once(t.name)]
+        return statistics_module.collect_features(model, seen, learner.store, shown, work.forward, work.masks)
+
+    lines = [
+        "",
+        f"**{name}: passes over one batch beside their floor**",
+        "",
+        "| pass | s | floor, s | ratio |",
+        "|--|--|--|--|",
+    ]
+    for what, take, floor in (
+        ("gradient", gradient, lambda: alone(True)), ("features (first batch's tower)", features, lambda: alone(False)),
+    ):  # fmt: skip
+        a, b = [], []
+        for _ in range(repeats):
+            a.append(timed(take)[0])
+            b.append(timed(floor)[0])
+        lines.append(f"| {what} | {spread(a)} | {spread(b)} | {spread(ratios(a, b), 3)} |")
+    return "\n".join(lines)
+
+
 @dataclass
 class ManyTasks:
     """Boundaries of one task after another.
 
     Attributes:
-        seconds: of each task's. dims: protected dimensions over all targets after each task, of ``total``.
+        seconds: of each task's. passes: of it those over the data. dims: protected dimensions over all targets after each
+            task, of ``total``.
     """
 
     seconds: list[float]
+    passes: list[float]
     dims: list[int]
     total: int
 
@@ -409,36 +278,46 @@ class ManyTasks:
         return self.seconds[-5:]
 
 
-def sequence(work: Work, count: int) -> ManyTasks:
-    """``count`` tasks on one model, each on pictures of its own."""
+def sequence(work: Work, count: int, ledger: str | None = None) -> ManyTasks:
+    """``count`` tasks on one model, each on inputs of its own.
+
+    Args:
+        ledger: a folder for the tasks, as every run has one; None: they stay in memory.
+    """
     model = work.make()
-    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config))
-    seconds, sizes = [], []
+    learner = ContinualLearner(model, KeepLoraConfig(r=16, energy_features=0.99, **work.config), ledger=ledger)
+    seconds, sizes, phases = [], [], []
     draw = torch.Generator().manual_seed(2)
     for i in range(count):
-        # Other pictures for every task: noise on top, so that each task brings directions of its own.
-        narrow = [
-            {
-                **b,
-                "pixel_values": b["pixel_values"]
-                + 0.3 * torch.randn(b["pixel_values"].shape, generator=draw).to(b["pixel_values"].device),
+        narrow = [work.renew(b, draw) for b in work.narrow]
+        extra: dict[str, Any] = {}
+        if work.feature_batches is not None:
+            pictures = [{"pixel_values": b["pixel_values"]} for b in narrow]
+            extra = {
+                "feature_batches": [
+                    *pictures,
+                    {k: v for k, v in narrow[0].items() if k not in ("pixel_values", "labels")},
+                ]
             }
-            for b in work.narrow
-        ]
-        batches = [
-            *({"pixel_values": b["pixel_values"]} for b in narrow),
-            {k: v for k, v in narrow[0].items() if k not in ("pixel_values", "labels")},
-        ]
 
-        def boundary(i: int = i, narrow: Any = narrow, batches: Any = batches) -> None:
-            learner.start_task(
-                f"task {i}", narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, feature_batches=batches
+        def before(i: int = i, narrow: Any = narrow, extra: Any = extra) -> Any:
+            return learner.start_task(
+                f"task {i}", narrow, work.loss, forward_fn=work.forward, mask_fn=work.masks, **extra
             )
-            learner.finish_task()
 
-        seconds.append(timed(boundary)[0])
+        with warnings.catch_warnings(), watched_passes() as passes:
+            warnings.simplefilter("ignore")  # that layers fill up
+            opened, peft_model = timed(before)
+            with torch.no_grad():  # as if B had been trained
+                for p in peft_model.parameters():
+                    if p.requires_grad:
+                        p.copy_(1e-3 * torch.randn(p.shape, generator=draw).to(p.device))
+            closed, _ = timed(learner.finish_task)
+        seconds.append(opened + closed)
+        phases.append(sum(passes.values()))
         sizes.append(sum(learner.U.dims().values()))
-    return ManyTasks(seconds, sizes, sum(n for n, _ in learner.U.start_dims().values()))
+        print(f"task {i + 1}: {seconds[-1]:.2f} s, passes {phases[-1]:.2f}, U {sizes[-1]}", file=sys.stderr, flush=True)
+    return ManyTasks(seconds, phases, sizes, sum(n for n, _ in learner.U.start_dims().values()))
 
 
 def state_bytes(work: Work, folder: Path) -> tuple[int, int, int]:
@@ -460,16 +339,19 @@ def state_bytes(work: Work, folder: Path) -> tuple[int, int, int]:
     return base, sizes[1], sizes[1] - sizes[0]
 
 
-def many_tasks(count: int) -> str:
-    """What the boundary of the last task takes beside that of the second, on the demo model's first pictures."""
-    found = sequence(demo(), count)
-    late, early = statistics.median(found.late), statistics.median(found.early)
-    return "\n".join([
-        "", f"**{count} tasks on the demo model**", "",
+def many_tasks(name: str, count: int, ledger: str | None = None) -> str:
+    """The table of a sequence: what the boundary of the last tasks takes beside that of the first."""
+    found = sequence(SEQUENCES[name](Scale()), count, ledger)
+    lines = [
+        "", f"**{count} tasks on the {name} model, {'with a ledger' if ledger else 'in memory'}**", "",
         "| | tasks 2 to 6 | last five | ratio |", "|--|--|--|--|",
-        f"| boundary, s (median) | {early:.2f} | {late:.2f} | {late / early:.2f} |",
-        f"| protected dimensions of {found.total} | {found.dims[1]} | {found.dims[-1]} | |",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    rest = [whole - passes for whole, passes in zip(found.seconds, found.passes, strict=True)]
+    for what, values in (("boundary", found.seconds), ("of it passes over data", found.passes), ("all else", rest)):
+        late, early = statistics.median(values[-5:]), statistics.median(values[1:6])
+        lines.append(f"| {what}, s (median) | {early:.2f} | {late:.2f} | {late / early:.2f} |")
+    lines.append(f"| protected dimensions of {found.total} | {found.dims[1]} | {found.dims[-1]} | |")
+    return "\n".join(lines)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -484,6 +366,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=sorted(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=50, help="length of the sequence; 0: none")
+    parser.add_argument("--sequence", choices=sorted(SEQUENCES), default="demo", help="the model of --tasks")
+    parser.add_argument("--floor", action="store_true", help="our passes beside the model's own, and nothing else")
+    parser.add_argument("--ledger", action="store_true", help="the sequence of --tasks writes a ledger, as a run does")
     parser.add_argument(
         "-o", "--option", type=option, action="append", default=[], help="a setting of KeepLoraConfig, for ours"
     )
@@ -495,10 +380,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     CPU = args.cpu
     os.environ["KEEPLORA_NO_CACHE"] = "1"  # the bases of the weights are to be computed, on both sides
     print(machine() + (", processor seconds" if CPU else ""), flush=True)
-    for name in args.models:
+    for name in args.models if args.floor else ():
+        print(floors(name, args.repeats), flush=True)
+    for name in () if args.floor else args.models:
         print(compare(name, args.repeats, dict(args.option)), flush=True)
-    if args.tasks:
-        print(many_tasks(args.tasks), flush=True)
+    if args.tasks and not args.floor:
+        with tempfile.TemporaryDirectory() as folder:
+            print(many_tasks(args.sequence, args.tasks, f"{folder}/ledger" if args.ledger else None), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from keeplora.experiment import Experiment, load_config
 from keeplora.experiment.setup import prepare
 from keeplora.math import explained_share, residual_factor
 from keeplora.methods import method_names
-from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, directions
+from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, growth
 from keeplora.tuner.observers import collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 
@@ -77,7 +77,8 @@ class Statistics:
         )  # fmt: skip
         found = {}
         for t in self.vision:
-            found[t.name] = directions(self.U.subspace(t.name), features.C(t.name), learner.feature_energy(t.name))
+            grown = growth(self.U.subspace(t.name), features.C(t.name), learner.feature_energy(t.name))
+            found[t.name] = grown.V, grown.share
         return features.C, found, len(self.data) if enough is None else enough.samples, time.process_time() - started
 
 
@@ -119,8 +120,9 @@ def in_few_rows(setup: Any, task: Any, rows: int) -> None:
     )  # fmt: skip
     claimed, true, columns = [], [], []
     for name, (v, _) in exact.items():
-        V, share = directions(U.subspace(name), features.C(name), learner.feature_energy(name))
-        claimed.append(share)
+        grown = growth(U.subspace(name), features.C(name), learner.feature_energy(name))
+        V = grown.V
+        claimed.append(grown.share)
         true.append(explained_share(torch.cat([U[name], V], dim=1), C(name)))
         columns.append(V.shape[1] / max(1, v.shape[1]))
     for what, values in (("ε_t claimed", claimed), ("true", true), ("columns, of those from C", columns)):

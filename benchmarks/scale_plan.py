@@ -21,11 +21,12 @@ from keeplora.experiment.footprint import Linear, ModelShape, base_bytes, factor
 from keeplora.experiment.scale import (
     Load,
     basis_bytes,
+    last_merge_flops,
     ledger_bytes,
-    merge_flops,
     phases,
     totals,
     turning_points,
+    update_bytes,
     verify_flops,
 )
 from keeplora.methods import method_names
@@ -84,8 +85,8 @@ def tables(name: str, rank: int, load: Load, assume: Assumptions) -> str:
     growing = [
         (
             f"{t:,}", size(basis_bytes(targets, t, k, growth)), size(ledger_bytes(targets, t, k, growth)),
-            size(t * factor_bytes(targets)), counted(merge_flops(targets, t)),
-            took(merge_flops(targets, t) / (1e9 * assume.host_gflops)),
+            size(update_bytes(targets, t)), counted(last_merge_flops(targets, t)),
+            took(last_merge_flops(targets, t) / (1e9 * assume.host_gflops)),
             took(
                 verify_flops(targets, t, k, growth) / (1e9 * assume.host_gflops)
                 + ledger_bytes(targets, t, k, growth) / (1e9 * assume.disk)
@@ -102,7 +103,7 @@ def tables(name: str, rank: int, load: Load, assume: Assumptions) -> str:
             table(rows, (PHASE_COLUMNS[0], *PHASE_COLUMNS[2:])),
             f"All {load.tasks:,} tasks, with sketched gradients: {counted(work)} operations, {took(seconds)} here.",
             table(
-                growing, ("after task", "U in memory", "ledger on disk", "A and B in memory", "operations of a merge", "its time",
+                growing, ("after task", "U in memory", "ledger on disk", "updates in memory", "operations of a merge", "its time",
                 "verifying"),
             ),
             f"The complement is the smaller side after task {turn[0]:,}; nothing is left after task {turn[1]:,}.",

@@ -22,6 +22,7 @@ import sketch
 import step
 import straightforward as plain
 import torch
+import works
 from table import Budget, Row, attempt, number, pair
 
 from keeplora import ContinualLearner, KeepLoraConfig
@@ -93,22 +94,22 @@ BLOCKS = 12
 """Blocks of a tower of clip and llama; the demo's model is what it is."""
 
 
-def scale_of(bench: Bench, model: str) -> boundary.Scale:
+def scale_of(bench: Bench, model: str) -> works.Scale:
     """On a GPU more samples and larger batches, which fill it."""
     if bench.quick:
-        return boundary.Scale(samples=16, batch=8, layers=1, small=True, device=bench.device)
-    scale = boundary.Scale(device=bench.device)
+        return works.Scale(samples=16, batch=8, layers=1, small=True, device=bench.device)
+    scale = works.Scale(device=bench.device)
     if bench.cuda:
         scale = replace(scale, samples=128, batch=32)  # ends after 64 at the earliest
     return scale
 
 
-def trial(bench: Bench, model: str, scale: boundary.Scale) -> tuple[int, boundary.Compared | None]:
+def trial(bench: Bench, model: str, scale: works.Scale) -> tuple[int, boundary.Compared | None]:
     """Of 12 blocks, as many as one repeat has time for, by a run of one block. Where even that has no time to be run again: 1,
     and what the run found."""
     if model == "demo" or bench.quick or bench.budget.left is None:
         return scale.layers, None
-    work = boundary.MODELS[WORKS[model]](replace(scale, layers=1))
+    work = works.MODELS[WORKS[model]](replace(scale, layers=1))
     warm_up(work)
     started = time.perf_counter()
     found = boundary.compared(f"{model}, one block", work, [0], {})
@@ -124,7 +125,7 @@ def run_boundary(bench: Bench, model: str) -> list[Row]:
     scale = scale_of(bench, model)
     layers, tried = trial(bench, model, scale)
     scale = replace(scale, layers=layers)
-    work = boundary.MODELS[WORKS[model]](scale)
+    work = works.MODELS[WORKS[model]](scale)
     warm_up(work)
     shared = scale.samples >= 128  # then the stop has something to save in this work, too
     note = f"{scale.samples} samples" + ("" if model == "demo" else f", blocks a tower: {scale.layers}")
@@ -158,7 +159,7 @@ def run_boundary(bench: Bench, model: str) -> list[Row]:
 
 
 def with_the_stop(
-    bench: Bench, model: str, what: str, scale: boundary.Scale, found: boundary.Compared,
+    bench: Bench, model: str, what: str, scale: works.Scale, found: boundary.Compared,
     stopped: Sequence[boundary.Side],
 ) -> Row:  # fmt: skip
     """Of the same work where that has samples enough, else of more: a pass can stop after 64 at the earliest."""
@@ -167,7 +168,7 @@ def with_the_stop(
         more = 96 if bench.quick else 128
         layers = scale.layers if bench.budget.left is None else max(1, scale.layers * scale.samples // (2 * more))
         scale = replace(scale, samples=more, layers=layers)
-        work = boundary.MODELS[WORKS[model]](scale)
+        work = works.MODELS[WORKS[model]](scale)
         stopped, plain_seconds = [], []
         for _ in bench.few():
             gc.collect()
@@ -187,7 +188,7 @@ def lean(side: boundary.Side) -> boundary.Side:
     return side
 
 
-def warm_up(work: boundary.Work) -> None:
+def warm_up(work: works.Work) -> None:
     """What a GPU loads at first use is loaded, and its kernels are chosen; a CPU needs the like of its pages."""
     M = torch.randn(128, 128, device=work.device)
     for dtype in (torch.float32, torch.float64):
@@ -201,7 +202,7 @@ def warm_up(work: boundary.Work) -> None:
         machine.synchronise()
 
 
-def on_the_gpu(work: boundary.Work, model: str, what: str, other: Sequence[float], note: str) -> Row:
+def on_the_gpu(work: works.Work, model: str, what: str, other: Sequence[float], note: str) -> Row:
     """The library decomposes on the CPU's cores; here its functions get the same matrices on the GPU, one after another."""
     learner = ContinualLearner(work.make(), KeepLoraConfig(r=16, energy_features=0.99, **work.config))
     targets, store = learner.targets, learner.store
@@ -352,10 +353,10 @@ def run_state(bench: Bench, model: str) -> list[Row]:
     if bench.cuda:
         raise NotHere("bytes on the disk are the same whatever the device: measured with --device cpu")
     need_demo(model)
-    scale = boundary.Scale(samples=8, batch=8, layers=1, small=True, device=bench.device)
+    scale = works.Scale(samples=8, batch=8, layers=1, small=True, device=bench.device)
     if not bench.quick:  # the ranks of what features add depend on the samples, hence as many as the boundary has
-        scale = boundary.Scale(device=bench.device)
-    work = boundary.MODELS[WORKS[model]](scale)
+        scale = works.Scale(device=bench.device)
+    work = works.MODELS[WORKS[model]](scale)
     with tempfile.TemporaryDirectory() as folder:
         base, whole, task = boundary.state_bytes(work, Path(folder) / "saved")
     note = f"{scale.samples} samples a task, r 16"
@@ -392,9 +393,9 @@ def run_fifty(bench: Bench, model: str) -> list[Row]:
     boundary.CPU = bench.cpu
     count = 12 if bench.quick else 50
     if model == "demo":
-        work = boundary.demo(boundary.Scale(samples=8 if bench.quick else 32, device=bench.device))
+        work = works.demo(works.Scale(samples=8 if bench.quick else 32, device=bench.device))
     else:
-        work = boundary.vit(boundary.Scale(samples=16, batch=16, layers=2, small=True, device=bench.device))
+        work = works.vit(works.Scale(samples=16, batch=16, layers=2, small=True, device=bench.device))
     warm_up(work)
     found = boundary.sequence(work, count)
     note = f"protected dimensions of {found.total}: {found.dims[1]} and {found.dims[-1]}"

@@ -200,11 +200,11 @@ def test_a_boundary_that_has_no_time_for_a_second_run_tells_of_its_trial(script,
 
     def small(scale: Any) -> Any:
         asked.append(scale)
-        return boundary.llama(replace(scale, small=True, samples=min(scale.samples, 16), batch=16))
+        return sections.works.llama(replace(scale, small=True, samples=min(scale.samples, 16), batch=16))
 
     ran: list[int] = []
     plain = boundary.straightforward
-    monkeypatch.setitem(boundary.MODELS, "llama", small)
+    monkeypatch.setitem(sections.works.MODELS, "llama", small)
     monkeypatch.setattr(boundary, "straightforward", lambda *given: ran.append(1) or plain(*given))
     budget = table.Budget(0.0)
     budget.begin(1.0, 1.0)
@@ -216,5 +216,8 @@ def test_a_boundary_that_has_no_time_for_a_second_run_tells_of_its_trial(script,
     ran.clear()
     budget = table.Budget(1e5)
     budget.begin(1.0, 1.0)
-    assert sections.trial(sections.Bench(torch.device("cpu"), "fp32", budget), "llama", boundary.Scale()) == (12, None)
+    assert sections.trial(sections.Bench(torch.device("cpu"), "fp32", budget), "llama", sections.works.Scale()) == (
+        12,
+        None,
+    )
     capsys.readouterr()

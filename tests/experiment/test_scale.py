@@ -127,11 +127,28 @@ def learned(tmp_path_factory) -> tuple[ContinualLearner, Any]:
 def test_a_merge_sums_every_tasks_product(learned):
     learner, _ = learned
     snapshot = learner.store.snapshot()
+    last = learner.records[-1].factors
     exact = sum(2 * f.A.shape[0] * f.A.shape[1] * f.B.shape[0] for r in learner.records for f in r.factors.values())
-    assert counted(lambda: learner.store.restore(snapshot)) == exact
+    store = WeightStore(make_net(), [t.name for t in learner.targets])
+    assert counted(lambda: store.restore(snapshot)) == exact
     same = [Linear(t.n_in, t.n_out, t.r, 1) for t in learner.targets]
     full = all(f.A.shape[0] == t.rank for r in learner.records for f, t in zip(r.factors.values(), same, strict=True))
     assert not full or scale.merge_flops(same, 3) == exact
+    # Where the sum of two tasks is held, the third adds its own product; where not, all are summed anew.
+    store.restore({name: updates[:-1] for name, updates in snapshot.items()})
+    held = store.summed()
+    assert held
+    wanted = [f for name, f in last.items() if name in held]
+    wanted += [f for r in learner.records for name, f in r.factors.items() if name in last and name not in held]
+    assert counted(lambda: store.add(last)) == sum(2 * f.A.numel() * f.B.shape[0] for f in wanted)
+
+
+def test_a_sum_takes_the_place_of_its_factors_as_in_the_store():
+    """The sizes of tests/tuner/test_many_tasks.py, which counts the products of eight merges: 1, 2, 1, 1, …"""
+    one = [Linear(12, 12, 3, 1)]
+    assert [scale.last_merge_flops(one, t) // (2 * 3 * 144) for t in range(1, 6)] == [1, 2, 1, 1, 1]
+    assert [scale.update_bytes(one, t) for t in range(1, 4)] == [4 * 72, 4 * 144, 4 * 144]
+    assert [scale.merge_flops(one, t) // (2 * 3 * 144) for t in range(1, 4)] == [1, 2, 3]
 
 
 def test_a_verification_is_what_torch_counts(learned):
@@ -223,7 +240,7 @@ def test_the_phases_of_a_plan_add_up(targets):
     assert found["training"].flops == 200 * step
     assert found["gradient pass, exact"].flops == 20 * (per_sample + scale.outer_flops(linears(targets)))
     assert found["gradient pass, exact"].device > found["gradient pass, sketched"].device
-    assert found["merge, at the last task"].flops == scale.merge_flops(linears(targets), 10)
+    assert found["merge, at the last task"].flops == scale.last_merge_flops(linears(targets), 10)
     assert found["the whole ledger"].disk == scale.ledger_bytes(linears(targets), 10, 0.25, 0.01)
     assert all(phase.seconds > 0 for phase in found.values())
     exact, sketched = (scale.totals(list(found.values()), load, sketch=sketch) for sketch in (False, True))

@@ -92,8 +92,8 @@ def test_a_full_gpu_moves_the_sums_to_the_cpu_and_says_so_once(monkeypatch, sket
 
 
 def test_q_k_and_v_with_one_subspace_are_decomposed_once(monkeypatch):
-    seen, real = [], protecting.directions
-    monkeypatch.setattr(protecting, "directions", lambda *args, **kwargs: seen.append(1) or real(*args, **kwargs))
+    seen, real = [], protecting.growth
+    monkeypatch.setattr(protecting, "growth", lambda *args, **kwargs: seen.append(1) or real(*args, **kwargs))
     alike = learned(energy_weights=0.0)
     assert len(seen) == 2 * 2 * 3  # two tasks, two blocks: qkv, up, down
     seen.clear()

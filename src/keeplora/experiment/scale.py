@@ -96,8 +96,28 @@ def gram_flops(targets: Sequence[Linear]) -> int:
 
 
 def merge_flops(targets: Sequence[Linear], tasks: int) -> int:
-    """W₀ + Σ s B A of so many tasks, summed from the factors in their order: tasks · Σ 2 r' in out."""
+    """W₀ + Σ s B A of so many tasks, summed anew from the factors in their order, as opening a ledger and rolling back do:
+    tasks · Σ 2 r' in out."""
     return tasks * sum(2 * t.rank * t.n_in * t.n_out for t in targets)
+
+
+def sum_is_held(target: Linear, tasks: int) -> bool:
+    """Whether Σ s B A of so many tasks is kept (`WeightStore`): from two on, once the factors are as many numbers as it is."""
+    return tasks > 1 and tasks * target.rank * (target.n_in + target.n_out) >= target.n_in * target.n_out
+
+
+def last_merge_flops(targets: Sequence[Linear], tasks: int) -> int:
+    """The merge of the last of so many tasks: one product where the sum of those before is held, and all of them elsewhere."""
+    return sum(
+        (1 if sum_is_held(t, tasks - 1) else tasks) * 2 * t.rank * t.n_in * t.n_out for t in targets
+    )  # fmt: skip
+
+
+def update_bytes(targets: Sequence[Linear], tasks: int) -> int:
+    """What a learner with a ledger holds of its updates: A and B, 4 r' (in + out) a task, or in their place the sum, 4 in out."""
+    return sum(
+        4 * (t.n_in * t.n_out if sum_is_held(t, tasks) else tasks * t.rank * (t.n_in + t.n_out)) for t in targets
+    )  # fmt: skip
 
 
 def eigh_flops(n: int) -> int:
@@ -188,7 +208,8 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
     added = [columns(t.n_in, T, k0, growth) - columns(t.n_in, T - 1, k0, growth) for t in targets]
     valued = [columns(t.n_in, T, k0, growth) - columns(t.n_in, 0, k0, growth) for t in targets]
     entry, ledger = entry_bytes(targets, added, valued), ledger_bytes(targets, T, k0, growth)
-    checkpoint, merge = checkpoint_bytes(trained, frozen), merge_flops(targets, T)
+    checkpoint, merge = checkpoint_bytes(trained, frozen), last_merge_flops(targets, T)
+    opened = merge_flops(targets, T)
     verify = verify_flops(targets, T, k0, growth)
     g, f, n = load.gradient_samples, load.feature_samples, load.samples * load.epochs
     largest = max(8 * t.n_in**2 for t in targets)
@@ -208,7 +229,7 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         Phase("A of sketched gradients: SVDs", "task", sketched_svd, host=A_B, seconds=sketched_svd / host),
         Phase("training", "task", n * step, A_B + 12 * trained + activations(False), seconds=n * step / fast),
         Phase("a checkpoint", "task", disk=checkpoint, seconds=checkpoint / disk),
-        Phase("merge, at the last task", "task", merge, host=T * A_B + copies, seconds=merge / host),
+        Phase("merge, at the last task", "task", merge, host=update_bytes(targets, T) + copies, seconds=merge / host),
         Phase(
             "covariance pass", "task", f * (forward + gram_flops(targets)), footprint.covariance_bytes(targets),
             seconds=f * (forward / fast + gram_flops(targets) / slow),
@@ -217,8 +238,8 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         Phase("entry of the ledger", "task", disk=entry, seconds=entry / disk),
         Phase("the whole ledger", "end", disk=ledger, seconds=ledger / disk),
         Phase(
-            "opening it, or rolling back", "end", merge, host=T * A_B + copies + U, disk=T * A_B,
-            seconds=merge / host + T * A_B / disk,
+            "opening it, or rolling back", "end", opened, host=T * A_B + copies + U, disk=T * A_B,
+            seconds=opened / host + T * A_B / disk,
         ),
         Phase("verifying it", "end", verify, host=U, disk=ledger, seconds=verify / host + ledger / disk),
         Phase("export of all tasks as one adapter", "end", disk=T * A_B, seconds=2 * T * A_B / disk),
@@ -227,12 +248,12 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
 
 
 def totals(found: Sequence[Phase], load: Load, *, sketch: bool) -> tuple[float, float]:
-    """(operations, seconds) of the whole sequence: what is once, and every task's; merges at half of the last one's."""
+    """(operations, seconds) of the whole sequence: what is once, and every task's, each as the last one's."""
     left_out = "exact" if sketch else "sketched"
     work, seconds = 0.0, 0.0
     for phase in found:
         if phase.when == "end" or left_out in phase.name:
             continue
-        times = 1.0 if phase.when == "once" else load.tasks * (0.5 if phase.name.startswith("merge") else 1.0)
+        times = 1.0 if phase.when == "once" else load.tasks
         work, seconds = work + times * phase.flops, seconds + times * phase.seconds
     return work, seconds

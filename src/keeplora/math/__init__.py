@@ -5,12 +5,25 @@ from keeplora.math.complement import (
     Subspace,
     complement,
     held_bytes,
-    new_directions,
-    new_gradient_directions,
+    row_shares,
     shares,
 )
 from keeplora.math.factor import layer_alpha, lora_delta, residual_factor
-from keeplora.math.frequent_directions import CovarianceSketch, FrequentDirections, new_sketched_directions
+from keeplora.math.frequent_directions import (
+    CovarianceSketch,
+    FrequentDirections,
+    new_sketched_directions,
+    sketched_growth,
+)
+from keeplora.math.growth import (
+    Growth,
+    extend_basis,
+    extend_basis_with_gradient,
+    feature_growth,
+    gradient_growth,
+    new_directions,
+    new_gradient_directions,
+)
 from keeplora.math.leak import (
     backward_bound,
     backward_harm,
@@ -27,8 +40,6 @@ from keeplora.math.sketch import sketch, sketch_matrix, sketch_rows
 from keeplora.math.subspace import (
     append_directions,
     explained_share,
-    extend_basis,
-    extend_basis_with_gradient,
     orthonormality_error,
     project_out,
     weight_basis,
@@ -39,6 +50,7 @@ __all__ = [
     "Candidates",
     "CovarianceSketch",
     "FrequentDirections",
+    "Growth",
     "Subspace",
     "append_directions",
     "backward_bound",
@@ -49,7 +61,9 @@ __all__ = [
     "extend_basis_with_gradient",
     "factor_leak",
     "factor_leaks",
+    "feature_growth",
     "forward_change",
+    "gradient_growth",
     "held_bytes",
     "keep_most_valuable",
     "layer_alpha",
@@ -63,11 +77,13 @@ __all__ = [
     "project_out",
     "residual_factor",
     "rounding_floor",
+    "row_shares",
     "spectral_norm",
     "shares",
     "sketch",
     "sketch_matrix",
     "sketch_rows",
+    "sketched_growth",
     "weight_basis",
     "weight_leak",
 ]

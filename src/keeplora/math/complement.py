@@ -2,7 +2,8 @@
 
 Of span(U) ⊂ R^in the method needs only projections. With [U, N] orthonormal and complete, P = U Uᵀ = I − N Nᵀ, so where U
 passes half the width N says the same in fewer numbers (DualGPM, Liang & Li, arXiv 2310.06652), and what is left of G and C
-is a matrix of N's size: Ĝ = (G N) Nᵀ (M3), Ĉ = N (Nᵀ C N) Nᵀ (M8).
+is a matrix of N's size: Ĝ = (G N) Nᵀ (M3), Ĉ = N (Nᵀ C N) Nᵀ (M8). Where U is what is held, N is there as the Householder
+reflectors of U's QR and is never formed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keeplora.math.subspace import (
-    EPS32,
-    _extend,
-    _matrix,
-    append_directions,
-    check_energy,
-    fix_signs,
-    orthonormality_error,
-    project_out,
-    smallest_rank,
-)
+from keeplora.math.subspace import fix_signs, orthonormality_error, project_out
+
+ORTHONORMAL = 1e-5
+"""max |UᵀU − I| that a basis may have (METHOD, point 7)."""
 
 
 def complement(U: Tensor) -> Tensor:
@@ -129,6 +123,49 @@ class Subspace:
         return Subspace(out, True)
 
 
+class ResidualSpace:
+    """Coordinates in what U leaves: N (in, in − k), orthonormal in float64, orthogonal to U's columns to rounding.
+
+    Raises:
+        ArithmeticError: U's columns are not orthonormal.
+
+    >>> space = ResidualSpace(Subspace(torch.eye(3)[:, :1]))
+    >>> space.coordinates(torch.tensor([[1.0, 2.0, 3.0]]).double()).abs()
+    tensor([[2., 3.]], dtype=torch.float64)
+    """
+
+    def __init__(self, S: Subspace) -> None:
+        self.k = S.k
+        self._N: Tensor | None = None
+        self._reflectors: tuple[Tensor, Tensor] | None = None
+        held = S.held.detach().to(torch.float64)
+        if S.by_complement:
+            # float32 rounded it, and what is taken from it is to be orthonormal beyond that. R is near ± I: N hardly turns.
+            self._N = torch.linalg.qr(held).Q
+        elif S.k:
+            R, tau = torch.geqrf(held)
+            error = float((R[: S.k].triu().abs() - torch.eye(S.k, dtype=R.dtype, device=R.device)).abs().max())
+            if error > ORTHONORMAL:
+                raise ArithmeticError(f"the basis is not orthonormal: its QR's R is {error:.2e} from the identity")
+            self._reflectors = R, tau
+
+    def coordinates(self, X: Tensor) -> Tensor:
+        """X N (rows, in − k) of X (rows, in) float64."""
+        if self._N is not None:
+            return X @ self._N
+        if self._reflectors is None:
+            return X
+        return torch.ormqr(*self._reflectors, X, left=False)[:, self.k :]
+
+    def vectors(self, Y: Tensor) -> Tensor:
+        """N Y (in, m) of Y (in − k, m) float64."""
+        if self._N is not None:
+            return self._N @ Y
+        if self._reflectors is None:
+            return Y
+        return torch.ormqr(*self._reflectors, torch.cat([Y.new_zeros((self.k, Y.shape[1])), Y]))
+
+
 def shares(V: Tensor, C: Tensor) -> Tensor:
     """Share of tr C along each column of V: vᵀ C v / tr C, (m,) float64; zeros where C = 0.
 
@@ -141,59 +178,12 @@ def shares(V: Tensor, C: Tensor) -> Tensor:
     return ((V64 * (C64 @ V64)).sum(0) / total).clamp(min=0)
 
 
-def new_directions(S: Subspace, C: Tensor, energy: float) -> tuple[Tensor, float]:
-    """What a task's features add to the protected subspace (M8), as `extend_basis` would, by either side.
+def row_shares(V: Tensor, M: Tensor) -> Tensor:
+    """`shares` of C = MᵀM, M (rows, in), which is not formed: ‖M v‖² / ‖M‖_F².
 
-    Args:
-        C: (in, in), Σ x xᵀ. energy: ε_f in [0, 1].
-
-    Returns:
-        (V, ε_t): V (in, m) float32, orthonormal and orthogonal to U, and the share of tr C that [U, V] explains.
-
-    >>> V, share = new_directions(Subspace.of(torch.eye(3)[:, :2]), torch.diag(torch.tensor([3.0, 1.0, 1.0])), 0.9)
-    >>> V.T, share
-    (tensor([[0., 0., 1.]]), 1.0)
+    >>> row_shares(torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    tensor([0.8000, 0.2000], dtype=torch.float64)
     """
-    energy = check_energy(energy)
-    C64 = _matrix("C", C)
-    if C64.shape != (S.n_in, S.n_in):
-        raise ValueError(f"C must be ({S.n_in}, {S.n_in}) to match U, got {tuple(C64.shape)}")
-    return _new(S, (C64 + C64.T) / 2, energy, tolerance=EPS32 * (S.n_in if energy == 1 else 1))
-
-
-def new_gradient_directions(S: Subspace, G: Tensor, energy: float) -> tuple[Tensor, float]:
-    """`new_directions` by the merged model's gradient G (out, in) (M8g), as `extend_basis_with_gradient` would."""
-    energy = check_energy(energy)
-    G64 = _matrix("G", G)
-    if G64.shape[1] != S.n_in:
-        raise ValueError(f"G has {G64.shape[1]} input dimensions but U has {S.n_in}")
-    return _new(S, G64.T @ G64, energy, tolerance=(max(G64.shape) * EPS32) ** 2)
-
-
-def _new(S: Subspace, C64: Tensor, energy: float, *, tolerance: float) -> tuple[Tensor, float]:
-    if not S.by_complement:
-        U, share = _extend(S.held, C64, energy, max_dim=None, tolerance=tolerance)
-        return U[:, S.k :].contiguous(), share
-    N = S.held.to(torch.float64)
-    total = float(C64.diagonal().sum())
-    left = N.T @ C64 @ N
-    outside = float(left.diagonal().sum())
-    none = torch.zeros((S.n_in, 0), dtype=torch.float32, device=N.device)
-    if total <= 0:
-        return none, 1.0
-    if energy == 0 or N.shape[1] == 0:
-        return none, _share(outside, total)
-    eigenvalues, vectors = torch.linalg.eigh((left + left.T) / 2)
-    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-    # λ_1 of P C P and of (I − P) C (I − P), whichever is larger, is what `_extend` compares with.
-    inside = project_out(project_out(C64, N).T, N)
-    largest = max(float(eigenvalues[0]), float(torch.linalg.eigvalsh((inside + inside.T) / 2)[-1]))
-    rank = int((eigenvalues > tolerance * largest).sum())
-    m = smallest_rank(eigenvalues[:rank], energy, total=total, already=total - outside)
-    V = append_directions(none, N @ vectors[:, :m])
-    kept = float(eigenvalues[m:].sum())
-    return V, _share(kept, total)
-
-
-def _share(outside: float, total: float) -> float:
-    return min(1.0, max(0.0, 1.0 - outside / total))
+    M64, V64 = M.detach().to(torch.float64), V.detach().to(torch.float64)
+    total = float(M64.square().sum())
+    return (M64 @ V64).square().sum(0) / total if total > 0 else V64.new_zeros(V64.shape[1])

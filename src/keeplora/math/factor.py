@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from keeplora.math.complement import Subspace
+from keeplora.math.complement import ResidualSpace, Subspace
 from keeplora.math.leak import spectral_norm
 from keeplora.math.subspace import EPS32, _matrix, fix_signs, right_vectors
 
@@ -19,8 +19,8 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     Args:
         G: (out, in), the new task's gradient at the merged weights, or its sketch Ψ G (l, in) with l ≥ min(r, out)
             (`keeplora.math.sketch`).
-        U: (in, k) orthonormal, the protected subspace; k may be 0 or in. As a `Subspace` it may be held by its complement N:
-            Ĝ = (G N) Nᵀ then, and what is decomposed is (out, in − k).
+        U: (in, k) orthonormal, the protected subspace; k may be 0 or in; or the `Subspace`. What is decomposed is G N
+            (out, in − k), with N a basis of what U leaves: Ĝ = (G N) Nᵀ.
         rank: r ≥ 1 as configured.
 
     Returns:
@@ -31,7 +31,7 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     A minimises ‖Ĝ − Ĝ AᵀA‖_F over all A with orthonormal rows and A U = 0 (Prop 3.2).
 
     >>> G = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> residual_factor(G, torch.eye(3)[:, :1], 1)
+    >>> residual_factor(G, torch.eye(3)[:, :1], 1).abs()
     tensor([[0., 1., 0.]])
     """
     if rank < 1:
@@ -45,13 +45,14 @@ def residual_factor(G: Tensor, U: Tensor | Subspace, rank: int) -> Tensor:
     if limit <= 0 or not bool(G64.any()):
         return G64.new_zeros((0, n_in), dtype=torch.float32)
     held = S.held.to(torch.float64)
-    sigma, Y = right_vectors(G64 @ held if S.by_complement else S.project_out(G64))
+    space = ResidualSpace(S)
+    sigma, Y = right_vectors(space.coordinates(G64))
     sigma, noise = sigma[:limit], max(n_out, n_in) * EPS32
     r = int((sigma > noise * float(G64.norm())).sum())
     if r < limit:  # ‖G‖_F ≥ ‖G‖₂ did not settle it
         r = int((sigma > noise * spectral_norm(G64)).sum())
-    V = held @ Y[:, :r] if S.by_complement else Y[:, :r]
-    # One pass leaves A U at about ‖P G‖/‖Ĝ‖ · eps: 1e-2 in fp32 when the residual is 1e-5 of G. Twice removes it.
+    V = space.vectors(Y[:, :r])
+    # What is not quite orthonormal for σ ≪ σ₁ becomes so, and A U is rounding whatever the residual's size beside G.
     for _ in range(2):
         V = torch.linalg.qr(S.project_out(V.T).T).Q if r else V
     A = fix_signs(V).T.contiguous().to(torch.float32)

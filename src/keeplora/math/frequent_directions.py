@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from keeplora.math.complement import Subspace
-from keeplora.math.leak import spectral_norm
-from keeplora.math.subspace import (
-    EPS32,
-    append_directions,
-    check_energy,
-    right_vectors,
-    smallest_rank,
-)
+from keeplora.math.growth import Growth, RowsEnergy, feature_tolerance, grow
+from keeplora.math.subspace import check_energy, right_vectors
 
 ALPHA = 0.2
 """Share of the ℓ directions that each cut takes δ off."""
@@ -136,25 +130,14 @@ def new_sketched_directions(S: Subspace, sketch: CovarianceSketch, energy: float
     >>> V.shape, share
     (torch.Size([3, 1]), 0.625)
     """
+    found = sketched_growth(S, sketch, energy)
+    return found.V, found.share
+
+
+def sketched_growth(S: Subspace, sketch: CovarianceSketch, energy: float) -> Growth:
+    """`new_sketched_directions`, with the shares of all directions, each at most the true one."""
     energy = check_energy(energy)
     B = sketch.B.detach().to(torch.float64)
     if B.shape[1] != S.n_in:
         raise ValueError(f"the sketch has {B.shape[1]} input dimensions but U has {S.n_in}")
-    none = torch.zeros((S.n_in, 0), dtype=torch.float32, device=S.held.device)
-    if sketch.trace <= 0:
-        return none, 1.0
-    held = S.held.to(torch.float64)
-    left = B @ held if S.by_complement else S.project_out(B)
-    inside = max(0.0, float(B.square().sum() - left.square().sum()))
-    m, V = 0, none
-    if energy > 0 and S.k < S.n_in and B.numel():
-        sigma, V64 = right_vectors(left)
-        squares = sigma.square()
-        # As in M8: noise is what lies below eps(fp32) of the largest eigenvalue, that of C itself.
-        largest = spectral_norm(B) ** 2
-        limit = min(int((squares > EPS32 * (S.n_in if energy == 1 else 1) * largest).sum()), S.n_in - S.k)
-        m = smallest_rank(squares[:limit], energy, total=sketch.trace, already=inside)
-        V64 = held @ V64[:, :m] if S.by_complement else V64[:, :m]
-        V = append_directions(none if S.by_complement else S.held, V64)[:, 0 if S.by_complement else S.k :].contiguous()
-    explained = inside / sketch.trace + float(sketch.shares(V).sum())
-    return V, min(1.0, max(0.0, explained))
+    return grow(S, RowsEnergy(B, sketch.trace), energy, feature_tolerance(S.n_in, energy))

@@ -1,4 +1,4 @@
-"""Protected subspaces of a linear layer's input space: how U starts (M1) and how it grows (M8, M8g).
+"""Protected subspaces of a linear layer's input space: how U starts (M1). `keeplora.math.growth` says how it grows.
 
 Notation is METHOD.md's: a layer is y = W x with W of shape (out, in); U of shape (in, k) has orthonormal columns and
 P = U Uᵀ. Whatever dtype comes in, decompositions and sums run in float64 and bases come out in float32, so that a
@@ -150,6 +150,17 @@ def orthonormality_error(U: Tensor) -> float:
     return float((U64.T @ U64 - torch.eye(U64.shape[1], dtype=torch.float64, device=U64.device)).abs().max())
 
 
+def check_orthonormal(V: Tensor, U: Tensor | None = None) -> None:
+    """`ArithmeticError` unless V's columns (float32) are orthonormal, and orthogonal to U's, to 1e-5."""
+    found = V.T @ V
+    found.diagonal().sub_(1.0)
+    error = float(found.abs().max()) if V.shape[1] else 0.0
+    if U is not None and U.shape[1] and V.shape[1]:
+        error = max(error, float((U.T @ V).abs().max()))
+    if error > 1e-5:
+        raise ArithmeticError(f"the extended basis is not orthonormal: max |UᵀU − I| = {error:.2e} > 1e-5")
+
+
 def append_directions(U: Tensor, V: Tensor) -> Tensor:
     """[U, V'] with V' = V made orthonormal and orthogonal to U. U's own columns come back untouched, bit for bit.
 
@@ -182,66 +193,3 @@ def explained_share(U: Tensor, C: Tensor) -> float:
         return 1.0
     U64 = U.detach().to(torch.float64)
     return min(1.0, max(0.0, float((U64 * (C64 @ U64)).sum()) / total))
-
-
-def extend_basis(U: Tensor, C: Tensor, energy: float, *, max_dim: int | None = None) -> tuple[Tensor, float]:
-    """Let a task's features join the protected subspace (M8).
-
-    Args:
-        U: (in, k), float32 orthonormal, the subspace so far (k may be 0 or in).
-        C: (in, in), Σ x xᵀ over the layer's inputs; any positive scale, symmetric positive semi-definite.
-        energy: ε_f in [0, 1], the share of tr C that [U, new] must explain.
-        max_dim: never grow beyond this many columns (a capacity budget); None means ``in``.
-
-    Returns:
-        (U', ε_t): U' of shape (in, k') float32 whose first k columns are U bit for bit, and the share actually
-        explained, which is below ``energy`` where capacity or the numerical rank stopped it.
-
-    Directions are the leading eigenvectors of (I − P) C (I − P), the fewest that reach the energy, none beyond C's
-    numerical rank: rounding noise is not protected. For ε = 1 that is λ_i > in · eps(fp32) · λ_1(C) (M1's rule); for
-    ε < 1, where the energy itself sets the end, λ_i > eps(fp32) · λ_1(C), or a wide layer with one dominant direction
-    would lose its whole tail.
-
-    >>> U, share = extend_basis(torch.zeros(2, 0), torch.diag(torch.tensor([3.0, 1.0])), 0.7)
-    >>> U.shape, round(share, 2)
-    (torch.Size([2, 1]), 0.75)
-    """
-    energy = check_energy(energy)
-    C64 = _matrix("C", C)
-    n = U.shape[0]
-    if C64.shape != (n, n):
-        raise ValueError(f"C must be ({n}, {n}) to match U, got {tuple(C64.shape)}")
-    return _extend(U, (C64 + C64.T) / 2, energy, max_dim=max_dim, tolerance=EPS32 * (n if energy == 1 else 1))
-
-
-def _extend(U: Tensor, C64: Tensor, energy: float, *, max_dim: int | None, tolerance: float) -> tuple[Tensor, float]:
-    """M8 for a symmetric float64 C; eigenvalues up to ``tolerance`` · λ_1(C) count as rounding noise."""
-    n, k = U.shape
-    room = min(n, n if max_dim is None else max_dim) - k
-    total = float(C64.diagonal().sum())
-    if energy == 0 or room <= 0 or total <= 0:
-        return U.to(torch.float32), explained_share(U, C64)
-    U64 = U.detach().to(torch.float64)
-    inside = U64.T @ C64 @ U64
-    C_hat = project_out(project_out(C64, U64).T, U64)
-    eigenvalues, vectors = torch.linalg.eigh((C_hat + C_hat.T) / 2)
-    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-    largest = max(float(eigenvalues[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
-    rank = min(int((eigenvalues > tolerance * largest).sum()), room)
-    m = smallest_rank(eigenvalues[:rank], energy, total=total, already=float(inside.diagonal().sum()))
-    U_new = append_directions(U, vectors[:, :m])
-    return U_new, explained_share(U_new, C64)
-
-
-def extend_basis_with_gradient(U: Tensor, G: Tensor, energy: float) -> tuple[Tensor, float]:
-    """Gradient memory (M8g), the reference's LLM code: as `extend_basis` with C = GᵀG of the merged model's gradient.
-
-    The leading right singular vectors of G (I − P) are the leading eigenvectors of (I − P) GᵀG (I − P), and tr C is
-    ‖G‖_F², so one rule serves both memories. The numerical rank is that of G itself (σ_i > max(out, in) · eps(fp32) ·
-    σ_1, as in M1), so eigenvalues, being squares, are compared with the square of that.
-    """
-    energy = check_energy(energy)
-    G64 = _matrix("G", G)
-    if G64.shape[1] != U.shape[0]:
-        raise ValueError(f"G has {G64.shape[1]} input dimensions but U has {U.shape[0]}")
-    return _extend(U, G64.T @ G64, energy, max_dim=None, tolerance=(max(G64.shape) * EPS32) ** 2)

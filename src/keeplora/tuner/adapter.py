@@ -38,6 +38,10 @@ class Factors:
     def delta(self) -> Tensor:
         return lora_delta(self.s, self.B, self.A)
 
+    def numel(self) -> int:
+        """Entries of A and B."""
+        return self.A.numel() + self.B.numel()
+
 
 def concatenate(parts: Sequence[Factors]) -> Factors | None:
     """Σ_t s_t B_t A_t as one pair of factors, exactly: A stacked, s_t B_t side by side, s = 1; None of none.

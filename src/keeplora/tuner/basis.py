@@ -2,8 +2,10 @@
 
 What they are made of is kept as it came: U₀ (or the complement of U₀, where that is smaller) and, per task, the columns
 that it added. What the method works with is `Subspace`, the smaller side of span(U), and follows from those in order,
-bit for bit. A learner without a ledger holds the pieces and makes the rest when it is asked for; one with a ledger leaves
-the pieces on disk and holds the smaller side alone.
+bit for bit. A learner with a ledger leaves the pieces on disk and holds the smaller side alone. One without holds the pieces,
+and puts U together when it is asked for; of a layer past half its width it holds the complement as well, which follows from
+the one before and not from all tasks anew. Pieces and complement are at most ``in`` directions together: what is held, and
+what a boundary takes, is bounded by the width and not by the number of tasks.
 
 Under a memory budget columns fall out of force. ``record.kept`` then says which of the columns that tasks have added up to
 that record still are; a record without it takes none away.
@@ -12,91 +14,19 @@ that record still are; a record without it takes none away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from keeplora.errors import LedgerError
 from keeplora.math import Subspace, held_bytes, orthonormality_error
+from keeplora.tuner.stored import StoredStart, StoredTensors
 
 if TYPE_CHECKING:
     from keeplora.tuner.ledger import TaskRecord
 
 ORTHONORMAL = 1e-5
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors ``KIND/NAME`` of a safetensors file by NAME, read one at a time and never held.
-
-    Raises:
-        LedgerError: the file is gone or no longer readable.
-    """
-
-    def __init__(self, path: Path, kind: str) -> None:
-        self._path, self._prefix = path, f"{kind}/"
-        with self._open() as file:
-            keys = [key for key in list(file.keys()) if key.startswith(self._prefix)]
-            self._shapes = {key.removeprefix(self._prefix): tuple(file.get_slice(key).get_shape()) for key in keys}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return self._shapes[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._shapes:
-            raise KeyError(name)
-        with self._open() as file:
-            try:
-                found = file.get_tensor(self._prefix + name)
-            except SafetensorError as error:
-                raise LedgerError(f"{self._path} was changed while it was in use ({error}); restore it") from None
-        if tuple(found.shape) != self._shapes[name]:
-            raise LedgerError(f"{self._path} was changed while it was in use: {name} has another shape; restore it")
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def _open(self) -> safe_open:
-        try:
-            return safe_open(self._path, framework="pt")
-        except (FileNotFoundError, SafetensorError, OSError) as error:
-            raise LedgerError(
-                f"{self._path} cannot be read ({error}): the learner goes on from its ledger, which must stay where it is"
-            ) from None
-
-
-class StoredStart(Mapping[str, Subspace]):
-    """The pieces of U₀ in a ledger's ``base.safetensors``, read one at a time and never held."""
-
-    def __init__(self, path: Path) -> None:
-        self._columns, self._complements = StoredTensors(path, "basis"), StoredTensors(path, "complement")
-
-    def __getitem__(self, name: str) -> Subspace:
-        if name in self._complements:
-            return Subspace(self._complements[name], True)
-        return Subspace.of(self._columns[name])
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._columns
-        yield from self._complements
-
-    def __len__(self) -> int:
-        return len(self._columns) + len(self._complements)
-
-    def dims(self) -> dict[str, tuple[int, int]]:
-        """(in, p) per layer, from the file's header alone."""
-        found = {}
-        for name in self:
-            n, c = (self._complements if name in self._complements else self._columns).shape(name)
-            found[name] = (n, n - c if name in self._complements else c)
-        return found
 
 
 def added_columns(record: TaskRecord, name: str) -> int:
@@ -130,16 +60,24 @@ def check_values(record: TaskRecord, before: Sequence[TaskRecord], where: object
 
 def in_force(history: Sequence[TaskRecord], name: str) -> Tensor:
     """Which of the columns that the tasks of ``history`` added to a layer's U still count after the last of them, (Σ m,)."""
-    mask = torch.zeros(0, dtype=torch.bool)
-    for record in history:
-        mask = torch.cat([mask, torch.ones(added_columns(record, name), dtype=torch.bool)])
+    return _forces(history, name)[-1]
+
+
+def _forces(history: Sequence[TaskRecord], name: str) -> list[Tensor]:
+    """`in_force` of no task, of the first, …, and of all of ``history``: views of one mask where nothing went out of force."""
+    widths = [added_columns(record, name) for record in history]
+    mask, width, found = torch.ones(sum(widths), dtype=torch.bool), 0, [torch.zeros(0, dtype=torch.bool)]
+    for record, m in zip(history, widths, strict=True):
+        width += m
         if (kept := record.kept.get(name)) is not None:
-            if kept.shape != mask.shape:
+            if kept.shape != (width,):
                 raise LedgerError(
-                    f"task {record.name!r}: kept/{name} names {kept.numel()} columns where the tasks have added {len(mask)}"
+                    f"task {record.name!r}: kept/{name} names {kept.numel()} columns where the tasks have added {width}"
                 )
-            mask = mask & kept.to(torch.bool)
-    return mask
+            mask = mask.clone()
+            mask[:width] &= kept.to(torch.bool)
+        found.append(mask[:width])
+    return found
 
 
 class Bases(Mapping[str, Tensor]):
@@ -161,6 +99,8 @@ class Bases(Mapping[str, Tensor]):
         self.start = start
         self.records = tuple(records)
         self._held = held
+        self._past_half: dict[str, Subspace] = {}
+        """Complements that were asked for, where nothing is `held`."""
 
     @classmethod
     def of(cls, U: Mapping[str, Tensor | Subspace]) -> Bases:
@@ -182,10 +122,15 @@ class Bases(Mapping[str, Tensor]):
         """span(U) of a target by its smaller side: what projections are made with."""
         if self._held is not None:
             return self._held[name]
-        S = self.start[name]
-        for i in range(len(self.records)):
-            S = self._step(S, name, i)
-        return S
+        start = self.start[name]
+        if 2 * (start.k + int(self.in_force(name).sum())) <= start.n_in:
+            return Subspace(self[name])
+        if name not in self._past_half:
+            S = self.start[name]
+            for i in range(len(self.records)):
+                S = self._step(S, name, i)
+            self._past_half[name] = S
+        return self._past_half[name]
 
     def after(self, name: str, tasks: int) -> Tensor:
         """U of a target as it was after the first ``tasks`` tasks, (in, k): what the next one was kept off."""
@@ -194,10 +139,9 @@ class Bases(Mapping[str, Tensor]):
 
     def before_each(self, name: str) -> Iterator[Tensor]:
         """`after` for 0, 1, … tasks, one for each task: U of a target as that task found it."""
-        U0, V, width = self.start[name].basis(), self.added(name), 0
-        for i, record in enumerate(self.records):
-            yield torch.cat([U0, V[:, :width][:, in_force(self.records[:i], name)]], dim=1)
-            width += added_columns(record, name)
+        U0, V = self.start[name].basis(), self.added(name)
+        for mask in _forces(self.records, name)[:-1]:
+            yield torch.cat([U0, V[:, : len(mask)][:, mask]], dim=1)
 
     def added(self, name: str, tasks: int | None = None) -> Tensor:
         """Every column that the first ``tasks`` tasks (None: all) added to a target's U, in force or not, (in, Σ m)."""
@@ -235,9 +179,11 @@ class Bases(Mapping[str, Tensor]):
     def extended(self, record: TaskRecord) -> Bases:
         """With the columns that a task added, and without those that it took out of force."""
         more = Bases(self.start, (*self.records, record))
+        last = len(self.records)
         if self._held is not None:
-            last = len(self.records)
             more._held = {name: more._step(S, name, last) for name, S in self._held.items()}
+        steps = ((name, more._step(S, name, last)) for name, S in self._past_half.items())
+        more._past_half = {name: S for name, S in steps if S.by_complement}
         return more
 
     def kept_on_disk(self, start: Mapping[str, Subspace]) -> Bases:
@@ -248,8 +194,8 @@ class Bases(Mapping[str, Tensor]):
         """From the smaller side after ``i`` tasks to that after ``i + 1``."""
         record = self.records[i]
         if name in record.kept:
-            before = in_force(self.records[:i], name)
-            if not torch.equal(before, in_force(self.records[: i + 1], name)[: len(before)]):
+            *_, before, now = _forces(self.records[: i + 1], name)
+            if not torch.equal(before, now[: len(before)]):
                 return Subspace.of(self.after(name, i + 1))
         return S.extended(record.basis[name]) if added_columns(record, name) else S
 

@@ -28,12 +28,14 @@ from torch import Tensor
 
 from keeplora.math import (
     CovarianceSketch,
+    Growth,
     Subspace,
-    new_directions,
-    new_gradient_directions,
-    new_sketched_directions,
+    feature_growth,
+    gradient_growth,
     residual_factor,
+    row_shares,
     shares,
+    sketched_growth,
 )
 from keeplora.tuner.layerwise import over_layers
 from keeplora.tuner.targets import Target
@@ -157,13 +159,11 @@ class BasisChange:
     def __call__(self, estimate: Estimate) -> Moved | None:
         def compare(name: str) -> tuple[Tensor, float]:
             M = estimate[name].cpu()
-            V, _ = directions(self._subspace(name), M, self._energy(name), gradients=self._gradients)
+            found = growth(self._subspace(name), M, self._energy(name), gradients=self._gradients)
             if (before := self._V.get(name)) is None:
-                return V, 0.0
-            gap = float(
-                explained(V, M, gradients=self._gradients).sum() - explained(before, M, gradients=self._gradients).sum()
-            )
-            return V, max(0.0, gap) / max(1.0 - self._energy(name), LEAST_OPEN)
+                return found.V, 0.0
+            gap = float(found.new.sum() - explained(before, M, gradients=self._gradients).sum())
+            return found.V, max(0.0, gap) / max(1.0 - self._energy(name), LEAST_OPEN)
 
         names = list(estimate)
         found = over_layers(compare, names)
@@ -176,15 +176,15 @@ class BasisChange:
         return Moved(sum(change) / len(change), names[worst], change[worst])
 
 
-def directions(S: Subspace, M: Matrix, energy: float, *, gradients: bool = False) -> tuple[Tensor, float]:
-    """What joins U, and the share then explained: M8 from C or from its sketch, or with ``gradients`` M8g from G."""
+def growth(S: Subspace, M: Matrix, energy: float, *, gradients: bool = False) -> Growth:
+    """What joins U: M8 from C or from its sketch, or with ``gradients`` M8g from G."""
     if isinstance(M, CovarianceSketch):
-        return new_sketched_directions(S, M, energy)
-    return (new_gradient_directions if gradients else new_directions)(S, M, energy)
+        return sketched_growth(S, M, energy)
+    return (gradient_growth if gradients else feature_growth)(S, M, energy)
 
 
 def explained(V: Tensor, M: Matrix, *, gradients: bool = False) -> Tensor:
     """Share of the energy of M along each column of V, (m,) float64; of a sketch, at least that."""
     if isinstance(M, CovarianceSketch):
         return M.shares(V)
-    return shares(V, M.double().T @ M.double() if gradients else M)
+    return row_shares(V, M) if gradients else shares(V, M)

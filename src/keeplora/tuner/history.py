@@ -10,11 +10,12 @@ from torch import Tensor
 from keeplora.errors import KeepLoraError, LedgerError
 from keeplora.math import Subspace
 from keeplora.tuner import ranks
-from keeplora.tuner.basis import Bases, StoredStart, StoredTensors
+from keeplora.tuner.basis import Bases
 from keeplora.tuner.chain import REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
 from keeplora.tuner.ledger import Ledger, TaskRecord, now
 from keeplora.tuner.persistence import all_updates, versions
-from keeplora.tuner.weights import WeightStore
+from keeplora.tuner.stored import StoredFactors, StoredStart, StoredTensors
+from keeplora.tuner.weights import Update, WeightStore
 
 if TYPE_CHECKING:
     from keeplora.tuner.config import KeepLoraConfig
@@ -130,6 +131,7 @@ class TaskHistory:
 
     def _leave_on_disk(self) -> None:
         """What U is made of is in the ledger: hold the smaller side of each subspace, and no column twice."""
+        self._leave_factors_on_disk()
         if self._ledger is None or not self.protects:
             return
         folders = self._ledger.folders()
@@ -139,6 +141,22 @@ class TaskHistory:
             if file.is_file():  # of a purged task the directions are elsewhere, and few
                 record.basis = StoredTensors(file, "basis")
         self._U = held
+
+    def _leave_factors_on_disk(self) -> None:
+        """Factors of weights whose Σ the store holds are in the ledger: read them from there when a task is taken out."""
+        if self._ledger is None or not (summed := self.store.summed()):
+            return
+        stored: dict[int, Update] = {}
+        folders = self._ledger.folders()
+        for record in self._shelf.values():
+            held = [name for name, f in record.factors.items() if name in summed and not isinstance(f, StoredFactors)]
+            file = folders[record.entry - 1] / "tensors.safetensors"
+            if held and file.is_file():
+                A, B = StoredTensors(file, "A"), StoredTensors(file, "B")
+                found = {name: StoredFactors(A, B, name, record.factors[name].s) for name in held}
+                stored |= {id(record.factors[name]): f for name, f in found.items()}
+                record.factors = {**record.factors, **found}
+        self.store.exchange(stored)
 
     def _enter(self, record: TaskRecord) -> TaskRecord:
         """The task joins the active ones, on disk first where there is a ledger (rank 0 has it)."""

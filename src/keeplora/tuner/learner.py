@@ -249,6 +249,7 @@ class ContinualLearner(TaskHistory):
             self._undo(before, U_before)
             raise
         self._open = None
+        self._leave_factors_on_disk()
         if self.protects:
             warn_before_full(self)
         return record

@@ -15,7 +15,8 @@ from keeplora.math import Candidates, CovarianceSketch, Subspace, held_bytes, ke
 from keeplora.tuner import ranks
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.basis import added_columns, in_force
-from keeplora.tuner.convergence import Matrix, directions, explained
+from keeplora.tuner.convergence import Matrix, explained, growth
+from keeplora.tuner.stored import opened
 
 if TYPE_CHECKING:
     from keeplora.tuner.basis import Bases
@@ -59,7 +60,8 @@ def protect(
     for t in learner.targets:
         groups.setdefault((shared or {}).get(t.name, t.name), []).append(t.name)
     joined: dict[str, _Joined] = {}
-    spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
+    with opened(r.basis for r in U.records):
+        spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
     for found in spread.values():
         joined |= found
     basis, shed = dict(record.basis), {}
@@ -86,38 +88,41 @@ def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str
     """`protect` for targets that share one C: where their U is the same too (no U₀, the same past), so is what they add."""
     config, U = learner.config, learner.U
     gradients = config.memory == "gradients"
-    done: list[tuple[Subspace, Tensor, Tensor, float, _Joined]] = []
+    done: list[tuple[Subspace, Tensor | None, Tensor, float, _Joined]] = []
     joined: dict[str, _Joined] = {}
     for name in names:
-        S, added, mask, energy = (
-            U.subspace(name),
-            U.added_in_force(name),
-            U.in_force(name),
-            learner.feature_energy(name),
-        )
+        S, mask, energy = U.subspace(name), U.in_force(name), learner.feature_energy(name)
+        # Of U's columns the last are those of tasks; where its complement is held, they are read, and the shares taken anew.
+        added = U.added_in_force(name) if S.by_complement and bool(mask.any()) else None
         same = (
             j
             for s, a, m, e, j in done
-            if e == energy and _same(s, S) and torch.equal(a, added) and torch.equal(m, mask)
-        )
+            if e == energy and _same(s, S) and torch.equal(m, mask) and (a is None) == (added is None)
+            and (a is None or added is None or torch.equal(a, added))
+        )  # fmt: skip
         twin = next(same, None)
         if twin is not None:
             joined[name] = replace(twin, V=twin.V.clone())  # records are written tensor by tensor
             continue
         M = source(name).cpu()
-        V, share = directions(S, M, energy, gradients=gradients)
-        C = M.double().T @ M.double() if gradients and isinstance(M, Tensor) else M
+        found = growth(S, M, energy, gradients=gradients)
         old = torch.zeros(len(mask), dtype=torch.float64)
-        if bool(mask.any()):
-            old[mask] = explained(added, C)
-        trace = C.trace if isinstance(C, CovarianceSketch) else float(C.diagonal().sum())
-        if gradients and isinstance(M, Tensor):
-            trace = float(M.square().sum())
-        shed = C.shed if isinstance(C, CovarianceSketch) else None
+        if added is not None:
+            old[mask] = explained(added, M, gradients=gradients)
+        elif found.old is not None:
+            old[mask] = found.old[S.k - int(mask.sum()) :]
         kept = M if isinstance(M, Tensor) and config.keep_covariance else None
-        joined[name] = _Joined(V, share, trace, old, explained(V, C), shed, kept)
+        shed = M.shed if isinstance(M, CovarianceSketch) else None
+        joined[name] = _Joined(found.V, found.share, _trace(M, gradients), old, found.new, shed, kept)
         done.append((S, added, mask, energy, joined[name]))
     return joined
+
+
+def _trace(M: Matrix, gradients: bool) -> float:
+    """tr C, of C = GᵀG with ``gradients``."""
+    if isinstance(M, CovarianceSketch):
+        return M.trace
+    return float(M.square().sum() if gradients else M.diagonal().sum())
 
 
 def _same(one: Subspace, other: Subspace) -> bool:

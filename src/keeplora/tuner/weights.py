@@ -84,7 +84,9 @@ class WeightStore:
     since the sum is taken in task order from the stored factors, a reloaded learner has the same bits.
 
     Memory: W₀ is copied to the CPU when a weight is first moved or handed out by `parameter`, until then it is the
-    model's own tensor; Σ ΔW is never held, it is summed from the records' factors one weight at a time.
+    model's own tensor. Σ ΔW is summed from the records' factors one weight at a time, and held from when they are more
+    numbers than it is; from then on a task adds its own to it, and what was summed before need not be read again. So neither
+    a merge nor what it holds grows with the number of tasks beyond the weight's own size.
 
     Args:
         names: the targets, by the names of their linears.
@@ -107,6 +109,8 @@ class WeightStore:
         self._versions = {name: _version(p) for name, p in self._parameters.items()}
         self._kept: dict[str, Tensor] = {}
         self.updates: Snapshot = {}
+        self._sums: dict[str, tuple[tuple[Update, ...], Tensor]] = {}
+        """Σ ΔW per weight, where it is held, and what it is the sum of."""
         self.W0: Mapping[str, Tensor] = _Computed(lambda: self.names, self._original)
         """W₀ per name, on the CPU; not to be written into."""
         self.delta: Mapping[str, Tensor] = _Computed(lambda: self.updates, self._sum)
@@ -151,6 +155,7 @@ class WeightStore:
         """Back to an earlier `snapshot`, bit for bit; or to W₀ with the given updates and no others."""
         self._check({name: u for name, us in snapshot.items() for u in (us if isinstance(us, tuple) else (us,))})
         self.updates = {name: u if isinstance(u, tuple) else (u,) for name, u in snapshot.items()}
+        self._sums = {name: held for name, held in self._sums.items() if name in self.updates}
         self.write(self.names)
 
     @torch.no_grad()
@@ -233,10 +238,34 @@ class WeightStore:
         )
 
     def _sum(self, name: str) -> Tensor:
-        first, *rest = (u.delta if isinstance(u, Factors) else u.to("cpu", torch.float32) for u in self.updates[name])
-        for delta in rest:
-            first = first + delta
-        return first
+        updates = self.updates[name]
+        done, total = self._sums.get(name, ((), None))
+        if total is None or not _begins_with(updates, done):
+            done, total = (), None
+        for update in updates[len(done) :]:
+            delta = update.delta if isinstance(update, Factors) else update.to("cpu", torch.float32)
+            total = delta if total is None else total + delta  # one after another: the same bits from either start
+        assert total is not None
+        self._sums.pop(name, None)
+        if len(updates) > 1 and sum(u.numel() for u in updates) >= total.numel():
+            self._sums[name] = updates, total
+        return total
+
+    def summed(self) -> set[str]:
+        """The weights whose Σ is held: their updates are read again only to take one out."""
+        return {name for name, (done, _) in self._sums.items() if done is self.updates.get(name)}
+
+    def exchange(self, stored: Mapping[int, Update]) -> None:
+        """Put other objects in the place of updates, by their `id`; what they hold is the same."""
+        for name, updates in self.updates.items():
+            if any(id(u) in stored for u in updates):
+                self.updates[name] = tuple(stored.get(id(u), u) for u in updates)
+                if name in self._sums and self._sums[name][0] is updates:
+                    self._sums[name] = self.updates[name], self._sums[name][1]
+
+
+def _begins_with(updates: tuple[Update, ...], done: tuple[Update, ...]) -> bool:
+    return len(done) <= len(updates) and all(a is b for a, b in zip(done, updates, strict=False))
 
 
 def needs_whole_weight(name: str) -> TargetError:
