@@ -9,7 +9,7 @@ import pytest
 
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import parse_overrides
-from keeplora.study import plan as module
+from keeplora.study import plan_values as module
 from keeplora.study.plan import CellKey, make_plan, parse_orders, parse_seeds, read_per_method, read_study
 from keeplora.study.store import StudyStore
 
