@@ -32,7 +32,7 @@ from keeplora.experiment.setup import prepare
 from keeplora.math import explained_share, residual_factor
 from keeplora.methods import method_names
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, growth
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 
 TOLERANCES = (0.3, 0.1, 0.03)

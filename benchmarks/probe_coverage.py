@@ -20,7 +20,7 @@ from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import prepare
 from keeplora.math import explained_share
 from keeplora.tuner import ContinualLearner
-from keeplora.tuner.observers import collect_features
+from keeplora.tuner.passes import collect_features
 
 
 def main(path: str) -> None:

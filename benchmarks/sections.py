@@ -28,7 +28,7 @@ from table import Budget, Row, attempt, number, pair
 from keeplora import ContinualLearner, KeepLoraConfig
 from keeplora.math import new_directions, residual_factor, weight_basis
 from keeplora.models.assets import embedded_path
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 
 MODELS = ("clip", "llama", "demo")
 SINE = 1e-3

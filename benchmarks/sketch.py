@@ -35,7 +35,8 @@ from keeplora.experiment.config import parse_overrides
 from keeplora.experiment.setup import prepare
 from keeplora.math import Subspace, residual_factor, sketch_matrix, sketch_rows
 from keeplora.methods import method_names
-from keeplora.tuner.observers import GradientObserver, collect_gradients
+from keeplora.tuner.observers import GradientObserver
+from keeplora.tuner.passes import collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.sketching import SketchObserver
 

@@ -13,7 +13,7 @@ from keeplora.math import Subspace, complement, project_out
 from keeplora.methods import get_method
 from keeplora.methods.inflora import InfLoraOptions, interference_free_factor
 from keeplora.tuner.basis import Bases
-from keeplora.tuner.observers import collect_features
+from keeplora.tuner.passes import collect_features
 from tests.methods.lifecycle import check_lifecycle, learn, make_learner, train
 from tests.tuner.blocks import TARGETS, loader, loss_fn, make_net
 

@@ -14,7 +14,7 @@ from torch.optim import optimizer as optimizer_module
 
 from keeplora import ContinualLearner, KeepLoraError
 from keeplora.math import project_out, residual_factor
-from keeplora.tuner.observers import collect_gradients
+from keeplora.tuner.passes import collect_gradients
 from tests.tuner.blocks import (
     WIDTH,
     Samples,

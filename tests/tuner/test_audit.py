@@ -13,7 +13,7 @@ from keeplora.errors import KeepLoraError
 from keeplora.math import backward_bound
 from keeplora.methods import get_method
 from keeplora.tuner.audit import layer_rows
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from tests.tuner.blocks import config, learn, loader, loss_fn, make_net, make_towers
 
 

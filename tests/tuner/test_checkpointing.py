@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from keeplora import ContinualLearner
-from keeplora.tuner.observers import FeatureObserver, GradientObserver, collect_features, collect_gradients
+from keeplora.tuner.observers import FeatureObserver, GradientObserver
+from keeplora.tuner.passes import collect_features, collect_gradients
 from tests.models.tiny_generative import tiny
 from tests.tuner.blocks import hooks
 from tests.tuner.llama import batches, config, load, mean_loss, token_losses, train

@@ -16,7 +16,7 @@ from keeplora.errors import ConfigError
 from keeplora.experiment.objective import _FeatureBatches
 from keeplora.math import Subspace, shares
 from keeplora.tuner.convergence import START, BasisChange, Enough, FactorChange, Moved
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.sampling import EndableBatches, statistics_batches, stratified_order
 from tests.tuner.blocks import WIDTH, Samples, config, loss_fn, make_net, train
 

@@ -10,7 +10,7 @@ import keeplora.tuner.protect as protecting
 from keeplora import ContinualLearner
 from keeplora.errors import ConfigError
 from keeplora.math import CovarianceSketch, explained_share
-from keeplora.tuner.observers import collect_features
+from keeplora.tuner.passes import collect_features
 from tests.tuner.blocks import config, loader, loss_fn, make_net, train
 
 

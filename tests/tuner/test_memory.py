@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from keeplora import ContinualLearner, KeepLoraError
 from keeplora.tuner.memory import Pieces, halved
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from tests.tuner.blocks import Samples, config, loader, loss_fn, make_net
 
 

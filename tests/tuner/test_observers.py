@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from keeplora.errors import TargetError
-from keeplora.tuner.observers import _Observer, collect_features, collect_gradients
+from keeplora.tuner.observers import _Observer
+from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.targets import resolve_targets
 from keeplora.tuner.weights import WeightStore
 from tests.tuner.blocks import (

@@ -14,7 +14,7 @@ from keeplora.errors import TargetError
 from keeplora.math import weight_basis
 from keeplora.methods import get_method
 from keeplora.tuner import adapter_store
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.persistence import merge_into
 from keeplora.tuner.quantised import dequantised, keep_layout
 from tests.tuner.blocks import hooks, same

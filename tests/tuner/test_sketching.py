@@ -15,7 +15,7 @@ from keeplora import ContinualLearner, KeepLoraConfig
 from keeplora.errors import CapacityError, ConfigError
 from keeplora.math import sketch_matrix
 from keeplora.tuner import sketching
-from keeplora.tuner.observers import collect_gradients
+from keeplora.tuner.passes import collect_gradients
 from keeplora.tuner.sketching import SketchObserver, gradient_mode
 from tests.models import tiny
 from tests.tuner import llama

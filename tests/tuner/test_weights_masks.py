@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from keeplora import ContinualLearner
 from keeplora.errors import TargetError
-from keeplora.tuner.observers import collect_features, collect_gradients
+from keeplora.tuner.passes import collect_features, collect_gradients
 from tests.tuner.blocks import WIDTH, config, make_net, train
 from tests.tuner.llama import SUFFIXES, batches, load, token_losses
 from tests.tuner.llama import config as llama_config

@@ -17,8 +17,9 @@ from keeplora.methods.registry import FULL_LEARNING_RATE, ONE_SCALE, Method, reg
 from keeplora.methods.samples import is_generative, single_batches
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
-from keeplora.tuner.observers import LossFn, quiet_model, sum_and_count
+from keeplora.tuner.observers import LossFn, quiet_model
 from keeplora.tuner.options import option
+from keeplora.tuner.passes import sum_and_count
 from keeplora.tuner.sampling import batch_size, statistics_batches, to_device
 from keeplora.tuner.weights import WeightStore
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from keeplora.math import sketch, sketch_matrix, sketch_rows
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.convergence import Enough
-from keeplora.tuner.observers import GradientObserver, collect_gradients
+from keeplora.tuner.observers import GradientObserver
+from keeplora.tuner.passes import collect_gradients
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
 

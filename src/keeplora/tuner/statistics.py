@@ -13,7 +13,8 @@ from keeplora.errors import CapacityError
 from keeplora.math import residual_factor
 from keeplora.tuner import ranks
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
-from keeplora.tuner.observers import FeatureObserver, collect_features, collect_gradients
+from keeplora.tuner.observers import FeatureObserver
+from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
 from keeplora.tuner.sketching import gradients_for_factor
 from keeplora.tuner.targets import Target
