@@ -211,7 +211,8 @@ def test_a_boundary_that_has_no_time_for_a_second_run_tells_of_its_trial(script,
     rows = sections.run_boundary(sections.Bench(torch.device("cpu"), "fp32", budget), "llama")
     assert len(ran) == 2  # the trial, and the row of the stop
     assert {scale.layers for scale in asked} == {1}
-    assert [len(row.ratios) for row in rows] == [1] * 8
+    # A model this small may leave no trace in the process's peak: nothing over something is no ratio.
+    assert [len(row.ratios) for row in rows if row.what != "peak memory"] == [1] * 7
     assert not any(row.failed for row in rows)
     ran.clear()
     budget = table.Budget(1e5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,12 +19,12 @@ from keeplora.math import (
     held_bytes,
     new_directions,
     new_gradient_directions,
-    new_sketched_directions,
     orthonormality_error,
     project_out,
     residual_factor,
     shares,
 )
+from keeplora.math.growth import grow
 from tests.math.strategies import (
     COSTLY,
     PROPERTY,
@@ -145,7 +147,7 @@ def test_what_is_empty_lies_where_the_rest_does():
     assert complement(torch.empty(4, 0, device=there)).device == there
     nothing = CovarianceSketch(torch.empty(2, 4, device=there), trace=0.0, shed=0.0)
     assert nothing.shares(torch.empty(4, 3, device=there)).device == there
-    assert new_sketched_directions(Subspace(torch.empty(4, 1, device=there)), nothing, 0.9)[0].device == there
+    assert grow(Subspace(torch.empty(4, 1, device=there)), SimpleNamespace(total=0.0), 0.9, 1e-7).V.device == there
 
 
 def test_a_direction_that_is_protected_already_is_refused():

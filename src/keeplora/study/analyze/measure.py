@@ -15,8 +15,7 @@ from keeplora.analysis.spectrum import captured
 from keeplora.errors import CapacityError
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.training import train_task
-from keeplora.math import Subspace
-from keeplora.math.complement import new_directions
+from keeplora.math import Subspace, new_directions
 from keeplora.math.subspace import right_vectors
 from keeplora.study.analyze.measure_run import layers, undo
 from keeplora.study.analyze.plan import Point, in_part, window_of
