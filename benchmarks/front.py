@@ -23,6 +23,8 @@ from keeplora.files import atomic_write_json
 from keeplora.study.collect import config_of, study_cells
 from keeplora.study.store import StudyStore
 
+MARKERS = "osD^vP"
+"""One for each learning rate."""
 METRICS = {"last": "Last", "transfer": "Transfer", "probe": "Probe"}
 Cells = dict[tuple[float, float], dict[int, Mapping[str, float]]]
 
@@ -102,21 +104,23 @@ def figure(cells: Cells, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    rates = sorted({rate for _, rate in cells})
     drawing = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, keep in zip(drawing.subplots(1, 2, sharey=True), ("transfer", "probe"), strict=True):
         for number, gamma in enumerate(sorted({g for g, _ in cells})):
             points = [(rate, list(seeds.values())) for (g, rate), seeds in cells.items() if g == gamma]
             x, y = ([fmean(m[name] for m in seeds) for _, seeds in points] for name in (keep, "last"))
-            axes.plot(x, y, "o-", color=f"C{number}", label=f"γ = {gamma:g}", markersize=5)
+            axes.plot(x, y, "-", color=f"C{number}", label=f"γ = {gamma:g}")
             every = [m for _, seeds in points for m in seeds]
             axes.scatter([m[keep] for m in every], [m["last"] for m in every], s=9, color=f"C{number}", alpha=0.35)
-            for (rate, _), at in zip(points, zip(x, y, strict=True), strict=True):
-                axes.annotate(f"{rate:.1e}".replace("e-0", "e-"), at, textcoords="offset points",
-                              xytext=(6, 4 - 9 * number), fontsize=7, color=f"C{number}")  # fmt: skip
+            for (rate, _), at_x, at_y in zip(points, x, y, strict=True):
+                axes.plot(at_x, at_y, MARKERS[rates.index(rate) % len(MARKERS)], color=f"C{number}", markersize=8)
         axes.set_xlabel(f"{METRICS[keep]}, percent")
         axes.grid(alpha=0.3)
     drawing.axes[0].set_ylabel("Last, percent")
-    drawing.axes[0].legend(frameon=False, title="labels: learning rate")
+    for number, rate in enumerate(rates):
+        drawing.axes[0].plot([], [], MARKERS[number % len(MARKERS)], color="gray", label=f"learning rate {rate:.2g}")
+    drawing.axes[0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=100)
 
@@ -127,7 +131,9 @@ def main() -> None:
     parser.add_argument("--against", type=float, default=1.0, help="the γ that differences are taken against")
     parser.add_argument("--figure", type=Path, help="write the figure here as well")
     args = parser.parse_args()
-    cells = read(args.study)
+    cells = read(args.study) if args.study.exists() else {}
+    if not cells:
+        parser.error(f"{args.study} holds no finished run; give the folder of a study, or its front.json")
     print("\n".join(tables(cells, args.against)))
     if args.study.is_dir():
         rows = [{"gamma": g, "learning_rate": rate, "seeds": seeds} for (g, rate), seeds in cells.items()]

@@ -30,7 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "claims" / "claims.yaml"
 KEYS = {"id", "says", "value", "page", "command", "commit", "date", "machine"}
-OPTIONAL = {"check", "gone"}
+OPTIONAL = {"check", "gone", "row", "also"}
 CHECK = {"steps", "json", "find", "within", "needs"}
 MINUTES = 10
 
@@ -50,11 +50,7 @@ def problems(claims: Sequence[dict[str, Any]]) -> list[str]:
         seen.add(name)
         found += [f"{name}: {key} is missing" for key in sorted(KEYS - claim.keys())]
         found += [f"{name}: unknown key {key!r}" for key in sorted(claim.keys() - KEYS - OPTIONAL)]
-        page = ROOT / str(claim.get("page"))
-        if not page.is_file():
-            found.append(f"{name}: {claim.get('page')} is no page")
-        elif str(claim.get("value")) not in page.read_text(encoding="utf-8"):
-            found.append(f"{name}: {claim['page']} does not print {claim['value']!r}")
+        found += unprinted(claim)
         check = claim.get("check", {})
         found += [f"{name}: unknown key check.{key}" for key in sorted(check.keys() - CHECK)]
         if check and (("json" in check) == ("find" in check) or len(check.get("within", ())) != 2):
@@ -63,6 +59,19 @@ def problems(claims: Sequence[dict[str, Any]]) -> list[str]:
         for word in (w for step in steps for w in shlex.split(step) if w.endswith(".py") or w.startswith("docs/")):
             if not (ROOT / word).is_file():
                 found.append(f"{name}: {word} does not exist")
+    return found
+
+
+def unprinted(claim: dict[str, Any]) -> list[str]:
+    """Pages that do not print the claim's value: on its page in a line that holds ``row`` as well, on ``also`` anywhere."""
+    found = []
+    value, row = str(claim.get("value")), str(claim.get("row", ""))
+    for file, word in [(str(claim.get("page")), row), *((str(other), "") for other in claim.get("also", ()))]:
+        page = ROOT / file
+        if not page.is_file():
+            found.append(f"{claim['id']}: {file} is no page")
+        elif not any(value in line and word in line for line in page.read_text(encoding="utf-8").splitlines()):
+            found.append(f"{claim['id']}: {file} does not print {value!r}{f' in a line with {word!r}' if word else ''}")
     return found
 
 

@@ -31,6 +31,8 @@ def test_the_pages_print_what_is_claimed() -> None:
     ("changes", "told"),
     [
         ({"value": "1/99"}, "sketch.memory: docs/speed.md does not print '1/99'"),
+        ({"row": "Sequential LoRA"}, "docs/speed.md does not print '1/43' in a line with 'Sequential LoRA'"),
+        ({"also": ["README.md"]}, "sketch.memory: README.md does not print '1/43'"),
         ({"page": "docs/none.md"}, "sketch.memory: docs/none.md is no page"),
         ({"command": "python benchmarks/gone.py"}, "sketch.memory: benchmarks/gone.py does not exist"),
         ({"chek": {}}, "sketch.memory: unknown key 'chek'"),

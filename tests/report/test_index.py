@@ -21,6 +21,8 @@ from keeplora.errors import KeepLoraError
 from keeplora.evaluation import metrics
 from keeplora.files import atomic_write_json
 from keeplora.report import render_index, render_report
+from keeplora.report.index import Row
+from keeplora.report.index_html import _link
 
 EVIL = '<script>alert("x")</script>'
 
@@ -202,6 +204,21 @@ def test_a_folder_that_cannot_be_listed_is_a_row(tmp_path: Path, monkeypatch: py
     page = rendered(tmp_path)
     assert page.row("one")["state"] == "finished"
     assert page.row("theirs")["state"].endswith("theirs cannot be listed: Permission denied")
+
+
+def test_an_analysis_is_no_damaged_run(folder: Path) -> None:
+    before = rendered(folder).rows
+    atomic_write_json(folder / "analysis-x" / "analysis.json", {"format": "keeplora-analysis"})
+    atomic_write_json(folder / "analysis-x" / "results.json", {"format": "keeplora-analysis-results"})
+    assert rendered(folder).rows == before
+
+
+def test_a_report_that_may_not_be_looked_at_is_none(tmp_path: Path) -> None:
+    class Closed(type(tmp_path)):  # type: ignore[misc]
+        def is_file(self, **_: Any) -> bool:
+            raise PermissionError(13, "Permission denied", str(self))
+
+    assert _link(Row(Closed(tmp_path), "folder", "one", "unknown"), tmp_path) is None
 
 
 def test_a_study_whose_file_is_damaged_is_a_row(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def find_folders(root: Path, closed: list[OSError]) -> Iterator[tuple[Path, str]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if STUDY in names:
             yield here, "study"
+        elif "analysis.json" in names and "status.json" not in names:
+            folders.clear()  # of `keeplora analyze`: it has a page of its own, and a results.json that is no run's
         elif _is_run(here, names):
             folders.clear()
             yield here, "run"

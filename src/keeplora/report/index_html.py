@@ -64,7 +64,10 @@ def _state(row: Row) -> dict[str, Any]:
 def _link(row: Row, root: Path) -> str | None:
     """The report's address, relative to the page; None where there is none."""
     report = row.path / "report.html"
-    if not report.is_file():
+    try:
+        if not report.is_file():
+            return None
+    except OSError:  # a folder that is closed to us
         return None
     return quote(os.fsencode(os.path.relpath(report, root)).replace(os.sep.encode(), b"/"))
 

@@ -113,7 +113,10 @@ class StudyPlan:
                 try:
                     self.config(method, order)
                 except ConfigError as error:
-                    problems.setdefault(f"variants.{method}: {error}" if method in self.variants else str(error))
+                    told = str(error)
+                    if method in self.variants:
+                        told = f"variants.{method}: {told.removeprefix('command line: ')}"
+                    problems.setdefault(told)
         if problems:
             raise ConfigError(together(list(problems)))
         self.check_orders()
