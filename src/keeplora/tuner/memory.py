@@ -32,7 +32,7 @@ def full_float32() -> Iterator[None]:
     ...     torch.backends.cuda.matmul.fp32_precision
     'ieee'
     """
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9 has the one switch alone
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
