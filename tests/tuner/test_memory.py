@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from keeplora import ContinualLearner, KeepLoraError
-from keeplora.tuner.memory import Pieces, halved
+from keeplora.tuner.memory import Pieces, full_float32, halved
 from keeplora.tuner.passes import collect_features, collect_gradients
 from tests.tuner.blocks import Samples, config, loader, loss_fn, make_net
 
@@ -127,3 +127,14 @@ def test_pieces_cover_everything_in_order_and_remember_what_fits():
         pytest.raises(KeepLoraError, match=r"not even one sample fits the memory \(full\)"),
     ):
         Pieces("evaluation")(2, never)
+
+
+def test_torch_before_the_precision_of_each_backend_has_the_one_switch(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", None, raising=False)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
