@@ -41,6 +41,8 @@ DATA = (
     "keeplora/suites/vqa/ATTRIBUTION.md",
     "keeplora/suites/vqa/provenance.json",
     "keeplora/experiment/presets/*.yaml",
+    "keeplora/report/templates/analysis.css",
+    "keeplora/report/templates/analysis.html.j2",
     "keeplora/report/templates/answers.html.j2",
     "keeplora/report/templates/card.md.j2",
     "keeplora/report/templates/index.css",
@@ -53,7 +55,7 @@ DATA = (
 )
 SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
-    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
+    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "studies/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
 )  # fmt: skip
 MAX_WHEEL_BYTES = 48_000_000
 

@@ -257,6 +257,18 @@ def test_variants_alone_are_the_methods(tmp_path: Path) -> None:
         broken.check()
 
 
+def test_the_studies_of_this_repository_can_be_run() -> None:
+    from tests.docs.documents import ROOT
+
+    files = sorted((ROOT / "studies").glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        made = make_plan(read_study(file)[0])
+        made.check()
+        assert made.against in made.methods
+        assert made.keep_ledgers is False
+
+
 def test_parsing_of_what_yaml_gives() -> None:
     assert parse_seeds([0, "2-3", 2]) == [0, 2, 3]
     assert parse_orders(2) == {"2": "2"}
