@@ -55,7 +55,8 @@ DATA = (
 )
 SDIST = (
     "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "Makefile",
-    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "studies/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py", "src/keeplora/__init__.py",
+    "mkdocs.yml", "docs/method.md", "examples/*.yaml", "studies/*.yaml", "scripts/check_wheel.py", "tests/*/test_*.py",
+    "src/keeplora/__init__.py",
 )  # fmt: skip
 MAX_WHEEL_BYTES = 48_000_000
 
