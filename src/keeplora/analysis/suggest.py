@@ -18,9 +18,17 @@ from keeplora.analysis.intervals import ends
 RANK_SHARE = 0.9
 """Share of the residual gradient's energy that the suggested rank takes, at the median layer."""
 ROOM_LAYERS = 0.9
-"""Share of layers that must keep room for the rank after every task."""
+"""Share of layers that must have room for the rank when the last task begins."""
 LEAST_GAMMA = 0.1
 """γ is not suggested below this: at 0 the shallowest block would be frozen, which no measurement of thirds can tell."""
+
+
+NOT_MEASURED = "not measured"
+MEASURED_BY = {
+    "energy_weights": "`keeplora analyze intra`", "energy_features": "`keeplora analyze inter` (spectra)",
+    "gamma": "`keeplora analyze inter` (windows)", "r": "`keeplora analyze inter` (spectra)",
+}  # fmt: skip
+"""Which command tells of a setting."""
 
 
 class Suggestion(NamedTuple):
@@ -51,6 +59,10 @@ def energy_weights(curve: Sequence[Kept], untouched: tuple[float, float, float])
     points = sorted(curve)
     within = [point.score >= low for point in points]  # a score above the interval is no loss
     width = f"{score:.1f} [{low:.1f}, {high:.1f}]"
+    if points and points[-1].energy < 1 - 1e-6:
+        return Suggestion(
+            None, f"the curve ends at {points[-1].energy:.2f} of Σσ²: the whole model stands for nothing yet"
+        )
     if not points or not within[-1]:
         return Suggestion(None, f"no share that was tried keeps the general score within {width}")
     first = len(points)
@@ -162,8 +174,8 @@ class Protected(NamedTuple):
     """What protecting every task's features at one ε_f leaves.
 
     Attributes:
-        energy: ε_f. room: free input dimensions per layer after the last task. left: per layer, the share of the last task's
-            gradient energy outside U before it. start: the same outside U₀.
+        energy: ε_f. room: free input dimensions per layer when the last task begins. left: per layer, the share of the last
+            task's gradient energy outside U before it. start: the same outside U₀.
     """
 
     energy: float
@@ -172,7 +184,7 @@ class Protected(NamedTuple):
     start: Sequence[float]
 
 
-def energy_features(tried: Sequence[Protected], r: int) -> Suggestion:
+def energy_features(tried: Sequence[Protected], r: int, tasks: int = 2) -> Suggestion:
     """ε_f: the largest at which the tasks still fit.
 
     The bound on what later tasks may change falls with 1 − ε_f (METHOD.md, backward stability), so larger is better for
@@ -184,6 +196,8 @@ def energy_features(tried: Sequence[Protected], r: int) -> Suggestion:
     >>> energy_features(tried, 8).value, energy_features(tried, 16).value
     (0.99, 0.9)
     """
+    if tasks < 2:
+        return Suggestion(None, "one task alone: nothing shows how the features of tasks add up")
     told = []
     best: Protected | None = None
     for one in sorted(tried, key=lambda t: t.energy):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from keeplora.analysis.suggest import NOT_MEASURED
+
 Results = Mapping[str, Any]
 KNOWN = {"energy_weights": "ε_w", "energy_features": "ε_f", "gamma": "γ", "r": "rank"}
 
@@ -68,6 +70,9 @@ def read_out(results: Results) -> dict[str, list[str]]:
 
 def _summary(results: Results) -> list[str]:
     said = []
+    if missing := results.get("missing"):
+        points = "1 point is" if missing == 1 else f"{missing} points are"
+        said.append(f"Unfinished: {points} not measured yet, and nothing is suggested. Repeat the command to go on.")
     base = results.get("untouched")
     if base:
         general = base["general"]
@@ -81,11 +86,16 @@ def _summary(results: Results) -> list[str]:
     if made:
         as_it_was = results.get("as_it_was") or []
         given = [f"{KNOWN[k]} = {_value(v, as_it_was)}" for k, v in made.items() if k in KNOWN and v is not None]
-        not_told = [KNOWN[k] for k, v in made.items() if k in KNOWN and v is None]
+        why = made["evidence"]
+        silent = [k for k, v in made.items() if k in KNOWN and v is None]
+        unmeasured = [KNOWN[k] for k in silent if str(why.get(k, "")).startswith(NOT_MEASURED)]
+        not_told = [KNOWN[k] for k in silent if KNOWN[k] not in unmeasured]
         if given:
             said.append(f"Suggested for this model: {', '.join(given)}.")
         if not_told:
             said.append(f"Not told by these figures, so that the preset's value stays: {', '.join(not_told)}.")
+        if unmeasured:
+            said.append(f"Not measured by this analysis: {', '.join(unmeasured)}.")
     return said
 
 

@@ -42,7 +42,8 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as stopped:
             how = next(iter(getattr(stopped, "__notes__", [])), "go on with `keeplora resume RUN`")
-            typer.echo(f"Interrupted. What was learned is kept; {how}.", err=True)
+            kept = ":" if how.startswith("what was measured") else ". What was learned is kept;"
+            typer.echo(f"Interrupted{kept} {how}.", err=True)
             # As a shell tells it: 128 and the signal's number, 130 for Ctrl-C and 143 for SIGTERM.
             raise typer.Exit(128 + getattr(stopped, "signal", signal.SIGINT)) from None
 

@@ -114,10 +114,15 @@ def inter(
     quiet: Quiet = False,
 ) -> None:
     """What the depth of a model, or of a finished run, has to do with keeping and learning. Repeat the command to go on."""
+    from keeplora.errors import ConfigError
     from keeplora.study.analyze import run as analysis
     from keeplora.study.analyze.plan import INTER, INTER_RUN, check_what
 
-    run = source if source is not None and (source / "config.yaml").is_file() else None
+    if source is not None and source.is_dir() and not (source / "config.yaml").is_file():
+        raise ConfigError(
+            f"{source} is no run (it holds no config.yaml) and no experiment's file; give one of the two, or --suite"
+        )
+    run = source if source is not None and source.is_dir() else None
     chosen = check_what(words(what), INTER_RUN if run else INTER, "a run" if run else "an untouched model")
     plan = plan_of(
         None if run else source, suite, model, method, data, set_, output, run=run, limit=limit, by=by, general=general,
@@ -152,6 +157,11 @@ def plan_of(
         moved = {"data_dir": str(data.absolute())} if data else {}
         source = {**RunDirectory(run).read_config(), **moved}
         return AnalysisPlan(source, output or run / "analysis", run=run, **options)
+    if config is not None and config.is_dir():
+        raise ConfigError(
+            f"{config} is a folder; intra looks at an untouched model: give an experiment's YAML file or --suite "
+            f"(of a finished run: `keeplora analyze inter {config}`)"
+        )
     if (config is None) == (suite is None):
         raise ConfigError("give either an experiment's YAML file or --suite NAME, such as --suite demo-small")
     overrides = parse_overrides(set_ or [])

@@ -15,7 +15,7 @@ from keeplora.analysis.intervals import REPEATS, Resamples, Spread, ends
 from keeplora.analysis.words import read_out
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
-from keeplora.study.analyze.plan import AnalysisPlan, label_of, window_name
+from keeplora.study.analyze.plan import STEPS, AnalysisPlan, label_of, window_name
 from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import NOTES, World
 from keeplora.yaml_text import dump_yaml
@@ -44,12 +44,15 @@ def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def conclude(store: AnalysisStore, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Write results.json, suggestion.yaml, the figures and analysis.html from the points that there are; the results."""
+def conclude(store: AnalysisStore, told: Mapping[str, Any], missing: int = 0) -> dict[str, Any]:
+    """Write results.json, suggestion.yaml, the figures and analysis.html from the points that there are; the results.
+
+    ``missing``: points that were asked for and are not measured. Then nothing is suggested, and page and file say so.
+    """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for point in store.points():
         found[point["kind"]].append(point)
-    results: dict[str, Any] = {"format": FORMAT, "version": VERSION, **told}
+    results: dict[str, Any] = {"format": FORMAT, "version": VERSION, **told, "missing": missing}
     if found["untouched"]:
         base = found["untouched"][0]["result"]
         curves = _Curves(base)
@@ -62,7 +65,7 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any]) -> dict[str, Any]:
     results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
     results["undo"] = _undo(found["undo"])
     results["suggestion"], results["as_it_was"] = None, []
-    if told["run"] is None:
+    if told["run"] is None and not missing:
         results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found["spectra"])
     results["seconds"] = round(sum(p["result"].get("seconds", 0.0) for ps in found.values() for p in ps), 1)
     results["words"] = read_out(results)
@@ -153,8 +156,9 @@ def _undo(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     start = [p for p in points if p["steps"] == 0]
     if not start:
         return []
-    everything = [p for p in points if p["first"] == "shallow" and p["steps"] == max(q["steps"] for q in points)]
-    both = [{**p, "first": "deep"} for p in (*start, *everything)]
+    everything = [p for p in points if p["steps"] == STEPS]
+    deep = any(p["first"] == "deep" for p in points)
+    both = [{**p, "first": "deep"} for p in (*start, *everything)] if deep else []
     return _Curves(start[0]["result"]).grouped([*points, *both], ("first",), "steps")
 
 
@@ -231,8 +235,13 @@ def _suggestion(
         tried = [
             suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
         ]
-        found["energy_features"] = suggest.energy_features(tried, int(found["r"].value or max(now["r"].values())))
+        found["energy_features"] = suggest.energy_features(
+            tried, int(found["r"].value or max(now["r"].values())), int(result["tasks"])
+        )
     evidence |= {key: one.why for key, one in found.items()}
+    for key, measured_by in suggest.MEASURED_BY.items():
+        if not any(name == key or name.startswith(f"{key}.") for name in evidence):
+            evidence[key] = f"{suggest.NOT_MEASURED} by this analysis: {measured_by} does"
     made = {
         "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
         "evidence": evidence,

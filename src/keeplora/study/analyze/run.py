@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keeplora.errors import KeepLoraError
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.study.analyze.execute import run_points
 from keeplora.study.analyze.outcome import about, conclude
 from keeplora.study.analyze.plan import (
@@ -56,9 +58,18 @@ def analyze(
             run_points(plan, world, store, wanted, jobs=jobs, quiet=quiet)
         except KeyboardInterrupt:
             if any(store.has(point) for point in wanted):
-                conclude(store, told)
+                conclude(store, told, sum(not store.has(point) for point in wanted))
             raise
-        return Analysis(conclude(store, told), plan.output)
+        return Analysis(conclude(store, told, sum(not store.has(point) for point in wanted)), plan.output)
+
+
+def require_finished(run: Path) -> None:
+    """What is measured of a run is of all its tasks."""
+    state = RunDirectory(run).read_status().get("state")
+    if state != "finished":
+        raise KeepLoraError(
+            f"{run} is not finished (its state: {state or 'unknown'}); finish it with `keeplora resume {run}`"
+        )
 
 
 def intra(
@@ -71,6 +82,7 @@ def intra(
 def inter(plan: AnalysisPlan, *, what: Sequence[str] = (), **how: Any) -> Analysis:
     """The depth: of an untouched model `INTER`, of a finished run `INTER_RUN`; ``what``: only these of them."""
     if plan.run is not None:
+        require_finished(plan.run)
         chosen = list(what) or list(INTER_RUN)
         return analyze(plan, lambda world: points_of_run(chosen, len(world.learner.records)), **how)
     chosen = list(what) or list(INTER)
