@@ -11,7 +11,9 @@ from keeplora.cli.plot_place import check_plot
 
 
 def boundary(
-    directory: Annotated[Path, typer.Argument(help="The run directory whose tasks (training and test samples) are laid end to end.")],
+    directory: Annotated[
+        Path, typer.Argument(help="The run directory whose tasks (training and test samples) are laid end to end.")
+    ],
     kind: Annotated[
         str,
         typer.Option("--stream", help="abrupt; gradual: tasks mix over --ramp samples; shuffled: no boundary at all."),

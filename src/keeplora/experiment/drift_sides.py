@@ -15,7 +15,6 @@ from keeplora.tuner.drift import START, LedgerSide, SavedSide, Side
 from keeplora.tuner.leaks.saved import PREFIX, SavedExport, SavedTensors, checkpoint_files
 from keeplora.tuner.targets import Target
 
-
 SAVED = ("adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
 """What an adapter or a checkpoint has of files."""
 
@@ -42,7 +41,9 @@ def open_sides(
             )
         if place is None and task is not None:
             what = "state before its tasks" if task == START else f"state after {task!r}"
-            raise KeepLoraError(f"{path} is no ledger, so there is no {what} in it; give two folders, without a task here")
+            raise KeepLoraError(
+                f"{path} is no ledger, so there is no {what} in it; give two folders, without a task here"
+            )
     W0 = _base(places, model) if weights else None
     targets = _targets(places, paths)
     sides: list[Side] = []

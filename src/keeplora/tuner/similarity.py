@@ -10,7 +10,7 @@ Predictors of what learning j does to i:
     overlap   tr(U_iᵀ U_j U_jᵀ U_i) / min(d_i, d_j): symmetric; mean over layers by weights √(Σw_i Σw_j)
     energy    the share of j's energy beyond U₀ that lies inside U_i: a ratio of two sums over layers
     update    tr(ΔW_j C_i ΔW_jᵀ) / tr C_i: what j's update does to i's features, plain mean over layers
-    size      ‖ΔW_j‖_F²: summed over layers, the update alone; whatever i is. A predictor that does no better has learned nothing of i
+    size      ‖ΔW_j‖_F², summed over layers: the update alone, whatever i is. One that does no better has learned nothing of i
 """
 
 from __future__ import annotations
