@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from keeplora.cli.plot_place import check_plot
+
 
 def boundary(
-    directory: Annotated[Path, typer.Argument(help="The run directory whose tasks are laid end to end.")],
+    directory: Annotated[
+        Path, typer.Argument(help="The run directory whose tasks (training and test samples) are laid end to end.")
+    ],
     kind: Annotated[
         str,
         typer.Option("--stream", help="abrupt; gradual: tasks mix over --ramp samples; shuffled: no boundary at all."),
@@ -24,15 +28,16 @@ def boundary(
         Path | None, typer.Option(help="Draw the statistic: a file that ends in .png, .svg or .pdf.")
     ] = None,
 ) -> None:
-    """Print where a stream of a run's tasks, without their labels, is seen to go over to a new one. The base model is loaded."""
+    """Print where a stream of a run's tasks, without their labels, is seen to go over to a new one.
+
+    Each task's training and test samples are streamed together, in random order. The base model is loaded.
+    """
     import json
 
     from keeplora.experiment.boundary import watch_run
 
     if plot is not None:
-        from keeplora.report.audit_plot import check_plot_name
-
-        check_plot_name(plot)
+        check_plot(plot)
     found = watch_run(
         directory, kind=kind, alarm_rate=alarm_rate, warmup=warmup, size=batch_size, ramp=ramp, seed=seed
     )  # fmt: skip

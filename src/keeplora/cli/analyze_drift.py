@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keeplora.cli.plot_place import check_plot
+
 if TYPE_CHECKING:
     from keeplora.tuner.drift import Drift
 
@@ -50,9 +52,7 @@ def drift(
     if not 0 < energy <= 1:
         raise KeepLoraError(f"--energy is a share above 0 and at most 1, got {energy}")
     if plot is not None:
-        from keeplora.report.audit_plot import check_plot_name
-
-        check_plot_name(plot)
+        check_plot(plot)
     if b is None:
         task_a = task_a or START
     found = measure(
@@ -61,7 +61,7 @@ def drift(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), allow_nan=False))
     else:
-        _show(found, every_layer)
+        _show(found, every_layer, updates_only)
     if plot is not None:
         from keeplora.report.drift_plot import plot_drift
 
@@ -69,7 +69,7 @@ def drift(
         typer.echo(f"Plot: {plot}", err=as_json)
 
 
-def _show(found: Drift, every_layer: bool) -> None:
+def _show(found: Drift, every_layer: bool, updates_only: bool) -> None:
     from rich import box
     from rich.table import Table
 
@@ -92,7 +92,7 @@ def _show(found: Drift, every_layer: bool) -> None:
         console.print(f"{len(order) - len(shown)} more layers moved less (--all shows them).", highlight=False)
     if found.relative is not None:
         console.print(f"over all layers ‖D‖/‖W‖ = {found.relative:.3%}", highlight=False)
-    elif known:
+    elif known and not updates_only:
         console.print("The base model is not at hand, so there is no ‖W‖; name it with --model.", highlight=False)
 
 

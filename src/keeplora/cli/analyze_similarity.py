@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keeplora.cli.plot_place import check_plot
+
 if TYPE_CHECKING:
     from keeplora.experiment.similarity import Similarity
 
@@ -36,9 +38,7 @@ def similarity(
     if not 0 < energy <= 1:
         raise KeepLoraError(f"--energy is a share above 0 and at most 1, got {energy}")
     if plot is not None:
-        from keeplora.report.audit_plot import check_plot_name
-
-        check_plot_name(plot)
+        check_plot(plot)
     found = task_similarity(runs, energy, subspaces=subspaces)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), allow_nan=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -57,19 +56,25 @@ class BoundaryTrace:
     alarms: tuple[FoundBoundary, ...]
 
     def delays(self) -> list[tuple[str, int | None]]:
-        """Per boundary the samples from it to the first alarm before the next boundary; None where none came."""
+        """Per boundary the samples from it to its notice, the first alarm before the next boundary.
+
+        None where no alarm came, or where the boundary lies inside a warm-up: what comes later is not told from it.
+        """
         ends = [at for at, _ in self.boundaries[1:]] + [self.samples]
         out: list[tuple[str, int | None]] = []
         for (at, name), end in zip(self.boundaries, ends, strict=False):  # no boundary: no delay
-            first = next((a.at for a in self.alarms if at < a.at <= end), None)
+            first = None if self._swallowed(at) else next((a.at for a in self.alarms if at < a.at <= end), None)
             out.append((name, None if first is None else first - at))
         return out
 
     def false_alarms(self) -> int:
-        """Alarms before the first boundary, and further ones after the first of each task."""
-        starts = [0, *(at for at, _ in self.boundaries), self.samples]
-        counts = [sum(a < alarm.at <= b for alarm in self.alarms) for a, b in itertools.pairwise(starts)]
-        return counts[0] + sum(max(0, n - 1) for n in counts[1:])
+        """Alarms that are no boundary's notice."""
+        return len(self.alarms) - sum(delay is not None for _, delay in self.delays())
+
+    def _swallowed(self, at: int) -> bool:
+        """Whether a boundary lies inside a warm-up that had begun before it, not by the alarm that noticed it."""
+        begun = [0, *(alarm.at for alarm in self.alarms)]  # each warm-up but the first follows an alarm
+        return any(start < at < end and told <= at for (start, end), told in zip(self.warmups, begun, strict=False))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -83,6 +88,8 @@ def watch_run(
 ) -> BoundaryTrace:  # fmt: skip
     """Put a run's tasks one after another, hide where they begin, and watch them through the untouched base model.
 
+    A task's training and test samples are streamed together: the demo's training pictures alone are few beside a warm-up.
+
     Args:
         path: a run directory. kind: "abrupt"; "gradual": each task gives way to the next over ``ramp`` samples; "shuffled":
             all tasks mixed, so there is no boundary. warmup: samples that a task is told from. size: of a batch.
@@ -90,13 +97,15 @@ def watch_run(
     Raises:
         KeepLoraError: no run directory, its data is a stream, or a number that cannot be.
     """
-    check_rate(alarm_rate)
+    check_rate(alarm_rate, "--alarm-rate")
     if kind not in KINDS:
-        raise KeepLoraError(f"a stream is one of {', '.join(KINDS)}, not {kind!r}")
-    if size < 1 or warmup < 2 * size or ramp < 1:
-        raise KeepLoraError(
-            f"batches of {size} samples, a warm-up of {warmup} (two batches at least) or a ramp of {ramp} cannot be"
-        )
+        raise KeepLoraError(f"--stream is one of {', '.join(KINDS)}, not {kind!r}")
+    if size < 1:
+        raise KeepLoraError(f"--batch-size is 1 at least, got {size}")
+    if warmup < 2 * size:
+        raise KeepLoraError(f"--warmup is {2 * size} at least (two batches of --batch-size {size}), got {warmup}")
+    if ramp < 1:
+        raise KeepLoraError(f"--ramp is 1 at least, got {ramp}")
     folder = expand(path)
     if not (folder / "config.yaml").is_file():
         raise KeepLoraError(
@@ -111,6 +120,10 @@ def watch_run(
     learner = setup.method.learner(setup.family.model, setup.tuner_config())
     parts = [ConcatDataset([setup.sets[t.name].train, setup.sets[t.name].test]) for t in setup.tasks]
     lengths, random = [len(part) for part in parts], Random(seed)
+    if -(-warmup // size) * size >= sum(lengths):  # whole batches
+        raise KeepLoraError(
+            f"--warmup {warmup} takes the whole stream of {sum(lengths)} samples, so none would be judged; give fewer"
+        )
     order, boundaries = _order(lengths, kind, ramp, random)
     first = setup.tasks[0]
     given = setup.kind.statistics(

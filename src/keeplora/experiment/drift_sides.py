@@ -11,9 +11,12 @@ from keeplora.errors import KeepLoraError
 from keeplora.experiment.ledgers import LedgerPlace
 from keeplora.files import expand
 from keeplora.models import load_model
-from keeplora.tuner.drift import LedgerSide, SavedSide, Side
+from keeplora.tuner.drift import START, LedgerSide, SavedSide, Side
 from keeplora.tuner.leaks.saved import PREFIX, SavedExport, SavedTensors, checkpoint_files
 from keeplora.tuner.targets import Target
+
+SAVED = ("adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+"""What an adapter or a checkpoint has of files."""
 
 
 def open_sides(
@@ -31,8 +34,16 @@ def open_sides(
     for path, place, task in zip(paths, places, (task_a, task_b), strict=True):
         if not path.is_dir():
             raise KeepLoraError(f"{path} is not a folder: give a run directory, a ledger, an adapter or a checkpoint")
+        if place is None and not any(any(path.glob(name)) for name in SAVED):
+            raise KeepLoraError(
+                f"{path} holds no ledger, adapter or checkpoint; give a run directory, a ledger, an exported adapter or a "
+                "merged checkpoint"
+            )
         if place is None and task is not None:
-            raise KeepLoraError(f"{path} is no ledger, so there is no state after {task!r} in it")
+            what = "state before its tasks" if task == START else f"state after {task!r}"
+            raise KeepLoraError(
+                f"{path} is no ledger, so there is no {what} in it; give two folders, without a task here"
+            )
     W0 = _base(places, model) if weights else None
     targets = _targets(places, paths)
     sides: list[Side] = []

@@ -22,6 +22,8 @@ MEASURES = (
     ("moved_in_a", "D\nin U_a %", 100.0, 100.0),
 )  # fmt: skip
 """Key, heading, factor, and the end of the colours' scale; None: the largest value."""
+STILL = (("overlap", 1.0, 1e-5), ("largest_angle", 0.0, 1e-3))
+"""Key, value and how near to it every layer has to be for the column to be left out."""
 
 
 def plot_drift(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
@@ -38,6 +40,9 @@ def plot_drift(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: i
     if not layers:
         raise KeepLoraError(f"{target}: there is no layer to draw")
     measures = [m for m in MEASURES if any(row[m[0]] is not None for row in layers)]
+    # Between states of one run the protected subspace only grows: two columns that say nothing.
+    still = {key for key, value, near in STILL if all(r[key] is None or abs(r[key] - value) < near for r in layers)}
+    measures = [m for m in measures if m[0] not in still] or measures
     if any(m[0] == "relative" for m in measures):
         measures = [m for m in measures if m[0] != "moved"]
     colours = LinearSegmentedColormap.from_list("drift", HEAT["light"]).with_extremes(bad=NONE)

@@ -15,6 +15,8 @@ from keeplora.report.audit_plot import INK, LINE, NONE, SOFT, check_plot_name
 from keeplora.report.palette import HEAT, SERIES
 
 MARKS = "osv^D<>P"
+COLOURS = (0, 1, 3, 5, 4, 6, 2, 7)
+"""Of `SERIES`, so that neighbours are unlike."""
 
 
 def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: int = 130) -> Path:
@@ -52,8 +54,8 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
         for k, run in enumerate(runs):
             points = [(p["predicted"][predictor], p["drop"]) for p in measured if p["run"] == run]
             points = [(x, y) for x, y in points if x is not None]
-            axes.scatter([x for x, _ in points], [y for _, y in points], s=22, alpha=0.8, linewidths=0, label=run,
-                         color=SERIES["light"][k % 8], marker=MARKS[k % len(MARKS)])  # fmt: skip
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, alpha=0.85, linewidths=0, label=run,
+                         color=SERIES["light"][COLOURS[k % 8]], marker=MARKS[k % len(MARKS)])  # fmt: skip
         if predictor == "update":
             axes.set_xscale("log")
         axes.set_title(predictor, loc="left", fontsize=10, color=INK)
@@ -68,5 +70,5 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
     buffer = io.BytesIO()
     kind = target.suffix[1:].lower()
     metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
     return atomic_write_bytes(target, buffer.getvalue())

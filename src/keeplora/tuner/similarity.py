@@ -5,12 +5,12 @@ where that was kept (`keep_covariance`), with Q the eigenvectors of (I − P₀)
 with w the share of tr C_t along each (``values``), which leaves out what lies between two columns and what later tasks' columns
 would hold. U_t, the task's own subspace, is the fewest columns of Q that reach a share ε of Σ w.
 
-Predictors of what learning j does to i, each a mean over layers:
+Predictors of what learning j does to i:
 
-    overlap   tr(U_iᵀ U_j U_jᵀ U_i) / min(d_i, d_j): symmetric; layers weighted by √(Σw_i Σw_j), the energy beyond U₀
-    energy    the share of j's energy beyond U₀ that lies inside U_i: how much of what j feeds in looks like i
-    update    tr(ΔW_j C_i ΔW_jᵀ) / tr C_i: what j's update, as it was learned, does to i's features
-    size      ‖ΔW_j‖_F²: the update alone; whatever i is. A predictor that does no better has learned nothing of i
+    overlap   tr(U_iᵀ U_j U_jᵀ U_i) / min(d_i, d_j): symmetric; mean over layers by weights √(Σw_i Σw_j)
+    energy    the share of j's energy beyond U₀ that lies inside U_i: a ratio of two sums over layers
+    update    tr(ΔW_j C_i ΔW_jᵀ) / tr C_i: what j's update does to i's features, plain mean over layers
+    size      ‖ΔW_j‖_F², summed over layers: the update alone, whatever i is. One that does no better has learned nothing of i
 """
 
 from __future__ import annotations

@@ -203,9 +203,9 @@ def reduce_layers(shares: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     return ((shares - mean) / spread).mean(1)
 
 
-def check_rate(rate: float) -> None:
+def check_rate(rate: float, name: str = "alarm_rate") -> None:
     """`KeepLoraError` unless it lies above 0 and below 0.5 false alarms per sample."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 0.5:
         raise KeepLoraError(
-            f"alarm_rate is the number of false alarms per sample, above 0 and below 0.5, got {rate!r}; 1e-4 is one in 10 000"
+            f"{name} is the number of false alarms per sample, above 0 and below 0.5, got {rate!r}; 1e-4 is one in 10 000"
         )
