@@ -103,3 +103,16 @@ def test_energy_features_is_the_largest_that_leaves_room_in_nine_of_ten_layers()
     found = suggest.energy_features(tried, 64)
     assert found.value is None
     assert "leaves room enough" in found.why
+
+
+def test_a_curve_without_the_whole_model_tells_nothing():
+    """An interrupted analysis has no full end: its last point is no standard for the others."""
+    found = suggest.energy_weights([Kept(0.0, 2), Kept(0.5, 20), Kept(0.95, 60)], (60, 55, 65))
+    assert found.value is None
+    assert "ends at 0.95" in found.why
+
+
+def test_one_task_says_nothing_of_how_features_add_up():
+    tried = [Protected(0.9, [50, 40], [0.5], [0.6]), Protected(0.999, [50, 40], [0.5], [0.6])]
+    assert suggest.energy_features(tried, 8, 1).value is None
+    assert suggest.energy_features(tried, 8, 2).value == 0.999

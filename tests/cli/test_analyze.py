@@ -151,7 +151,11 @@ def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
     assert answer.code == 130
     assert f"what was measured is in {tmp_path / 'a'}; repeat the command to go on" in answer.err
     assert len(points_of(tmp_path / "a")) == 3
-    assert (tmp_path / "a/analysis.html").is_file()
+    partial = results_of(tmp_path / "a")
+    assert partial["missing"] > 0
+    assert partial["suggestion"] is None
+    assert "Repeat the command to go on." in Page(tmp_path / "a/analysis.html").text
+    assert not (tmp_path / "a/suggestion.yaml").exists()
     monkeypatch.delenv(STOP_AFTER)
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a/points").iterdir()}
     assert cli(*words).code == 0
@@ -380,3 +384,21 @@ def test_a_damaged_point_is_named(looked_at, cli, tmp_path):
     assert answer.code == 1
     assert "untouched.json is damaged" in answer.err
     assert "delete it and repeat the command" in answer.err
+
+
+def test_undo_without_deep_points_has_no_deep_curve(world, cli, tmp_path, monkeypatch):
+    run = world.copied(world.run()[0], tmp_path / "run")
+    monkeypatch.setenv(STOP_AFTER, "3")
+    assert cli("analyze", "inter", run, "--what", "undo", "--limit", "6").code == 130
+    assert [curve["first"] for curve in results_of(run / "analysis")["undo"]] == ["shallow"]
+
+
+def test_an_unfinished_run_a_run_for_intra_and_a_folder_without_either_are_refused(world, cli, tmp_path):
+    run = world.copied(world.run()[0], tmp_path / "run")
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    said = cli("analyze", "inter", run, "--what", "undo").err
+    assert "is not finished (its state: interrupted); finish it with `keeplora resume" in said
+    assert "intra looks at an untouched model" in cli("analyze", "intra", run).err
+    (tmp_path / "empty").mkdir()
+    assert "is no run (it holds no config.yaml)" in cli("analyze", "inter", tmp_path / "empty").err
