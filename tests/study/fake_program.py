@@ -1,6 +1,6 @@
 """Stands in for ``python -m keeplora`` where a test is about processes: makes a run's files, and does what ``set`` says.
 
-``-o act=fail`` ends with an error, ``act=hang`` works under seed 0 until it is interrupted, ``act=sleep`` takes half a second,
+``-o act=fail`` ends with an error, ``act=hang`` works under seed 0 until it is interrupted, ``act=sleep`` takes two seconds,
 ``act=half`` stops half-way the first time; any other finishes at once.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
             if act == "half" and not resumed:
                 raise KeyboardInterrupt
             if act == "sleep":
-                time.sleep(0.5)
+                time.sleep(2)  # longer than another takes to start on a busy machine
         except KeyboardInterrupt:
             run.set_status(state="interrupted", error="interrupted")
             sys.exit(130)
