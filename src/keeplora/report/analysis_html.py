@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keeplora.files import atomic_write_bytes, atomic_write_text
 from keeplora.report import palette
 from keeplora.report.analysis_plots import draw
-from keeplora.report.html import TEMPLATES
+from keeplora.report.pages import TEMPLATES, page_template
 from keeplora.report.tables import duration
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 SECTIONS = {
     "intra": (
@@ -144,20 +140,6 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [fact for fact in facts if fact[1]]
 
 
-@functools.cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("analysis.html.j2")
-
-
 def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
     """Write ``figures/*.png`` and ``analysis.html`` of an analysis's results, and return the page's path."""
     pictures = draw(results)
@@ -174,7 +156,7 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
     made: Mapping[str, Any] = results.get("suggestion") or {}
     suggested = [(_setting(key), why) for key, why in made.get("evidence", {}).items()]
     values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
-    page = _template().render(
+    page = page_template("analysis.html.j2").render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
         light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         own=(TEMPLATES / "analysis.css").read_text(encoding="utf-8"),

@@ -17,11 +17,11 @@ from keeplora.files import atomic_write_bytes
 from keeplora.report.charts import nice_top, number
 from keeplora.report.compare import signed, untouched
 from keeplora.report.kinds import IN_POINTS
+from keeplora.report.pages import TEMPLATES
 from keeplora.report.plots import SOFT, draw_curves
 from keeplora.report.runs import Run
 from keeplora.report.tables import count, moment, size
 
-TEMPLATES = Path(__file__).parent / "templates"
 MOST_COLUMNS = 12
 """A matrix with more sets than this is told task by task: no reader sees thirty columns of a Markdown table."""
 FIGURE = "figures/curves.png"

@@ -6,21 +6,17 @@ All text that came from a person (names of tasks, classes, files) is escaped by 
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keeplora.files import atomic_write_text
 from keeplora.report import answers, audit_charts, capacity, compare, figures, palette, tables
 from keeplora.report.charts import part_opacity, swatch
+from keeplora.report.pages import TEMPLATES, page_template
 from keeplora.report.runs import Run, load_others, load_run
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-TEMPLATES = Path(__file__).parent / "templates"
 STATES = {"finished": "Finished", "running": "Still running", "failed": "Failed", "interrupted": "Interrupted"}
 
 
@@ -129,21 +125,6 @@ def _context(run: Run, others: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _template() -> Template:
-    """Reading the template takes far longer than filling it, and a run does so after every task."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
-
-
 def render_report(run_dir: str | os.PathLike[str], against: Sequence[str | os.PathLike[str]] = ()) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
@@ -161,5 +142,5 @@ def render_report(run_dir: str | os.PathLike[str], against: Sequence[str | os.Pa
     """
     run = load_run(Path(run_dir))
     others = load_others(run, [Path(path) for path in against])
-    page = _template().render(**_context(run, others))
+    page = page_template("report.html.j2").render(**_context(run, others))
     return atomic_write_text(run.path / "report.html", page.lstrip())

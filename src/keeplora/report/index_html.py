@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from keeplora.files import atomic_write_text
 from keeplora.report import palette, tables
 from keeplora.report.charts import number
-from keeplora.report.html import TEMPLATES
 from keeplora.report.index import Row, collect, metric_columns
 from keeplora.report.kinds import Metric
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from keeplora.report.pages import TEMPLATES, page_template
 
 STATES = {
     "finished": "finished", "running": "running, or killed", "failed": "failed", "interrupted": "interrupted",
@@ -101,16 +97,6 @@ def _said(rows: list[Row]) -> list[tuple[str, str]]:
     return said
 
 
-@functools.cache
-def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    return environment.get_template("index.html.j2")
-
-
 def _context(rows: list[Row], root: Path) -> dict[str, Any]:
     metrics = metric_columns(rows)
     script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
@@ -149,5 +135,5 @@ def render_index(folder: str | os.PathLike[str]) -> Path:
         path = render_index("runs")
     """
     root = Path(folder)
-    page = _template().render(**_context(collect(root), root))
+    page = page_template("index.html.j2").render(**_context(collect(root), root))
     return atomic_write_text(root / "index.html", page.lstrip())

@@ -11,8 +11,8 @@ from keeplora.files import atomic_write_text
 from keeplora.report import palette, study_tables
 from keeplora.report.charts import number, stacked_bars, swatch
 from keeplora.report.compare import signed
-from keeplora.report.html import TEMPLATES
 from keeplora.report.kinds import IN_POINTS
+from keeplora.report.pages import TEMPLATES, page_template
 from keeplora.report.study_charts import Dot, dots, ranks, spread
 from keeplora.report.study_data import Difference, Study
 from keeplora.report.study_tables import sure, with_ends, with_half
@@ -211,10 +211,5 @@ def _context(study: Study) -> dict[str, Any]:
 
 def render_page(study: Study, path: Path) -> Path:
     """Write the page; every text that came from a person is escaped by the template engine."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    page = environment.get_template("study.html.j2").render(**_context(study))
+    page = page_template("study.html.j2").render(**_context(study))
     return atomic_write_text(path, page.lstrip())
