@@ -178,9 +178,9 @@ def main() -> None:
         importlib.import_module(module)
     import torch
 
-    from keeplora.report import html
+    from keeplora.report.pages import page_template
 
-    html._template()
+    page_template("report.html.j2")
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not stand among the answers
