@@ -222,3 +222,12 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(tables)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_variants_of_one_method_stand_under_their_own_names() -> None:
+    runs = [
+        StudyCell(name, "1", 0, "finished", Path("nowhere"), Run(Path("nowhere"), {"method": "keeplora++", "tasks": ["x"], "metrics": {"last": 1.0}}))
+        for name in ("keeplora++", "sketched", "gamma 1")
+    ]  # fmt: skip
+    titles = [row.title for row in tables.summarise(runs, name="s").methods]
+    assert titles == ["KeepLoRA++", "sketched", "gamma 1"]

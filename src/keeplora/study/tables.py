@@ -293,7 +293,10 @@ def summarise(
             for metric, *_ in kind.metrics:
                 if by_seed := values.by_seed(method, scope, metric):
                     estimates[method, scope, metric] = mean_interval(list(by_seed.values()))
-    known_titles = {c.method: c.run.label for c in cells if c.run is not None and c.run.results}
+    # A variant stands under its own name: its runs call themselves by the method that it is one of, as its siblings' do.
+    known_titles = {
+        c.method: c.run.label for c in cells if c.run is not None and c.run.results and c.run.method == c.method
+    }
     colours = {m: i for i, m in enumerate(m for m in methods if m != "zero-shot")}
     rows = tuple(
         MethodRow(m, known_titles.get(m) or (titles or {}).get(m, m), colours.get(m, 5), m != "zero-shot")
