@@ -75,6 +75,10 @@ class TunerConfig(Section):
     lora_alpha: Positive = Field(description="s = layer_scale * lora_alpha / r")
     energy_weights: SharePer = Field(description="energy of W to protect (M1), 0 to 1")
     energy_features: SharePer = Field(description="energy of the features to protect (M8), 0 to 1")
+    energy_before: SharePer = Field(
+        default=0.0,
+        description="energy of a task's own features before it is learned that its update leaves alone, 0 to 1",
+    )
     gamma: SharePer = Field(description="scale of the shallowest block (M6), 0 to 1; 1 is KeepLoRA")
     schedule: SchedulePer = Field(description="linear (M6), constant, or a list with one scale per block")
     memory: Literal["features", "gradients"] = Field(description="what is protected after a task: M8 or M8g")

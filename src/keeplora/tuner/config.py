@@ -64,6 +64,11 @@ class KeepLoraConfig:
     energy_features: float | Mapping[str, float] = _help(
         "ε_f, per tower: share of a finished task's feature energy that joins the protected subspace (M8).", 0.99
     )
+    energy_before: float | Mapping[str, float] = _help(
+        "ε_b, per tower: share of a new task's feature energy, as the model stands before it, that the task's own update is "
+        "kept off (not in the paper); 0: none of it.",
+        0.0,
+    )
     gamma: float | Mapping[str, float] = _help(
         "γ, per tower: scale of the shallowest block (M6); 1 is KeepLoRA, 0.2 KeepLoRA++.", 0.2
     )
@@ -118,7 +123,7 @@ class KeepLoraConfig:
         self._check(
             "r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "be an integer of at least 1"
         )
-        for name in ("energy_weights", "energy_features", "gamma"):
+        for name in ("energy_weights", "energy_features", "energy_before", "gamma"):
             self._check(name, lambda v: _is_number(v) and 0 <= v <= 1, "lie between 0 and 1")
         self._check("lora_alpha", lambda v: _is_number(v) and 0 < v < float("inf"), "be a finite number above 0")
         for name in ("gradient_samples", "feature_samples"):

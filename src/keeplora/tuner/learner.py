@@ -124,10 +124,10 @@ class ContinualLearner(TaskHistory):
             )
         return self._U
 
-    def feature_energy(self, name: str) -> float:
-        """ε_f of a target."""
+    def feature_energy(self, name: str, field: str = "energy_features") -> float:
+        """ε_f of a target, or what another field of shares says of its tower."""
         tower = next(t.tower for t in self.targets if t.name == name)
-        return float(self.config.for_tower("energy_features", tower))
+        return float(self.config.for_tower(field, tower))
 
     # ---- tasks -------------------------------------------------------------------------------------------------
 
@@ -387,7 +387,7 @@ class ContinualLearner(TaskHistory):
         started = time.perf_counter()
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
-        report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
+        report_capacity(task, self.targets, A, "lower energy_features, energy_weights or energy_before, or add targets")
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:

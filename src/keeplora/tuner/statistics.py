@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from keeplora.errors import CapacityError
-from keeplora.math import residual_factor
+from keeplora.math import Subspace, residual_factor
 from keeplora.tuner import ranks
-from keeplora.tuner.convergence import BasisChange, Enough, FactorChange
+from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, growth
 from keeplora.tuner.observers import FeatureObserver
 from keeplora.tuner.passes import collect_features, collect_gradients
 from keeplora.tuner.sampling import statistics_batches
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner, OpenTask
 
 
-def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = False) -> FeatureObserver:
+def task_features(
+    learner: ContinualLearner, task: OpenTask, *, exact: bool = False, field: str = "energy_features"
+) -> FeatureObserver:
     """C of every target over the task's data at the model's present weights (M8); the adapter must be out.
 
-    ``exact``: C itself also where the config asks for a sketch.
+    ``exact``: C itself also where the config asks for a sketch. ``field``: which share of C it is taken for.
     """
     config, batches = learner.config, task.feature_batches
     tolerance, enough = config.statistics_tolerance, None
@@ -37,20 +39,39 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
     elif ranks.active() and isinstance(batches, DataLoader):
         batches = statistics_batches(batches, None, config.seed)
     if tolerance is not None:
-        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy))
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, lambda name: learner.feature_energy(name, field)))
     found = collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
         None if exact else config.covariance_sketch,
     )  # fmt: skip
-    _note(task, "features", enough)
+    _note(task, "features" if field == "energy_features" else "features before", enough)
     return found
+
+
+def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subspace]:
+    """Per target, what the task's A is kept off: U, and beside it what ``energy_before`` (ε_b) takes of the task's own features.
+
+    With C = Σ x xᵀ over the task's data at the weights before it, the leading eigenvectors of (I − P) C (I − P) join U for this
+    task alone until they and U explain ε_b · tr C (M8, before the task in place of after it). The update then moves what the
+    model makes of these very inputs by at most s² ‖B‖₂² (1 − ε_b) tr C per layer: it is the backward bound with the
+    task's own update in it, which M8 leaves out. Nothing is carried to the next task but through A.
+    """
+    U = learner.U
+    share = {t.name: learner.feature_energy(t.name, "energy_before") for t in learner.targets}
+    names = [t.name for t in learner.targets if t.name not in task.frozen and share[t.name] > 0]
+    if not names:
+        return U.subspace
+    C = task_features(learner, task, field="energy_before").C
+    V = ranks.spread("the features before the task", names, lambda n: growth(U.subspace(n), C(n).cpu(), share[n]).V)
+    grown = {name: U.subspace(name).extended(v) for name, v in V.items()}
+    return lambda name: grown[name] if name in grown else U.subspace(name)
 
 
 def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
     """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
-    tolerance, U = learner.config.statistics_tolerance, learner.U
+    tolerance, room = learner.config.statistics_tolerance, shielded(learner, task)
     targets = [t for t in learner.targets if t.name not in task.frozen]
-    change = FactorChange(targets, U.subspace)
+    change = FactorChange(targets, room)
     enough = None if tolerance is None else Enough(tolerance, change)
     G = gradients_for_factor(learner, task, targets, _batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
@@ -58,7 +79,7 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
         return change.A
     rank_of = {t.name: t.r for t in targets}
     return ranks.spread(
-        "the residual gradients", list(rank_of), lambda n: residual_factor(G.pop(n).cpu(), U.subspace(n), rank_of[n])
+        "the residual gradients", list(rank_of), lambda n: residual_factor(G.pop(n).cpu(), room(n), rank_of[n])
     )
 
 
