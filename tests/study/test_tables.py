@@ -225,9 +225,10 @@ def test_docstring_examples() -> None:
 
 
 def test_variants_of_one_method_stand_under_their_own_names() -> None:
-    runs = [
-        StudyCell(name, "1", 0, "finished", Path("nowhere"), Run(Path("nowhere"), {"method": "keeplora++", "tasks": ["x"], "metrics": {"last": 1.0}}))
+    results = {"method": "keeplora++", "tasks": ["x"], "metrics": {"last": 1.0}}
+    cells = [
+        StudyCell(name, "1", 0, "finished", Path("nowhere"), Run(Path("nowhere"), results))
         for name in ("keeplora++", "sketched", "gamma 1")
-    ]  # fmt: skip
-    titles = [row.title for row in tables.summarise(runs, name="s").methods]
+    ]
+    titles = [row.title for row in tables.summarise(cells, name="s").methods]
     assert titles == ["KeepLoRA++", "sketched", "gamma 1"]
