@@ -32,8 +32,8 @@ def read(paths: Sequence[Path]) -> Cells:
     found: Cells = {}
     for path in paths:
         if path.is_file():
-            for name, seeds in json.loads(path.read_text(encoding="utf-8")).items():
-                found.setdefault(name, {}).update(seeds)
+            for row in json.loads(path.read_text(encoding="utf-8")):
+                found.setdefault(row["variant"], {}).update(row["seeds"])
             continue
         store = StudyStore(path).load()
         for name in store.plan_values()["methods"]:
@@ -122,7 +122,7 @@ def main() -> None:
         parser.error(f"no finished run of {args.against!r}; there are: {', '.join(cells) or 'none at all'}")
     print("\n".join(table(cells, args.against)))
     if args.output:
-        atomic_write_json(args.output, cells)
+        atomic_write_json(args.output, [{"variant": name, "seeds": seeds} for name, seeds in cells.items()])
     if args.figure:
         figure(cells, args.against, args.figure)
 

@@ -1,0 +1,70 @@
+"""The table of what a study's variants change, against differences worked out by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+Run = Callable[..., Any]
+
+
+def rows(**variants: list[float]) -> str:
+    """A file of numbers: the variants' Last by seed."""
+    return json.dumps(
+        [
+            {
+                "variant": name,
+                "seeds": {f"{s} 1": {"last": v, "transfer": 10.0, "probe": 20.0} for s, v in enumerate(last)},
+            }
+            for name, last in variants.items()
+        ]
+    )
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    (tmp_path / "one.json").write_text(rows(**{"keeplora++": [60.0, 62.0, 64.0]}))
+    (tmp_path / "two.json").write_text(rows(better=[63.0, 65.1, 66.9], fewer=[50.0]))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The script with these words: what it printed, or the error it ended with."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))  # as Python does for a script
+    script = importlib.import_module("differences")
+
+    def call(*words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["differences.py", *map(str, words)])
+        try:
+            script.main()
+        except SystemExit as end:
+            assert end.code == 2
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_variants_of_one_study_beside_the_reference_of_another(numbers: Path, run: Run) -> None:
+    found = run(
+        numbers / "one.json", numbers / "two.json", "--figure", numbers / "f.png", "--output", numbers / "all.json"
+    )
+    told = {line.split(" | ")[0].strip("| "): line for line in found.splitlines()}
+    # Pairs differ by 3.0, 3.1 and 2.9: mean 3.0, t interval 3.0 ± 4.303 · 0.1 / √3; sure after Holm's correction.
+    assert "| **3.0 [2.8, 3.2]** |" in told["better"]
+    assert told["fewer"].startswith("| fewer | 1 | 50.0 | 10.0 | 20.0 | -10.0 |")
+    assert (numbers / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert list(told)[2:] == ["keeplora++", "better", "fewer"]
+    assert run(numbers / "all.json") == found
+
+
+def test_what_is_refused(numbers: Path, run: Run) -> None:
+    assert "nowhere does not exist; give the folder of a study" in run("nowhere")
+    assert "no finished run of 'keeplora++'; there are: better, fewer" in run(numbers / "two.json")
