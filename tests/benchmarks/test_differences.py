@@ -36,17 +36,13 @@ def numbers(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The script with these words: what it printed, or the error it ended with."""
+    """The script with these words: what it printed."""
     monkeypatch.syspath_prepend(str(SCRIPTS))  # as Python does for a script
     script = importlib.import_module("differences")
 
     def call(*words: object) -> str:
         monkeypatch.setattr("sys.argv", ["differences.py", *map(str, words)])
-        try:
-            script.main()
-        except SystemExit as end:
-            assert end.code == 2
-            return capsys.readouterr().err
+        script.main()
         return capsys.readouterr().out
 
     return call
@@ -65,6 +61,14 @@ def test_variants_of_one_study_beside_the_reference_of_another(numbers: Path, ru
     assert run(numbers / "all.json") == found
 
 
-def test_what_is_refused(numbers: Path, run: Run) -> None:
-    assert "nowhere does not exist; give the folder of a study" in run("nowhere")
-    assert "no finished run of 'keeplora++'; there are: better, fewer" in run(numbers / "two.json")
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("nowhere", "nowhere does not exist; give the folder of a study"),
+        ("two.json", "no finished run of 'keeplora++'; there are: better, fewer"),
+    ],
+)
+def test_what_is_refused(numbers: Path, run: Run, file: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(numbers / file)
+    assert told in capsys.readouterr().err
