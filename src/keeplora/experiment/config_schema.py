@@ -79,6 +79,10 @@ class TunerConfig(Section):
         default=0.0,
         description="energy of a task's own features before it is learned that its update leaves alone, 0 to 1",
     )
+    trim_tolerance: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="share of what training took off a task's own loss that its update may lose by being made smaller; None: not",
+    )  # fmt: skip
     gamma: SharePer = Field(description="scale of the shallowest block (M6), 0 to 1; 1 is KeepLoRA")
     schedule: SchedulePer = Field(description="linear (M6), constant, or a list with one scale per block")
     memory: Literal["features", "gradients"] = Field(description="what is protected after a task: M8 or M8g")

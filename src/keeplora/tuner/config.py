@@ -69,6 +69,11 @@ class KeepLoraConfig:
         "kept off (not in the paper); 0: none of it.",
         0.0,
     )
+    trim_tolerance: float | None = _help(
+        "δ: before it is merged a task's update is multiplied by the least factor that keeps 1 − δ of what training took off "
+        "the loss on the task's own training data, 0 to below 1 (not in the paper). None: it is merged as it was trained.",
+        None,
+    )
     gamma: float | Mapping[str, float] = _help(
         "γ, per tower: scale of the shallowest block (M6); 1 is KeepLoRA, 0.2 KeepLoRA++.", 0.2
     )
@@ -134,6 +139,10 @@ class KeepLoraConfig:
         self._check(
             "statistics_tolerance", lambda v: v is None or (_is_number(v) and 0 <= v < 1),
             "be at least 0 and below 1, or None for all samples",
+        )  # fmt: skip
+        self._check(
+            "trim_tolerance", lambda v: v is None or (_is_number(v) and 0 <= v < 1),
+            "be at least 0 and below 1, or None to merge the update as it was trained",
         )  # fmt: skip
         self._check(
             "covariance_sketch", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),

@@ -35,6 +35,7 @@ from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
+from keeplora.tuner.trim import trim
 from keeplora.tuner.unlabelled import TaskStream
 from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
 from keeplora.tuner.wrapping import unwrap, wrapping_of
@@ -219,6 +220,8 @@ class ContinualLearner(TaskHistory):
         U_before = self._U
         try:
             unwrap(task.wrapping, keep_trained=True)
+            if self.config.trim_tolerance is not None:
+                trim(self, task, self.config.trim_tolerance)
             with ranks.together("taking the adapter out"):
                 record = self._detach(task)
                 record.full = {**self.free.updates(task, self.store), **record.full}

@@ -73,7 +73,7 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     targets = [t for t in learner.targets if t.name not in task.frozen]
     change = FactorChange(targets, room)
     enough = None if tolerance is None else Enough(tolerance, change)
-    G = gradients_for_factor(learner, task, targets, _batches(learner, task, enough), enough)
+    G = gradients_for_factor(learner, task, targets, gradient_batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
     if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
         return change.A
@@ -92,7 +92,7 @@ def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tenso
         learner.model,
         learner.targets,
         learner.store,
-        _batches(learner, task, enough),
+        gradient_batches(learner, task, enough),
         task.loss_fn,
         task.mask_fn,
         enough,
@@ -101,8 +101,8 @@ def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tenso
     return G
 
 
-def _batches(learner: ContinualLearner, task: OpenTask, enough: Enough | None) -> Iterable[Any]:
-    """Of a gradient pass."""
+def gradient_batches(learner: ContinualLearner, task: OpenTask, enough: Enough | None = None) -> Iterable[Any]:
+    """What a gradient pass goes through: the task's data, or as many samples as ``gradient_samples`` says."""
     samples, seed = learner.config.gradient_samples, learner.config.seed
     return statistics_batches(task.batches, samples, seed, task.labels, endable=enough is not None)
 
