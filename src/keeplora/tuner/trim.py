@@ -31,7 +31,7 @@ WHAT = "the passes that trim the update"
 STEPS = 16
 """The factor is a multiple of 1/16, found by bisection: four passes beside the two that tell the decrease."""
 TRIM = "trim"
-"""Key of a task's info: the factor that B was multiplied by, and the mean training loss without B, with all of it, and trimmed."""
+"""Key of a task's info: the factor that B was multiplied by, and the mean training loss without B, with it, and trimmed."""
 
 
 def trim(learner: ContinualLearner, task: OpenTask, tolerance: float) -> None:
