@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from fake_runs import make_run
@@ -58,6 +59,23 @@ def test_matrix_table(tmp_path: Path) -> None:
     assert "[bold]x[/bold]" in text
     assert row(text, "before")[1:] == [f"{v:.1f}" for v in [*one["accuracy"][0], *one["probe_accuracy"][0]]]
     assert row(text, "after b")[1:] == [f"{v:.1f}" for v in [*one["accuracy"][2], *one["probe_accuracy"][2]]]
+
+
+def test_a_long_sequence_is_told_in_means(tmp_path: Path) -> None:
+    """Twenty-two columns would show a digit each; twelve still fit."""
+    names = [f"task-{number}" for number in range(1, 23)]
+    one = results(make_run(tmp_path, "a", tasks=names, probes=["p"]))
+    text = printed(matrix_table(one))
+    for moment, learned in (("after task-1", 1), ("after task-20", 20)):
+        values = one["accuracy"][learned]
+        means = [values[learned - 1], fmean(values[:learned]), fmean(values[learned:])]
+        assert row(text, moment)[1:] == [f"{v:.1f}" for v in [*means, *one["probe_accuracy"][learned]]]
+    assert row(text, "before")[1] == "–"
+    assert row(text, "after task-22")[3] == "–"
+    assert max(map(len, text.splitlines())) < 100
+    few = printed(matrix_table(results(make_run(tmp_path, "b", tasks=names[:12], probes=["p"]))))
+    assert "mean of learned" not in few
+    assert "task-12" in few
 
 
 @pytest.mark.parametrize("count", [2, 4])

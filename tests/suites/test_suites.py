@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from keeplora.data import SOURCES
+from keeplora.data import SOURCES, load_task
 from keeplora.data.conversation_spec import parse_conversation_spec
 from keeplora.data.spec import parse_spec
 from keeplora.errors import ConfigError
+from keeplora.experiment.config import load_config
 from keeplora.experiment.presets import preset_names, preset_values
 from keeplora.suites import data_folder, load_suite, suite_folder, suite_names
 
@@ -39,7 +42,9 @@ def counts(spec: dict) -> tuple[int, int, int]:
 
 
 def test_the_packaged_suites():
-    assert suite_names() == ["cl-vista", "demo", "demo-small", "mllm-dcl", "mtil", "ucit", "video", "vqa", "x-tail"]
+    assert suite_names() == [
+        "cl-vista", "demo", "demo-long", "demo-small", "mllm-dcl", "mtil", "ucit", "video", "vqa", "x-tail",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -51,16 +56,57 @@ def test_every_packaged_suite_is_whole(name):
         if SOURCES[spec["source"]].kind == "generation":
             assert parse_conversation_spec(spec, sources).scorer == spec["scorer"]
         else:
+            spec = {key: value for key, value in spec.items() if key != "split_classes"}
             assert parse_spec(spec, sources).templates == spec["templates"]
-    tasks = {spec["name"] for spec in suite["tasks"]}
-    one = name in ("mllm-dcl", "ucit", "cl-vista")  # no second order is published
-    assert set(suite["orders"]) == ({"1"} if one else {"1", "2"})
+    listed = learned(suite)
+    # Of three no second order is published; the two with six are for studies of orders.
+    many = {"mllm-dcl": 1, "ucit": 1, "cl-vista": 1, "demo-small": 6, "demo-long": 6}.get(name, 2)
+    assert list(suite["orders"]) == [str(number) for number in range(1, many + 1)]
     for entry in suite["orders"].values():
-        assert set(entry["order"]) == tasks
-        assert len(entry["order"]) == len(tasks)
+        assert sorted(entry["order"]) == sorted(listed)
         assert entry.get("preset", "default") in preset_names()
-    assert suite["orders"]["1"]["order"] == [spec["name"] for spec in suite["tasks"]]
-    assert one or suite["orders"]["2"]["order"] != suite["orders"]["1"]["order"]
+    assert suite["orders"]["1"]["order"] == listed
+    assert len({tuple(entry["order"]) for entry in suite["orders"].values()}) == many
+
+
+def learned(suite: dict[str, Any]) -> list[str]:
+    """The tasks as the experiment names them: one with `split_classes` is its parts."""
+    parts = {spec["name"]: spec.get("split_classes", {}).get("tasks") for spec in suite["tasks"]}
+    return [part for name, n in parts.items() for part in ([f"{name}-{i + 1}" for i in range(n)] if n else [name])]
+
+
+def shuffled(names: list[str], seed: int) -> list[str]:
+    """As `--order shuffle-SEED` does."""
+    names = list(names)
+    random.Random(seed).shuffle(names)
+    return names
+
+
+def test_the_shuffles_that_are_written_out_are_those_of_their_seeds():
+    for name, seeds in {"demo-small": (3, 11, 13, 28), "demo-long": (3, 4, 5, 6)}.items():
+        suite = load_suite(name)
+        orders = [entry["order"] for entry in suite["orders"].values()]
+        assert orders[2:] == [shuffled(orders[0], seed) for seed in seeds], name
+
+
+def test_in_six_orders_each_task_of_demo_small_is_first_and_last():
+    orders = [entry["order"] for entry in load_suite("demo-small")["orders"].values()]
+    assert {order[0] for order in orders} == {order[-1] for order in orders} == set(orders[0])
+
+
+def test_demo_long_is_twenty_two_tasks_that_share_no_class():
+    suite = load_suite("demo-long")
+    config = load_config({"suite": "demo-long", "method": "lora", "output": "unused"})
+    tasks = [load_task(spec, suite_folder()) for spec in config.tasks]
+    assert [task.name for task in tasks] == learned(suite)
+    assert len(tasks) == 22
+    assert {len(task.classes) for task in tasks} == {2, 3}
+    classes = [(task.templates[0], name) for task in tasks for name in task.classes]
+    assert len(classes) == len(set(classes)) == 49  # every class of the demo suite, once
+    assert [task.warnings for task in tasks] == [[]] * 22
+    assert all(28 <= len(task.train) <= 48 and 14 <= len(task.test) <= 24 for task in tasks)
+    chance = sum(1 / len(task.classes) for task in tasks) / len(tasks)
+    assert f"chance is {100 * chance:.0f} percent" in suite["description"]
 
 
 def test_mtil_is_the_published_protocol():
@@ -217,8 +263,8 @@ def test_a_broken_suite_is_refused_with_a_sentence(own, text, message):
     [
         (
             "no.yaml",
-            r"no\.yaml: no such suite file \(packaged suites: cl-vista, demo, demo-small, mllm-dcl, mtil, ucit, video, "
-            r"vqa, x-tail\)",
+            r"no\.yaml: no such suite file \(packaged suites: cl-vista, demo, demo-long, demo-small, mllm-dcl, mtil, ucit, "
+            r"video, vqa, x-tail\)",
         ),
         ("folder/", "is a folder; name the suite's YAML file in it"),
     ],

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+MOST_TASKS = 12
+"""A matrix of more tasks is told in means: its columns would be cut to a digit each."""
+
+
 def _runs(results: Sequence[Mapping[str, Any]]) -> list[Run]:
     return [Run(path=Path(str(one.get("name") or "run")), results=dict(one)) for one in results]
 
@@ -80,7 +84,10 @@ def scorer_note(run: Run) -> str:
 
 
 def matrix_table(results: Mapping[str, Any]) -> Table:
-    """One run's matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold."""
+    """One run's matrix: a row per moment, a column per task, then the probe sets; a task just learned is bold.
+
+    Of more than `MOST_TASKS` tasks the columns are means, since no terminal is that wide; the report has the whole matrix.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -95,16 +102,31 @@ def matrix_table(results: Mapping[str, Any]) -> Table:
         caption=Text(note) if note else None, caption_justify="left",
     )  # fmt: skip
     table.add_column("moment", no_wrap=True)
-    for name in run.tasks:
+    shortened = len(run.tasks) > MOST_TASKS
+    for name in ("just learned", "mean of learned", "mean of those to come") if shortened else run.tasks:
         table.add_column(Text(name), justify="right")
     for name in run.probes:
         table.add_column(Text(f"{name} (probe)"), justify="right", style="dim")
     for i, row in enumerate(run.accuracy):
         moment = "before" if i == 0 else f"after {run.tasks[i - 1]}" if i <= len(run.tasks) else f"after {i}"
         probes = run.probe_accuracy[i] if i < len(run.probe_accuracy) else [None] * len(run.probes)
-        cells = [Text(number(value), style="bold" if j == i - 1 else "") for j, value in enumerate(row)]
+        values = _means(row, i) if shortened else row
+        cells = [
+            Text(number(value), style="bold" if not shortened and j == i - 1 else "") for j, value in enumerate(values)
+        ]
         table.add_row(Text(moment), *cells, *(Text(number(value)) for value in probes))
     return table
+
+
+def _means(row: Sequence[float | None], learned: int) -> list[float | None]:
+    """The task just learned, the mean of all learned, the mean of those to come.
+
+    >>> _means([90.0, 80.0, 30.0, 10.0], 2), _means([None, None], 1)
+    ([80.0, 85.0, 20.0], [None, None, None])
+    """
+    sides = ([value for value in side if value is not None] for side in (row[:learned], row[learned:]))
+    just = row[learned - 1] if 0 < learned <= len(row) else None
+    return [just, *(sum(side) / len(side) if side else None for side in sides)]
 
 
 def answers_tables(run_dir: Path) -> list[Table]:

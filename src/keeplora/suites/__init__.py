@@ -35,7 +35,7 @@ def suite_names() -> list[str]:
     """Every packaged suite, sorted.
 
     >>> suite_names()
-    ['cl-vista', 'demo', 'demo-small', 'mllm-dcl', 'mtil', 'ucit', 'video', 'vqa', 'x-tail']
+    ['cl-vista', 'demo', 'demo-long', 'demo-small', 'mllm-dcl', 'mtil', 'ucit', 'video', 'vqa', 'x-tail']
     """
     return sorted(path.stem for path in suite_folder().glob("*.yaml"))
 
