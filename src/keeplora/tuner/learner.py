@@ -17,6 +17,7 @@ from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
+from keeplora.tuner.allocation import pooled_weight_energies
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.basis_cache import weight_subspace
@@ -32,6 +33,7 @@ from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect, same_update
 from keeplora.tuner.sampling import check_repeatable
+from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
@@ -117,6 +119,8 @@ class ContinualLearner(TaskHistory):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
+            if energy and self.config.energy_allocation == "pooled":
+                energy = pooled_weight_energies(self.targets, self.store, energy)
             self._U = Bases.of(
                 self.store.per_weight(
                     "the bases of the weights", list(energy), lambda n, W0: weight_subspace(W0, energy[n])
@@ -387,13 +391,15 @@ class ContinualLearner(TaskHistory):
         started = time.perf_counter()
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
-        report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets")
+        least = None if self.config.rank_allocation == "uniform" else 1
+        report_capacity(task, self.targets, A, "lower energy_features or energy_weights, or add targets", least=least)
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
-        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)
+        targets = scaled_targets(self, task, A)
+        task.adapter = TaskAdapter(self.model, targets, A, trainable_A=self.trains_A, shard=self.shards_B)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model
