@@ -87,6 +87,9 @@ class Hooks:
     def largest_update(self):
         return self.largest
 
+    def midway(self):
+        return []
+
     def after_step(self):
         pass
 

@@ -30,7 +30,9 @@ def test_they_have_the_lines_mean_square_and_are_what_the_adapter_learned_with()
         assert max(found) <= min(found) / 0.2 + 1e-9
         assert found != pytest.approx(list(line.values()), rel=1e-3)
     for t in learner.targets:
-        assert record.factors[t.name].s == pytest.approx(record.info["layer_scales"][t.tower][str(t.depth)] * t.lora_alpha / t.r)
+        assert record.factors[t.name].s == pytest.approx(
+            record.info["layer_scales"][t.tower][str(t.depth)] * t.lora_alpha / t.r
+        )
     assert "layer_scales" not in plain.records[0].info
 
 
@@ -40,7 +42,9 @@ def test_a_block_that_moves_the_output_more_is_given_less():
         with torch.no_grad():
             for p in net.encoder.layers[1].mix.parameters():  # behind q, k and v of the second block
                 p.mul_(factor)
-        found = scales(learn(ContinualLearner(net, config(target_modules=["q", "k", "v"], gamma=0.01, **MEASURED)), "a", 0))
+        found = scales(
+            learn(ContinualLearner(net, config(target_modules=["q", "k", "v"], gamma=0.01, **MEASURED)), "a", 0)
+        )
         return found[1] / found[0]
 
     assert amplified(10.0) < 0.5 * amplified(1.0)
@@ -90,7 +94,9 @@ def test_a_tower_that_the_feature_pass_does_not_differentiate_is_named():
 
 
 def test_per_tower_and_without_depth():
-    learner = learn(ContinualLearner(make_towers(), config(schedule={"vision": "measured", "default": "linear"})), "a", 0)
+    learner = learn(
+        ContinualLearner(make_towers(), config(schedule={"vision": "measured", "default": "linear"})), "a", 0
+    )
     assert list(learner.records[0].info["layer_scales"]) == ["vision_model"]
     flat = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
     learner = ContinualLearner(flat, config(target_modules=["0"], **MEASURED))

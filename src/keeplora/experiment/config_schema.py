@@ -81,6 +81,9 @@ class TunerConfig(Section):
         default="uniform",
         description="how a tower's ranks are shared out over its layers, at the same trained parameters",
     )
+    refresh_factor: bool = Field(
+        default=False, description="take half of A's rows at the task's half, from the gradient that is left then"
+    )
     energy_allocation: Literal["uniform", "pooled"] = Field(
         default="uniform", description="whether every layer reaches energy_weights and energy_features, or a tower as a whole "
         "spends as many bytes on the directions that explain most"

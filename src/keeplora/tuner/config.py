@@ -80,6 +80,11 @@ class KeepLoraConfig:
         "loss decrease) or share (σ² / ‖Ĝ‖²).",
         "uniform",
     )
+    refresh_factor: bool = _help(
+        "Take half of A's rows at the task's half, from the gradient that is left then outside U and the rows that are there; a "
+        "training loop of one's own calls the learner's midway().",
+        False,
+    )
     energy_allocation: str = _help(
         "How a tower's protected directions are shared out over its layers: uniform (every layer reaches ε_w, ε_f), or pooled "
         "(as many bytes as that takes go to the directions that explain most per byte, whichever layer they belong to).",
@@ -159,6 +164,8 @@ class KeepLoraConfig:
         for name, kinds in (("rank_allocation", RANK_ALLOCATIONS), ("energy_allocation", ENERGY_ALLOCATIONS)):
             if (value := getattr(self, name)) not in kinds:
                 raise ConfigError(f"{name}: unknown kind {value!r}{did_you_mean(str(value), kinds)}")
+        if not isinstance(self.refresh_factor, bool):
+            raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
         if self.memory not in MEMORIES:
             raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
         if self.residual_gradient not in RESIDUAL_GRADIENTS:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeplora.errors import KeepLoraError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
@@ -32,6 +32,7 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect, same_update
+from keeplora.tuner.refresh import leading_half, refresh, without_free_rows
 from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
@@ -101,6 +102,7 @@ class ContinualLearner(TaskHistory):
         self.config = config
         self.base_name, self.base_revision = base_name, base_revision
         self.options = make_options(self.Options, config.options)
+        self._check_choice_of_A()
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
@@ -321,6 +323,15 @@ class ContinualLearner(TaskHistory):
     def after_step(self) -> None:
         """What the method does to the weights after each optimiser step; a training loop calls it there."""
 
+    def midway(self) -> list[nn.Parameter]:
+        """What the method does at a task's half; a training loop calls it after half of its steps (`refresh_factor`).
+
+        Returns:
+            The parameters whose state the optimiser is to forget: ``optimizer.state.pop(p, None)``.
+        """
+        task = self._require_open()
+        return refresh(self, task) if self.config.refresh_factor and task.adapter is not None else []
+
     def largest_update(self) -> tuple[str, float] | None:
         """(layer, ‖s B A‖_F / ‖W₀‖_F) of the open task where that is largest; None where no LoRA trains."""
         adapter = self._require_open().adapter
@@ -374,6 +385,17 @@ class ContinualLearner(TaskHistory):
         """What the learned tasks cost at inference: nothing where they are merged, an adapter beside a quantised base."""
         return self.store.serving_cost()
 
+    def _check_choice_of_A(self) -> None:
+        """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
+        if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
+            return
+        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False)):
+            if getattr(self.config, name) != default:
+                raise ConfigError(
+                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
+                    f"{type(self).__name__} has another; leave it at {default}"
+                )
+
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
 
     def _make_store(self) -> WeightStore:
@@ -397,6 +419,8 @@ class ContinualLearner(TaskHistory):
 
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
+        if self.config.refresh_factor and task.saved is None:
+            A = leading_half(A)
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
         targets = scaled_targets(self, task, A)
         task.adapter = TaskAdapter(self.model, targets, A, trainable_A=self.trains_A, shard=self.shards_B)
@@ -406,7 +430,10 @@ class ContinualLearner(TaskHistory):
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         assert task.adapter is not None
-        return TaskRecord(task.name, factors=task.adapter.factors())
+        factors = task.adapter.factors()
+        return TaskRecord(
+            task.name, factors=without_free_rows(task, factors) if self.config.refresh_factor else factors
+        )
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""

@@ -6,7 +6,7 @@ With f(x) what a tower returns for a sample (pooled, where it pools), and A a ta
 
 by how much, squared and to first order, the outputs move where every entry of the block's B moves by a unit at random: AdamW's
 steps on B are of one size in all layers. Neither labels nor data of other tasks are asked for. One random sign per output number
-of a sample, v, goes through one backward pass: E ‖∂(Σ_n v_n·f(x_n))/∂W · Aᵀ‖² is that sum, since the signs of different samples are
+of a sample, v, goes through one backward pass: E ‖∂(Σ_n v_n·f(x_n))/∂W · Aᵀ‖² is that sum, for the signs of different samples are
 independent (Hutchinson's estimator). What is held is (out, r) per layer. The signs depend on how many processes share the data:
 their scales agree with one process's within the estimate's error, a few percent, and with each other exactly.
 """

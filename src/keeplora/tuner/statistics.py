@@ -87,6 +87,11 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     return allotted(own, {n: A for n, (A, _) in found.items()}, {n: value for n, (_, value) in found.items()})
 
 
+def residual_gradients(learner: ContinualLearner, task: OpenTask, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """What `residual_factor` takes, per target, at the model's present weights: with the open task's adapter, where it is in."""
+    return gradients_for_factor(learner, task, targets, _batches(learner, task, None))
+
+
 def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
     """G of every target over the task's data at the model's present weights, to be remembered (M8g)."""
     tolerance, enough = learner.config.statistics_tolerance, None
