@@ -32,6 +32,7 @@ from keeplora.tuner.weights import WeightStore
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
+    from keeplora.tuner.ledger import TaskRecord
     from keeplora.tuner.task import OpenTask
 
 SCALES = "layer_scales"
@@ -73,6 +74,15 @@ def _measure(
         scales = measured_scales(drifts, [linear[d] for d in depths], learner.config.for_tower("gamma", name))
         found[name] = {str(d): s for d, s in zip(depths, scales, strict=True)}
     return found
+
+
+def latest_scale(records: Sequence[TaskRecord], target: Target) -> float:
+    """The scale at which a target learned last: measured for the newest task that has such scales, or its own."""
+    for record in reversed(records):
+        told = record.info.get(SCALES, {}).get(target.tower, {})
+        if (scale := told.get(str(target.depth))) is not None:
+            return scale
+    return target.scale
 
 
 class _ResponseObserver(GradientObserver):
