@@ -111,6 +111,17 @@ class ContinualLearner(TaskHistory):
             check_budget(self.U, config)
             ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
 
+    def _check_choice_of_A(self) -> None:
+        """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
+        if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
+            return
+        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False)):
+            if getattr(self.config, name) != default:
+                raise ConfigError(
+                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
+                    f"{type(self).__name__} has another; leave it at {default}"
+                )
+
     # ---- the state of the method -------------------------------------------------------------------------------
 
     @property
@@ -384,17 +395,6 @@ class ContinualLearner(TaskHistory):
     def serving_cost(self) -> ServingCost:
         """What the learned tasks cost at inference: nothing where they are merged, an adapter beside a quantised base."""
         return self.store.serving_cost()
-
-    def _check_choice_of_A(self) -> None:
-        """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
-        if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
-            return
-        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False)):
-            if getattr(self.config, name) != default:
-                raise ConfigError(
-                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
-                    f"{type(self).__name__} has another; leave it at {default}"
-                )
 
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
 
