@@ -74,6 +74,15 @@ def assert_same(path: Path, straight: Path) -> None:
 CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("keeplora++", {}, PAINT + 3, "kill"),  # at the end of the first epoch
     ("keeplora++", {"tuner": {"residual_gradient": "sketch", "sketch_oversampling": 2}}, PAINT + 5, "kill"),
+    (
+        "keeplora++",
+        {"tuner": {"rank_allocation": "gain", "energy_allocation": "pooled", "schedule": "measured"}},
+        PAINT + 5,
+        "kill",
+    ),
+    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "kill"),  # a step before A's second half
+    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 5, "kill"),  # behind it
+    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "term"),  # at it
     ("keeplora++-cls", {}, PAINT + 5, "kill"),
     ("keeplora++-cls", VALIDATED, 8, "term"),
     ("lora", VALIDATED, 9 + 5, "int"),
@@ -91,7 +100,9 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "changes", "at", "how"), CASES, ids=[f"{c[0]}-{c[2]}-{c[3]}" for c in CASES])
+@pytest.mark.parametrize(
+    ("method", "changes", "at", "how"), CASES, ids=[f"{c[0]}-{c[2]}-{c[3]}-{i}" for i, c in enumerate(CASES)]
+)
 def test_every_method_goes_on_inside_a_task_and_ends_with_the_same_bits(
     world, tmp_path, monkeypatch, method, changes, at, how
 ):

@@ -8,6 +8,7 @@ import torch
 import keeplora.tuner.statistics as statistics
 from keeplora import ContinualLearner
 from keeplora.errors import CapacityError, ConfigError
+from keeplora.methods import get_method
 from keeplora.tuner.passes import collect_features
 from tests.tuner.blocks import config, loader, loss_fn, make_net, make_towers, train
 
@@ -91,6 +92,13 @@ def test_with_passes_that_may_end_early():
     learner = ContinualLearner(make_net(), config(energy_before=0.8, statistics_tolerance=0.5))
     learner.start_task("one", loader(24), loss_fn)
     assert set(learner._open.info["statistics"]) == {"gradient", "features before"}
+
+
+def test_refused_where_a_comes_from_elsewhere_or_is_taken_again():
+    with pytest.raises(ConfigError, match="energy_before is for the methods whose A comes from the residual gradient"):
+        get_method("lora").learner(make_net(), config(energy_before=0.5))
+    with pytest.raises(ConfigError, match="turn one of them off"):
+        config(energy_before={"default": 0.5}, refresh_factor=True)
 
 
 def test_nothing_left_is_said_with_the_remedy():

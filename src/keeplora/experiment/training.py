@@ -96,7 +96,8 @@ class _Loop:
 
     def run(self) -> TrainingLog:
         self.optimizer = make_optimizer(self.parameters, self.config)
-        self.scheduler = make_scheduler(self.optimizer, self.config, self.epochs * len(self.batches))
+        self.total = self.epochs * len(self.batches)
+        self.scheduler = make_scheduler(self.optimizer, self.config, self.total)
         if self.keeper is not None and self.keeper.saved is not None:
             self._go_on(self.keeper.saved)
             self.keeper.saved[0].clear()  # its tensors need not be held any longer
@@ -191,6 +192,9 @@ class _Loop:
             sums.right = (sums.right or 0) + tally.right
         sums.seen += tally.samples
         state.step += 1
+        if self.total > 1 and self._steps() == (self.total + 1) // 2:
+            for p in self.hooks.midway():
+                self.optimizer.state.pop(p, None)
         sums.seconds = time.perf_counter() - self.epoch_started
         self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy(), data_wait=sums.data_wait)
         if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):

@@ -20,6 +20,7 @@ from keeplora.tuner.leaks.state import layer_states, position
 from keeplora.tuner.leaks.table import TableText, as_text
 from keeplora.tuner.leaks.weights import Depth, merged_rows
 from keeplora.tuner.quantised import quantisation
+from keeplora.tuner.sensitivity import latest_scale
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -103,7 +104,7 @@ def layer_rows(learner: ContinualLearner, tasks: Sequence[str] | None = None) ->
         rows.append(
             {
                 "layer": t.name, "tower": t.tower, "depth": t.depth, "blocks": t.blocks, "in": t.n_in, "out": t.n_out,
-                "scale": t.scale, "used": used, "rank": ranks,
+                "scale": latest_scale(learner.records, t), "used": used, "rank": ranks,
             }
         )  # fmt: skip
     return rows
@@ -121,9 +122,9 @@ def summary_table(learner: ContinualLearner) -> TableText:
     used = learner.U.dims()
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
-        short = t.name.removeprefix(t.tower).lstrip(".")
+        short, scale = t.name.removeprefix(t.tower).lstrip("."), latest_scale(learner.records, t)
         table.add_row(
-            t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
-            f"{used.get(t.name, 0)}/{t.n_in}",
+            t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{scale:.2f}", str(t.r),
+            f"{scale * t.lora_alpha / t.r:.3f}", f"{used.get(t.name, 0)}/{t.n_in}",
         )  # fmt: skip
     return as_text(table, notes)

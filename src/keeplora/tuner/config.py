@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from keeplora.errors import ConfigError, did_you_mean
-from keeplora.math import SCHEDULES
+from keeplora.math import MEASURED, SCHEDULES
 
 ROLE_KEYS = ("vision", "text", "language", "default")
 """Keys of per-tower mappings that may name a tower the model lacks: they come from presets that serve many families."""
 
 MEMORIES = ("features", "gradients")
 RESIDUAL_GRADIENTS = ("auto", "exact", "sketch")
+RANK_ALLOCATIONS = ("uniform", "gain", "share")
+ENERGY_ALLOCATIONS = ("uniform", "pooled")
 WHEN_FULL = ("shrink", "freeze", "raise")
 
 SKETCH_NEEDS_FEATURES = (
@@ -78,7 +80,25 @@ class KeepLoraConfig:
         "γ, per tower: scale of the shallowest block (M6); 1 is KeepLoRA, 0.2 KeepLoRA++.", 0.2
     )
     schedule: str | Sequence[float] | Mapping[str, Any] = _help(
-        "Layer scales over depth, per tower: linear (M6), constant, or a list with one number per block.", "linear"
+        "Layer scales over depth, per tower: linear (M6), constant, measured (from each block's effect on its tower's output, at "
+        "linear's mean square), or a list with one number per block.",
+        "linear",
+    )
+    rank_allocation: str = _help(
+        "How a tower's ranks are shared out over its layers, at the number of trained parameters that r everywhere has: uniform "
+        "(r everywhere), or 1 to 4 r by what each direction of the residual gradient is worth: gain (s² σ², the first step's "
+        "loss decrease) or share (σ² / ‖Ĝ‖²).",
+        "uniform",
+    )
+    refresh_factor: bool = _help(
+        "Take half of A's rows at the task's half, from the gradient that is left then outside U and the rows that are there; a "
+        "training loop of one's own calls the learner's midway().",
+        False,
+    )
+    energy_allocation: str = _help(
+        "How a tower's protected directions are shared out over its layers: uniform (every layer reaches ε_w, ε_f), or pooled "
+        "(as many bytes as that takes go to the directions that explain most per byte, whichever layer they belong to).",
+        "uniform",
     )
     memory: str = _help("What joins the subspace after a task: features (M8) or gradients (M8g).", "features")
     gradient_samples: int | None = _help(
@@ -153,8 +173,18 @@ class KeepLoraConfig:
                 "keep_covariance keeps the exact covariances, which covariance_sketch does not make: turn one of them off"
             )
         for value in self._values("schedule"):
-            if isinstance(value, str) and value not in SCHEDULES:
-                raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")
+            if isinstance(value, str) and value not in (known := (*SCHEDULES, MEASURED)):
+                raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, known)}")
+        for name, kinds in (("rank_allocation", RANK_ALLOCATIONS), ("energy_allocation", ENERGY_ALLOCATIONS)):
+            if (value := getattr(self, name)) not in kinds:
+                raise ConfigError(f"{name}: unknown kind {value!r}{did_you_mean(str(value), kinds)}")
+        if not isinstance(self.refresh_factor, bool):
+            raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
+        if self.refresh_factor and any(value > 0 for value in self._values("energy_before")):
+            raise ConfigError(
+                "refresh_factor takes directions in the middle of a task that energy_before would have to be measured for anew: "
+                "turn one of them off"
+            )
         if self.memory not in MEMORIES:
             raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
         if self.residual_gradient not in RESIDUAL_GRADIENTS:

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeplora.errors import KeepLoraError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
+from keeplora.tuner.allocation import pooled_weight_energies
 from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.basis_cache import weight_subspace
@@ -31,7 +32,9 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
 from keeplora.tuner.protect import check_budget, protect, same_update
+from keeplora.tuner.refresh import leading_half, refresh, without_free_rows
 from keeplora.tuner.sampling import check_repeatable
+from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
@@ -100,6 +103,7 @@ class ContinualLearner(TaskHistory):
         self.config = config
         self.base_name, self.base_revision = base_name, base_revision
         self.options = make_options(self.Options, config.options)
+        self._check_choice_of_A()
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
@@ -107,6 +111,17 @@ class ContinualLearner(TaskHistory):
         if ledger is not None:
             check_budget(self.U, config)
             ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
+
+    def _check_choice_of_A(self) -> None:
+        """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
+        if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
+            return
+        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_before", 0.0)):
+            if getattr(self.config, name) != default:
+                raise ConfigError(
+                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
+                    f"{type(self).__name__} has another; leave it at {default}"
+                )
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
@@ -118,6 +133,8 @@ class ContinualLearner(TaskHistory):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
+            if energy and self.config.energy_allocation == "pooled":
+                energy = pooled_weight_energies(self.targets, self.store, energy)
             self._U = Bases.of(
                 self.store.per_weight(
                     "the bases of the weights", list(energy), lambda n, W0: weight_subspace(W0, energy[n])
@@ -320,6 +337,15 @@ class ContinualLearner(TaskHistory):
     def after_step(self) -> None:
         """What the method does to the weights after each optimiser step; a training loop calls it there."""
 
+    def midway(self) -> list[nn.Parameter]:
+        """What the method does at a task's half; a training loop calls it after half of its steps (`refresh_factor`).
+
+        Returns:
+            The parameters whose state the optimiser is to forget: ``optimizer.state.pop(p, None)``.
+        """
+        task = self._require_open()
+        return refresh(self, task) if self.config.refresh_factor and task.adapter is not None else []
+
     def largest_update(self) -> tuple[str, float] | None:
         """(layer, ‖s B A‖_F / ‖W₀‖_F) of the open task where that is largest; None where no LoRA trains."""
         adapter = self._require_open().adapter
@@ -390,20 +416,28 @@ class ContinualLearner(TaskHistory):
         started = time.perf_counter()
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
-        report_capacity(task, self.targets, A, "lower energy_features, energy_weights or energy_before, or add targets")
+        least = None if self.config.rank_allocation == "uniform" else 1
+        remedy = "lower energy_features, energy_weights or energy_before, or add targets"
+        report_capacity(task, self.targets, A, remedy, least=least)
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
+        if self.config.refresh_factor and task.saved is None:
+            A = leading_half(A)
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
-        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)
+        targets = scaled_targets(self, task, A)
+        task.adapter = TaskAdapter(self.model, targets, A, trainable_A=self.trains_A, shard=self.shards_B)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         assert task.adapter is not None
-        return TaskRecord(task.name, factors=task.adapter.factors())
+        factors = task.adapter.factors()
+        return TaskRecord(
+            task.name, factors=without_free_rows(task, factors) if self.config.refresh_factor else factors
+        )
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from keeplora.errors import CapacityError
 from keeplora.math import Subspace, residual_factor
 from keeplora.tuner import ranks
+from keeplora.tuner.allocation import allotted, most_rank, worth
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, growth
 from keeplora.tuner.observers import FeatureObserver
 from keeplora.tuner.passes import collect_features, collect_gradients
@@ -30,14 +32,9 @@ def task_features(
 
     ``exact``: C itself also where the config asks for a sketch. ``field``: which share of C it is taken for.
     """
-    config, batches = learner.config, task.feature_batches
+    config = learner.config
     tolerance, enough = config.statistics_tolerance, None
-    if batches is None:
-        batches = statistics_batches(
-            task.batches, config.feature_samples, config.seed, task.labels, endable=tolerance is not None
-        )
-    elif ranks.active() and isinstance(batches, DataLoader):
-        batches = statistics_batches(batches, None, config.seed)
+    batches = feature_batches(learner, task, endable=tolerance is not None)
     if tolerance is not None:
         enough = Enough(tolerance, BasisChange(learner.U.subspace, lambda name: learner.feature_energy(name, field)))
     found = collect_features(
@@ -46,6 +43,16 @@ def task_features(
     )  # fmt: skip
     _note(task, "features" if field == "energy_features" else "features before", enough)
     return found
+
+
+def feature_batches(learner: ContinualLearner, task: OpenTask, *, endable: bool = False) -> Iterable[Any]:
+    """Of the feature pass; of several processes each gets its own share."""
+    config, batches = learner.config, task.feature_batches
+    if batches is None:
+        return statistics_batches(task.batches, config.feature_samples, config.seed, task.labels, endable=endable)
+    if ranks.active() and isinstance(batches, DataLoader):
+        return statistics_batches(batches, None, config.seed)
+    return batches
 
 
 def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subspace]:
@@ -70,17 +77,38 @@ def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subsp
 def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
     """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
     tolerance, room = learner.config.statistics_tolerance, shielded(learner, task)
-    targets = [t for t in learner.targets if t.name not in task.frozen]
+    kind = learner.config.rank_allocation
+    allots = kind != "uniform"
+    own = [t for t in learner.targets if t.name not in task.frozen]
+    targets = [replace(t, r=most_rank(t)) for t in own] if allots else own
     change = FactorChange(targets, room)
     enough = None if tolerance is None else Enough(tolerance, change)
     G = gradients_for_factor(learner, task, targets, gradient_batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
-    if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
+    settled = enough is not None and enough.checked == enough.samples  # the comparison that ended the pass has made A
+    if settled and not allots:
         return change.A
     rank_of = {t.name: t.r for t in targets}
-    return ranks.spread(
-        "the residual gradients", list(rank_of), lambda n: residual_factor(G.pop(n).cpu(), room(n), rank_of[n])
-    )
+    if not allots:
+        return ranks.spread(
+            "the residual gradients",
+            list(rank_of),
+            lambda n: residual_factor(G.pop(n).cpu(), room(n), rank_of[n]),
+        )
+    target_of = {t.name: t for t in own}
+
+    def factor(name: str) -> tuple[Tensor, Tensor]:
+        M, S = G.pop(name).cpu(), room(name)
+        A = change.A[name] if settled else residual_factor(M, S, rank_of[name])
+        return A, worth(kind, target_of[name], M, A, S)
+
+    found = ranks.spread("the residual gradients", list(rank_of), factor)
+    return allotted(own, {n: A for n, (A, _) in found.items()}, {n: value for n, (_, value) in found.items()})
+
+
+def residual_gradients(learner: ContinualLearner, task: OpenTask, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """What `residual_factor` takes, per target, at the model's present weights: with the open task's adapter, where it is in."""
+    return gradients_for_factor(learner, task, targets, gradient_batches(learner, task))
 
 
 def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
@@ -113,18 +141,21 @@ def _note(task: OpenTask, what: str, enough: Enough | None) -> None:
         task.info["statistics"] = {**task.info.get("statistics", {}), what: enough.report()}
 
 
-def report_capacity(task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str) -> None:
+def report_capacity(
+    task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str, *, least: int | None = None
+) -> None:
     """Note in the task's info which targets got a lower rank than configured and which none; warn of the latter.
 
     Args:
-        A: per target, (r', in); a frozen one may be left out. remedy: what to change, the end of the error's sentence.
+        A: per target, (r', in); a frozen one may be left out. least: a rank that is not too low, where it is chosen per layer;
+            None: the configured one. remedy: what to change, the end of the error's sentence.
 
     Raises:
         CapacityError: no target has a direction left.
     """
     frozen = [t.name for t in targets if t.name in task.frozen]
     asked = [t for t in targets if t.name not in task.frozen]
-    shrunk = [t.name for t in asked if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
+    shrunk = [t.name for t in asked if 0 < A[t.name].shape[0] < (least or min(t.r, t.n_in, t.n_out))]
     out = [t.name for t in asked if A[t.name].shape[0] == 0]
     if len(out) == len(asked):
         raise CapacityError(
