@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -37,7 +38,7 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
     elif ranks.active() and isinstance(batches, DataLoader):
         batches = statistics_batches(batches, None, config.seed)
     if tolerance is not None:
-        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy))
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, algebra=learner.algebra))
     found = collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
         None if exact else config.covariance_sketch,
@@ -50,23 +51,29 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
     tolerance, U = learner.config.statistics_tolerance, learner.U
     targets = [t for t in learner.targets if t.name not in task.frozen]
-    change = FactorChange(targets, U.subspace)
+    change = FactorChange(targets, U.subspace, learner.algebra)
     enough = None if tolerance is None else Enough(tolerance, change)
     G = gradients_for_factor(learner, task, targets, _batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
     if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made them
         return change.A
     rank_of = {t.name: t.r for t in targets}
-    return ranks.spread(
-        "the residual gradients", list(rank_of), lambda n: residual_factor(G.pop(n).cpu(), U.subspace(n), rank_of[n])
-    )
+
+    def factor(name: str, device: torch.device) -> Tensor:
+        A = residual_factor(G[name].to(device), U.subspace(name).to(device), rank_of[name]).cpu()
+        del G[name]
+        return A
+
+    return learner.algebra.spread("the residual gradients", list(rank_of), factor, lambda name: G[name].device)
 
 
 def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
     """G of every target over the task's data at the model's present weights, to be remembered (M8g)."""
     tolerance, enough = learner.config.statistics_tolerance, None
     if tolerance is not None:
-        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True))
+        enough = Enough(
+            tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True, algebra=learner.algebra)
+        )
     G = collect_gradients(
         learner.model,
         learner.targets,
