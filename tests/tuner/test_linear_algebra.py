@@ -69,13 +69,14 @@ def test_any_other_error_is_raised() -> None:
 
 
 def test_float32_products_on_a_gpu_are_in_full() -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     try:
-        seen = OnGpu().one("a", GPU, lambda device: torch.backends.cuda.matmul.allow_tf32)
-        assert (seen, torch.backends.cuda.matmul.allow_tf32) == (False, True)
+        assert OnGpu().one("a", GPU, lambda device: matmul.fp32_precision) == "ieee"
+        assert matmul.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 # ---- the learner ---------------------------------------------------------------------------------------------------------
