@@ -146,7 +146,7 @@ def llama(scale: Scale = Scale()) -> Work:
 
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = {"target_modules": modules, "energy_weights": 0.6}
-    return Work(make, config, batches, batches, loss, forward, lambda batch: {})
+    return Work(make, config, batches, batches, loss, forward, lambda batch: {}, device=scale.device)
 
 
 def demo(scale: Scale = Scale()) -> Work:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from keeplora import ContinualLearner
 from keeplora.errors import KeepLoraError
 from keeplora.experiment import Experiment
+from keeplora.math.angles import principal_angles
 from tests.cli.tiny_world import World, ledger_tensors, the_world
 from tests.tuner import llama
 
@@ -83,6 +84,11 @@ def two_tasks(
     return learner
 
 
+def largest(U: Tensor, V: Tensor) -> float:
+    """Of the principal angles between the spans of the columns, in radians."""
+    return max(principal_angles(U, V).tolist(), default=0.0)
+
+
 def projector(columns: Tensor) -> Tensor:
     columns = columns.double().cpu()
     return columns @ columns.T
@@ -98,6 +104,65 @@ def test_the_same_task_as_on_the_cpu(mode: str) -> None:
         ours, theirs = (side.store.current(name).cpu() for side in (found, wanted))
         moved_by = float((theirs - llama.load().get_submodule(name).weight.detach()).norm())
         assert float((ours - theirs).norm()) <= 0.01 * moved_by, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_decomposed_on_the_gpu_as_on_the_cpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model on the GPU, its layers decomposed there and on the CPU; of the first task, whose statistics are the same."""
+    monkeypatch.setenv("KEEPLORA_NO_CACHE", "1")
+    sides = []
+    for place in ("auto", "cpu"):
+        learner = ContinualLearner(llama.load().cuda(), llama.config(**MODES[mode], linear_algebra=place))
+        assert learner.algebra.device(torch.device("cuda", 0)).type == ("cuda" if place == "auto" else "cpu")
+        U0 = {name: learner.U[name] for name in llama.LAYERS}
+        learn(learner, "first", 0)
+        sides.append((learner, U0))
+    (found, U0), (wanted, V0) = sides
+    for name in llama.LAYERS:
+        assert U0[name].device.type == "cpu"
+        assert U0[name].shape == V0[name].shape, name
+        assert largest(U0[name], V0[name]) <= 1e-3, name
+        one, other = (side.records[0].factors.get(name) for side in (found, wanted))
+        assert (one is None) == (other is None), name
+        if one is not None and other is not None:
+            assert one.A.device.type == "cpu"
+            assert one.A.shape == other.A.shape, name
+            assert largest(one.A.T, other.A.T) <= 1e-3, name
+            assert float((one.A.double() @ U0[name].double()).abs().max() if U0[name].numel() else 0.0) <= 1e-6, name
+        assert found.records[0].basis[name].shape == wanted.records[0].basis[name].shape, name
+        assert largest(found.U[name], wanted.U[name]) <= 1e-3, name
+
+
+def test_a_gpu_without_room_for_a_decomposition_leaves_it_to_the_cpu() -> None:
+    """In a process of its own: it limits what torch may take of the device."""
+    script = """
+import warnings
+import torch
+from torch import nn
+from keeplora import ContinualLearner, KeepLoraConfig
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2048, 2048, bias=False)).cuda()  # float64 of it takes 32 MiB
+def bases(place, room):
+    config = KeepLoraConfig(r=2, target_modules=["0"], energy_weights=0.5, linear_algebra=place)
+    learner = ContinualLearner(model, config)
+    if room:
+        torch.cuda.empty_cache()
+        limit = torch.cuda.memory_reserved() + room
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        U = learner.U["0"]
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return U, [str(w.message) for w in said if "did not decompose 0" in str(w.message)]
+short, said = bases("auto", 48 * 2**20)
+wanted, silent = bases("cpu", 0)
+assert len(said) == 1 and not silent, (said, silent)
+assert torch.equal(short, wanted)
+print("same")
+"""
+    environment = {**os.environ, "KEEPLORA_NO_CACHE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, env=environment)
+    assert "same" in done.stdout, done.stderr[-2000:]
 
 
 def test_bf16_weights_learn_inside_the_residual_and_come_back() -> None:

@@ -120,7 +120,7 @@ def test_the_weights_subspaces_pool_too():
 def test_pooled_weights_take_no_more_bytes_and_hold_more_energy():
     learner = ContinualLearner(make_net(blocks=3), config())
     energy = {t.name: 0.5 for t in learner.targets}
-    pooled = pooled_weight_energies(learner.targets, learner.store, energy)
+    pooled = pooled_weight_energies(learner.targets, learner.store, energy, learner.algebra)
     from keeplora.math import weight_basis
 
     def bytes_and_energy(of: Any) -> tuple[int, float]:
@@ -133,9 +133,9 @@ def test_pooled_weights_take_no_more_bytes_and_hold_more_energy():
     assert len(set(pooled.values())) > 1
     assert before[0] - 4 * 18 < after[0] <= before[0]
     assert after[1] > before[1] - 0.1
-    everything = pooled_weight_energies(learner.targets, learner.store, dict.fromkeys(energy, 1.0))
+    everything = pooled_weight_energies(learner.targets, learner.store, dict.fromkeys(energy, 1.0), learner.algebra)
     assert set(everything.values()) == {1.0}
-    nothing = pooled_weight_energies(learner.targets, learner.store, dict.fromkeys(energy, 0.0))
+    nothing = pooled_weight_energies(learner.targets, learner.store, dict.fromkeys(energy, 0.0), learner.algebra)
     assert set(nothing.values()) == {0.0}
 
 

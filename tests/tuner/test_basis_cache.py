@@ -61,7 +61,7 @@ def test_what_the_result_depends_on_is_in_the_name(folder, computed, monkeypatch
     changed[0, 0] += 1e-6
     for other, energy in ((changed, 0.3), (W, 0.31), (W.double(), 0.3), (W.reshape(40, 48), 0.3)):
         weight_subspace(other, energy)
-    monkeypatch.setattr(cache, "_computer", lambda: "another processor")
+    monkeypatch.setattr(cache, "_computer", lambda device: "another processor")
     weight_subspace(W, 0.3)
     assert len(computed) == len(files(folder)) == 6
 

@@ -119,6 +119,10 @@ class TunerConfig(Section):
         default=None,
         description="rows that stand for C where a layer's inputs are at least four times as wide; None: C itself",
     )
+    linear_algebra: Literal["auto", "cpu"] = Field(
+        default="auto",
+        description="where layers are decomposed: auto, on the GPU that the model is on; or cpu, on the CPU's cores",
+    )
     when_full: Literal["shrink", "freeze", "raise"] = Field(
         default="shrink", description="what becomes of a target without room for its rank"
     )

@@ -141,7 +141,7 @@ class ResidualSpace:
         held = S.held.detach().to(torch.float64)
         if S.by_complement:
             # float32 rounded it, and what is taken from it is to be orthonormal beyond that. R is near ± I: N hardly turns.
-            self._N = torch.linalg.qr(held).Q
+            self._N = torch.linalg.qr(held).Q if held.numel() else held
         elif S.k:
             R, tau = torch.geqrf(held)
             error = float((R[: S.k].triu().abs() - torch.eye(S.k, dtype=R.dtype, device=R.device)).abs().max())
@@ -163,6 +163,8 @@ class ResidualSpace:
             return self._N @ Y
         if self._reflectors is None:
             return Y
+        if Y.shape[1] == 0:
+            return Y.new_zeros((self.k + Y.shape[0], 0))
         return torch.ormqr(*self._reflectors, torch.cat([Y.new_zeros((self.k, Y.shape[1])), Y]))
 
 

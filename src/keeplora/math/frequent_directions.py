@@ -34,9 +34,14 @@ class CovarianceSketch:
     trace: float
     shed: float
 
-    def cpu(self) -> CovarianceSketch:
-        """The same on the CPU."""
-        return CovarianceSketch(self.B.cpu(), self.trace, self.shed)
+    @property
+    def device(self) -> torch.device:
+        """Where B lies."""
+        return self.B.device
+
+    def to(self, device: torch.device | str) -> CovarianceSketch:
+        """The same on another device."""
+        return CovarianceSketch(self.B.to(device), self.trace, self.shed)
 
     def shares(self, V: Tensor) -> Tensor:
         """Share of tr C along each column of V, at least: ‖B v‖² / tr C, (m,) float64. The truth is at most shed / tr C above."""

@@ -42,6 +42,10 @@ class Growth:
     old: Tensor | None
     new: Tensor
 
+    def cpu(self) -> Growth:
+        """The same on the CPU."""
+        return Growth(self.V.cpu(), self.share, None if self.old is None else self.old.cpu(), self.new.cpu())
+
 
 class Energy(Protocol):
     """A positive semi-definite C by what is asked of it."""

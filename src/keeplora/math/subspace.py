@@ -51,7 +51,7 @@ def smallest_rank(energies: Tensor, energy: float, *, total: float, already: flo
     goal = energy * total * (1 - RELATIVE_SLACK)
     if already >= goal:
         return 0
-    reached = already + torch.cumsum(energies, 0) >= goal
+    reached = already + torch.cumsum(energies.cpu(), 0) >= goal  # a GPU's cumsum may differ from one run to the next
     hits = torch.nonzero(reached)
     return int(hits[0]) + 1 if hits.numel() else int(energies.numel())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keeplora.math import Subspace, allot
 from keeplora.math.subspace import EPS32, smallest_rank
+from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
 
@@ -93,10 +94,12 @@ def pooled_counts(
 
 
 def pooled_weight_energies(
-    targets: Sequence[Target], store: WeightStore, energy: Mapping[str, float]
+    targets: Sequence[Target], store: WeightStore, energy: Mapping[str, float], algebra: LinearAlgebra
 ) -> dict[str, float]:
     """ε_w of each layer, with which a tower's U₀ (M1) together takes the bytes that ``energy`` in every layer would."""
-    spectra = store.per_weight("the spectra of the weights", list(energy), lambda _, W0: _energies(W0))
+    spectra = store.per_weight(
+        "the spectra of the weights", list(energy), lambda _, W0, device: _energies(W0.to(device)).cpu(), algebra
+    )
     out = {}
     for tower in by_tower(targets):
         values = [spectra[t.name] for t in tower]

@@ -27,6 +27,7 @@ from torch import Tensor
 from keeplora.files import atomic_write_bytes, cache_dir
 from keeplora.math import Subspace, orthonormality_error, weight_basis
 
+CPU = torch.device("cpu")
 RECIPE = 1
 """Raised whenever `weight_basis` or `Subspace.of` would give other bits for the same weight."""
 SMALLEST_SIDE = 256
@@ -39,25 +40,26 @@ _ORTHONORMAL = 1e-5
 _SLACK = 1e-4
 
 
-def weight_subspace(W: Tensor, energy: float) -> Subspace:
-    """M1's basis of W by its smaller side, as ``Subspace.of(weight_basis(W, energy))`` and bit for bit that.
+def weight_subspace(W: Tensor, energy: float, device: torch.device = CPU) -> Subspace:
+    """M1's basis of W by its smaller side, as ``Subspace.of(weight_basis(W, energy))`` and bit for bit that; on the CPU.
 
     Args:
-        W: (out, in), any float dtype. energy: ε_w in [0, 1].
+        W: (out, in), any float dtype. energy: ε_w in [0, 1]. device: where it is computed. Another device gives other bits, so a
+            basis is in the cache once for each that it was computed on.
     """
     if not 0 < energy <= 1 or W.ndim != 2 or min(W.shape) < SMALLEST_SIDE or not _enabled():
-        return _computed(W, energy)
-    key = _key(W, energy)
+        return _computed(W, energy, device)
+    key = _key(W, energy, device)
     path = _folder() / f"{key}.safetensors"
-    if (found := _read(path, key, W, energy)) is not None:
+    if (found := _read(path, key, W, energy, device)) is not None:
         return found
-    made = _computed(W, energy)
+    made = _computed(W, energy, device)
     _write(path, key, made)
     return made
 
 
-def _computed(W: Tensor, energy: float) -> Subspace:
-    S = Subspace.of(weight_basis(W, energy))
+def _computed(W: Tensor, energy: float, device: torch.device) -> Subspace:
+    S = Subspace.of(weight_basis(W.to(device), energy)).to(CPU)
     # As a file gives it: what is multiplied by a matrix laid out in another order comes out in other bits.
     return Subspace(S.held.contiguous(), S.by_complement)
 
@@ -76,22 +78,28 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _computer() -> str:
+def _computer(device: torch.device = CPU) -> str:
     """What the bits of a decomposition depend on beside its input."""
-    return json.dumps(
-        [
-            RECIPE,
-            torch.__version__,
-            platform.machine(),
-            torch.backends.cpu.get_cpu_capability(),
-            torch.__config__.show(),
-        ]
-    )
+    told: list[Any] = [
+        RECIPE,
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.__config__.show(),
+    ]
+    return json.dumps(told if device.type == "cpu" else [*told, *_gpu(device)])
 
 
-def _key(W: Tensor, energy: float) -> str:
+def _gpu(device: torch.device) -> list[Any]:
+    """The chip and the libraries of a CUDA device; which of several like it computes makes no difference."""
+    told = torch.cuda.get_device_properties(device)
+    library = str(torch.backends.cuda.preferred_linalg_library())
+    return [told.name, told.major, told.minor, torch.version.cuda, torch.version.hip, library]
+
+
+def _key(W: Tensor, energy: float, device: torch.device) -> str:
     W = W.detach().cpu()
-    digest = hashlib.sha256(json.dumps([_computer(), str(W.dtype), list(W.shape), float(energy)]).encode())
+    digest = hashlib.sha256(json.dumps([_computer(device), str(W.dtype), list(W.shape), float(energy)]).encode())
     digest.update(_bytes(W))
     return digest.hexdigest()
 
@@ -105,7 +113,7 @@ def _sum(held: Tensor) -> str:
     return hashlib.sha256(_bytes(held)).hexdigest()
 
 
-def _read(path: Path, key: str, W: Tensor, energy: float) -> Subspace | None:
+def _read(path: Path, key: str, W: Tensor, energy: float, device: torch.device) -> Subspace | None:
     """The subspace in a file, if it is whole and one of this weight; None otherwise."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -117,7 +125,7 @@ def _read(path: Path, key: str, W: Tensor, energy: float) -> Subspace | None:
     if not fits or told.get("key") != key or told.get("sha256") != _sum(held):
         return None
     S = Subspace(held, told.get("side") == "complement")
-    if not _is_basis(S, W, energy):
+    if not _is_basis(S.to(device), W.to(device), energy):
         return None
     with contextlib.suppress(OSError):
         os.utime(path)
@@ -128,7 +136,7 @@ def _is_basis(S: Subspace, W: Tensor, energy: float) -> bool:
     """Whether S is orthonormal and holds ε_w of W's energy: sums tell of bits alone, not of what wrote them."""
     if not torch.isfinite(S.held).all() or orthonormality_error(S.held) > _ORTHONORMAL:
         return False
-    W32 = W.detach().cpu().to(torch.float32)
+    W32 = W.detach().to(torch.float32)
     total, along = float(W32.square().sum()), float((W32 @ S.held).square().sum())
     return (total - along if S.by_complement else along) >= (energy - _SLACK) * total
 

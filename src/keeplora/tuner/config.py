@@ -16,6 +16,7 @@ MEMORIES = ("features", "gradients")
 RESIDUAL_GRADIENTS = ("auto", "exact", "sketch")
 RANK_ALLOCATIONS = ("uniform", "gain", "share")
 ENERGY_ALLOCATIONS = ("uniform", "pooled")
+LINEAR_ALGEBRA = ("auto", "cpu")
 WHEN_FULL = ("shrink", "freeze", "raise")
 
 SKETCH_NEEDS_FEATURES = (
@@ -125,6 +126,11 @@ class KeepLoraConfig:
         "explain is then a lower bound. None: C itself everywhere.",
         None,
     )
+    linear_algebra: str = _help(
+        "Where layers are decomposed (M1, M4, M8): auto (on the GPU that the model is on, where that is a CUDA device; on the "
+        "CPU's cores otherwise, and where the GPU is short of memory), or cpu. Results lie on the CPU in either case.",
+        "auto",
+    )
     when_full: str = _help(
         "What becomes of a target whose residual space has no room for its rank: shrink (the rank goes down to what is left, "
         "and where nothing is the target sits the task out), freeze (it is not adapted any more, from then on), or raise "
@@ -198,6 +204,10 @@ class KeepLoraConfig:
             "sketch_oversampling", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
             "be an integer of at least 0, or None for 3 r",
         )  # fmt: skip
+        if self.linear_algebra not in LINEAR_ALGEBRA:
+            raise ConfigError(
+                f"linear_algebra: unknown place {self.linear_algebra!r}{did_you_mean(str(self.linear_algebra), LINEAR_ALGEBRA)}"
+            )
         if self.when_full not in WHEN_FULL:
             raise ConfigError(
                 f"when_full: unknown policy {self.when_full!r}{did_you_mean(str(self.when_full), WHEN_FULL)}"

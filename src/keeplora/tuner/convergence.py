@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from keeplora.math import (
@@ -37,7 +38,7 @@ from keeplora.math import (
     shares,
     sketched_growth,
 )
-from keeplora.tuner.layerwise import over_layers
+from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.targets import Target
 
 START = 32
@@ -111,32 +112,36 @@ class FactorChange:
     """The gain of the first step that the A of the estimate before would miss at this one, over all layers.
 
     Args:
-        subspace: per target, the protected subspace.
+        subspace: per target, the protected subspace. algebra: where layers are decomposed.
     """
 
-    def __init__(self, targets: Sequence[Target], subspace: Callable[[str], Subspace]) -> None:
-        self._targets, self._subspace = targets, subspace
+    def __init__(
+        self, targets: Sequence[Target], subspace: Callable[[str], Subspace], algebra: LinearAlgebra | None = None
+    ) -> None:
+        self._targets = {t.name: t for t in targets}
+        self._subspace, self._algebra = subspace, algebra or LinearAlgebra()
         self.A: dict[str, Tensor] = {}
         """What the last estimate gave."""
 
     def __call__(self, estimate: Estimate) -> Moved | None:
-        def compare(t: Target) -> tuple[Tensor, float, float]:
-            G = estimate[t.name]
+        def compare(name: str, device: torch.device) -> tuple[Tensor, float, float]:
+            t, G = self._targets[name], estimate[name]
             assert isinstance(G, Tensor)
-            G = G.detach().cpu().double()
-            A = residual_factor(G, self._subspace(t.name), t.r)
-            before = self.A.get(t.name)
-            return A, _gain(G, A, t.s), 0.0 if before is None else _gain(G, before, t.s)
+            G = G.detach().to(device).double()
+            A = residual_factor(G, self._subspace(name).to(device), t.r)
+            before = self.A.get(name)
+            return A.cpu(), _gain(G, A, t.s), 0.0 if before is None else _gain(G, before.to(device), t.s)
 
-        found = over_layers(compare, self._targets)
+        names = list(self._targets)
+        found = self._algebra.over_layers(compare, names, lambda name: estimate[name].device)
         first = not self.A
-        self.A = {t.name: A for t, (A, _, _) in zip(self._targets, found, strict=True)}
+        self.A = {name: A for name, (A, _, _) in zip(names, found, strict=True)}
         if first:
             return None
         own = [max(0.0, 1.0 - had / best) if best > 0 else 0.0 for _, best, had in found]
         worst = max(range(len(found)), key=own.__getitem__)
         best, had = sum(gain for _, gain, _ in found), sum(gain for _, _, gain in found)
-        return Moved(max(0.0, 1.0 - had / best) if best > 0 else 0.0, self._targets[worst].name, own[worst])
+        return Moved(max(0.0, 1.0 - had / best) if best > 0 else 0.0, names[worst], own[worst])
 
 
 def _gain(G: Tensor, A: Tensor, s: float) -> float:
@@ -148,25 +153,28 @@ class BasisChange:
 
     Args:
         subspace: per target, U. energy: per target, ε_f. gradients: whether the estimate is of G (M8g) and not of C.
+        algebra: where layers are decomposed.
     """
 
     def __init__(
-        self, subspace: Callable[[str], Subspace], energy: Callable[[str], float], *, gradients: bool = False
-    ) -> None:
+        self, subspace: Callable[[str], Subspace], energy: Callable[[str], float], *, gradients: bool = False,
+        algebra: LinearAlgebra | None = None,
+    ) -> None:  # fmt: skip
         self._subspace, self._energy, self._gradients = subspace, energy, gradients
+        self._algebra = algebra or LinearAlgebra()
         self._V: dict[str, Tensor] = {}
 
     def __call__(self, estimate: Estimate) -> Moved | None:
-        def compare(name: str) -> tuple[Tensor, float]:
-            M = estimate[name].cpu()
-            found = growth(self._subspace(name), M, self._energy(name), gradients=self._gradients)
+        def compare(name: str, device: torch.device) -> tuple[Tensor, float]:
+            M = estimate[name].to(device)
+            found = growth(self._subspace(name).to(device), M, self._energy(name), gradients=self._gradients)
             if (before := self._V.get(name)) is None:
-                return found.V, 0.0
-            gap = float(found.new.sum() - explained(before, M, gradients=self._gradients).sum())
-            return found.V, max(0.0, gap) / max(1.0 - self._energy(name), LEAST_OPEN)
+                return found.V.cpu(), 0.0
+            gap = float(found.new.sum() - explained(before.to(device), M, gradients=self._gradients).sum())
+            return found.V.cpu(), max(0.0, gap) / max(1.0 - self._energy(name), LEAST_OPEN)
 
         names = list(estimate)
-        found = over_layers(compare, names)
+        found = self._algebra.over_layers(compare, names, lambda name: estimate[name].device)
         first = not self._V
         self._V = {name: V for name, (V, _) in zip(names, found, strict=True)}
         if first or not names:

@@ -27,6 +27,7 @@ from keeplora.tuner.free import FreeModules
 from keeplora.tuner.history import TaskHistory
 from keeplora.tuner.joining import join
 from keeplora.tuner.ledger import TaskRecord
+from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import NoOptions, make_options
@@ -107,6 +108,7 @@ class ContinualLearner(TaskHistory):
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
+        self.algebra = LinearAlgebra(config.linear_algebra)
         join(self)
         if ledger is not None:
             check_budget(self.U, config)
@@ -134,10 +136,13 @@ class ContinualLearner(TaskHistory):
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
             if energy and self.config.energy_allocation == "pooled":
-                energy = pooled_weight_energies(self.targets, self.store, energy)
+                energy = pooled_weight_energies(self.targets, self.store, energy, self.algebra)
             self._U = Bases.of(
                 self.store.per_weight(
-                    "the bases of the weights", list(energy), lambda n, W0: weight_subspace(W0, energy[n])
+                    "the bases of the weights",
+                    list(energy),
+                    lambda n, W0, device: weight_subspace(W0, energy[n], device),
+                    self.algebra,
                 )
             )
         return self._U

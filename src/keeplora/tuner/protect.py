@@ -61,8 +61,22 @@ def protect(
     for t in learner.targets:
         groups.setdefault((shared or {}).get(t.name, t.name), []).append(t.name)
     joined: dict[str, _Joined] = {}
+    taken: dict[str, Matrix] = {}
+
+    def take(name: str) -> Matrix:
+        """Kept until its group is done: where a GPU fails at it, the CPU needs it again."""
+        if name not in taken:
+            taken[name] = source(name)
+        return taken[name]
+
+    def join(leader: str, device: torch.device) -> dict[str, _Joined]:
+        found = _join(learner, groups[leader], take, device)
+        for name in groups[leader]:
+            taken.pop(name, None)
+        return found
+
     with opened(r.basis for r in U.records):
-        spread = ranks.spread("the new directions", list(groups), lambda leader: _join(learner, groups[leader], source))
+        spread = learner.algebra.spread("the new directions", list(groups), join, lambda leader: take(leader).device)
     for found in spread.values():
         joined |= found
     if config.energy_allocation == "pooled":
@@ -87,8 +101,13 @@ def protect(
     record.used = learner._U.dims()
 
 
-def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str], Matrix]) -> dict[str, _Joined]:
-    """`protect` for targets that share one C: where their U is the same too (no U₀, the same past), so is what they add."""
+def _join(
+    learner: ContinualLearner, names: Sequence[str], source: Callable[[str], Matrix], device: torch.device
+) -> dict[str, _Joined]:
+    """`protect` for targets that share one C: where their U is the same too (no U₀, the same past), so is what they add.
+
+    Computed on ``device``; what comes out is on the CPU.
+    """
     config, U = learner.config, learner.U
     gradients, pools = config.memory == "gradients", config.energy_allocation == "pooled"
     done: list[tuple[Subspace, Tensor | None, Tensor, float, _Joined]] = []
@@ -108,14 +127,14 @@ def _join(learner: ContinualLearner, names: Sequence[str], source: Callable[[str
         if twin is not None:
             joined[name] = replace(twin, V=twin.V.clone())  # records are written tensor by tensor
             continue
-        M = source(name).cpu()
-        found = growth(S, M, energy, gradients=gradients)
+        M = source(name).to(device)
+        found = growth(S.to(device), M, energy, gradients=gradients).cpu()
         old = torch.zeros(len(mask), dtype=torch.float64)
         if added is not None:
-            old[mask] = explained(added, M, gradients=gradients)
+            old[mask] = explained(added.to(device), M, gradients=gradients).cpu()
         elif found.old is not None:
             old[mask] = found.old[S.k - int(mask.sum()) :]
-        kept = M if isinstance(M, Tensor) and config.keep_covariance else None
+        kept = M.cpu() if isinstance(M, Tensor) and config.keep_covariance else None
         shed = M.shed if isinstance(M, CovarianceSketch) else None
         joined[name] = _Joined(found.V, found.share, _trace(M, gradients), old, found.new, shed, kept)
         done.append((S, added, mask, energy, joined[name]))

@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keeplora.errors import ConfigError, RankError
-from keeplora.tuner.layerwise import over_layers
 
 T = TypeVar("T")
 
@@ -282,20 +281,21 @@ def _portable(error: Exception, what: str) -> Exception:
     return RankError(f"rank 0 failed in {what}: {_first_line(error)}")
 
 
-def spread(what: str, names: Sequence[str], work: Callable[[str], T]) -> dict[str, T]:
-    """``work(name)`` for every name, each on one rank, and its result on all: bits do not depend on who computes twice.
+def spread(what: str, names: Sequence[str], work: Callable[[Sequence[str]], list[T]]) -> dict[str, T]:
+    """Of every name what ``work`` makes of it on one rank, on all ranks: bits do not depend on who computes twice.
 
-    On a rank several names at a time (`over_layers`): nothing in ``work`` may wait for another rank.
+    Args:
+        work: from names to a result for each, such as `over_layers` gives; nothing in it may wait for another rank.
 
-    >>> spread("lengths", ["a", "bc"], len)
+    >>> spread("lengths", ["a", "bc"], lambda names: [len(name) for name in names])
     {'a': 1, 'bc': 2}
     """
     if not active():
-        return dict(zip(names, over_layers(work, names), strict=True))
+        return dict(zip(names, work(names), strict=True))
     own: dict[str, T] = {}
     with together(what):
         mine = names[rank() :: size()]
-        own = dict(zip(mine, over_layers(work, mine), strict=True))
+        own = dict(zip(mine, work(mine), strict=True))
     return {name: agreed(what, own.get(name), i % size()) for i, name in enumerate(names)}  # type: ignore[misc]
 
 

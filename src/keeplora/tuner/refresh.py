@@ -59,11 +59,13 @@ def refresh(learner: ContinualLearner, task: OpenTask) -> list[nn.Parameter]:
     started = time.perf_counter()
     G, U = residual_gradients(learner, task, targets), learner.U
 
-    def rows(name: str) -> Tensor:
+    def rows(name: str, device: torch.device) -> Tensor:
         taken = U.subspace(name).extended(used[name].T.contiguous())
-        return residual_factor(G.pop(name).cpu(), taken, free[name])
+        return residual_factor(G[name].to(device), taken.to(device), free[name]).cpu()
 
-    found = ranks.agreed("A", ranks.spread("the refreshed factors", [t.name for t in targets], rows))
+    names = [t.name for t in targets]
+    spread = learner.algebra.spread("the refreshed factors", names, rows, lambda name: G[name].device)
+    found = ranks.agreed("A", spread)
     for name, more in found.items():
         rest = torch.zeros(free[name] - len(more), used[name].shape[1])
         adapter.set_A(name, torch.cat([used[name], more, rest]))

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from keeplora.errors import KeepLoraError
 from keeplora.tuner.adapter import Factors
+from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.sharding import Stretch, held, is_partitioned, joined_up, per_weight, settle, stretch
 from keeplora.tuner.weights import Update, WeightStore
@@ -60,8 +61,13 @@ class ShardedStore(WeightStore):
             self._hash = super().base_hash()
         return self._hash
 
-    def per_weight(self, what: str, names: Sequence[str], work: Callable[[str, Tensor], T]) -> dict[str, T]:
-        return per_weight(what, names, self.W0.__getitem__, work)
+    def per_weight(
+        self, what: str, names: Sequence[str], work: Callable[[str, Tensor, torch.device], T], algebra: LinearAlgebra
+    ) -> dict[str, T]:
+        def compute(name: str, W0: Tensor) -> T:
+            return algebra.one(name, self._lies(name), lambda device: work(name, W0, device))
+
+        return per_weight(what, names, self.W0.__getitem__, compute)
 
     @torch.no_grad()
     def write(self, names: Iterable[str]) -> None:

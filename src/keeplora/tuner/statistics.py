@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -36,7 +37,10 @@ def task_features(
     tolerance, enough = config.statistics_tolerance, None
     batches = feature_batches(learner, task, endable=tolerance is not None)
     if tolerance is not None:
-        enough = Enough(tolerance, BasisChange(learner.U.subspace, lambda name: learner.feature_energy(name, field)))
+        change = BasisChange(
+            learner.U.subspace, lambda name: learner.feature_energy(name, field), algebra=learner.algebra
+        )
+        enough = Enough(tolerance, change)
     found = collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
         None if exact else config.covariance_sketch,
@@ -69,7 +73,11 @@ def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subsp
     if not names:
         return U.subspace
     C = task_features(learner, task, field="energy_before").C
-    V = ranks.spread("the features before the task", names, lambda n: growth(U.subspace(n), C(n).cpu(), share[n]).V)
+
+    def leading(name: str, device: torch.device) -> Tensor:
+        return growth(U.subspace(name).to(device), C(name).to(device), share[name]).V.cpu()
+
+    V = learner.algebra.spread("the features before the task", names, leading, lambda name: C(name).device)
     grown = {name: U.subspace(name).extended(v) for name, v in V.items()}
     return lambda name: grown[name] if name in grown else U.subspace(name)
 
@@ -81,7 +89,7 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     allots = kind != "uniform"
     own = [t for t in learner.targets if t.name not in task.frozen]
     targets = [replace(t, r=most_rank(t)) for t in own] if allots else own
-    change = FactorChange(targets, room)
+    change = FactorChange(targets, room, learner.algebra)
     enough = None if tolerance is None else Enough(tolerance, change)
     G = gradients_for_factor(learner, task, targets, gradient_batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
@@ -89,21 +97,19 @@ def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]
     if settled and not allots:
         return change.A
     rank_of = {t.name: t.r for t in targets}
-    if not allots:
-        return ranks.spread(
-            "the residual gradients",
-            list(rank_of),
-            lambda n: residual_factor(G.pop(n).cpu(), room(n), rank_of[n]),
-        )
     target_of = {t.name: t for t in own}
 
-    def factor(name: str) -> tuple[Tensor, Tensor]:
-        M, S = G.pop(name).cpu(), room(name)
-        A = change.A[name] if settled else residual_factor(M, S, rank_of[name])
-        return A, worth(kind, target_of[name], M, A, S)
+    def factor(name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        M, S = G[name].to(device), room(name).to(device)
+        A = change.A[name].to(device) if settled else residual_factor(M, S, rank_of[name])
+        value = worth(kind, target_of[name], M, A, S).cpu() if allots else None
+        del G[name]  # not before: what a GPU fails at, the CPU needs again
+        return A.cpu(), value
 
-    found = ranks.spread("the residual gradients", list(rank_of), factor)
-    return allotted(own, {n: A for n, (A, _) in found.items()}, {n: value for n, (_, value) in found.items()})
+    found = learner.algebra.spread("the residual gradients", list(rank_of), factor, lambda name: G[name].device)
+    A = {name: a for name, (a, _) in found.items()}
+    values = {name: value for name, (_, value) in found.items() if value is not None}
+    return allotted(own, A, values) if allots else A
 
 
 def residual_gradients(learner: ContinualLearner, task: OpenTask, targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -115,7 +121,9 @@ def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tenso
     """G of every target over the task's data at the model's present weights, to be remembered (M8g)."""
     tolerance, enough = learner.config.statistics_tolerance, None
     if tolerance is not None:
-        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True))
+        enough = Enough(
+            tolerance, BasisChange(learner.U.subspace, learner.feature_energy, gradients=True, algebra=learner.algebra)
+        )
     G = collect_gradients(
         learner.model,
         learner.targets,

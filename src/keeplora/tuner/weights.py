@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from keeplora.errors import KeepLoraError, TargetError
-from keeplora.tuner import ranks
 from keeplora.tuner.adapter import Factors
+from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.quantised import quantisation
 
 T = TypeVar("T")
@@ -176,9 +176,18 @@ class WeightStore:
         """The weight that the model computes with, whole."""
         return self._live(name).detach()
 
-    def per_weight(self, what: str, names: Sequence[str], work: Callable[[str, Tensor], T]) -> dict[str, T]:
-        """``work(name, W₀)`` for every name; of several processes one does it for all of them (`ranks.spread`)."""
-        return ranks.spread(what, names, lambda name: work(name, self.W0[name]))
+    def per_weight(
+        self, what: str, names: Sequence[str], work: Callable[[str, Tensor, torch.device], T], algebra: LinearAlgebra
+    ) -> dict[str, T]:
+        """``work(name, W₀, device)`` for every target's name; of several processes one does it for all of them.
+
+        Args:
+            work: W₀ is given on the CPU; ``device`` is where to compute.
+        """
+        return algebra.spread(what, names, lambda n, device: work(n, self.W0[n], device), self._lies)
+
+    def _lies(self, name: str) -> torch.device:
+        return self.module(name).weight.device
 
     def base_hash(self) -> str:
         """SHA-256 over the targets' names, dtypes, shapes and W₀ bytes: what a ledger's factors belong to."""
