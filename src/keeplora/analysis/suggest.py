@@ -61,7 +61,7 @@ def energy_weights(curve: Sequence[Kept]) -> Suggestion:
     Args:
         curve: the tower's weights rebuilt from leading components, 0 (nothing kept) among them.
 
-    >>> curve = [Kept(0.0, -58, -70, -50), Kept(0.5, -40, -49, -31), Kept(0.8, -2, -5, 1), Kept(0.9, 2, -1, 5), Kept(1.0, 0, 0, 0)]
+    >>> curve = [Kept(0.0, -58, -70, -50), Kept(0.5, -40, -49, -31), Kept(0.8, -2, -5, 1), Kept(1.0, 0, 0, 0)]
     >>> energy_weights(curve).value
     0.8
     """
@@ -77,8 +77,8 @@ def energy_weights(curve: Sequence[Kept]) -> Suggestion:
         first -= 1
     if first == 0:
         return Suggestion(
-            None, f"even at the least share tried ({points[0].energy:.2f} of Σσ²: {_change(points[0])}) no loss of the general score "
-            "can be seen: these samples do not show what the tower's weights hold"
+            None, f"even at the least share tried ({points[0].energy:.2f} of Σσ²: {_change(points[0])}) no loss of the general "
+            "score can be seen: these samples do not show what the tower's weights hold"
         )  # fmt: skip
     if first == len(points) - 1:
         least = points[first - 1]
