@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from keeplora.analysis import suggest
 from keeplora.analysis.suggest import Kept, Protected, Window
 
-UNTOUCHED = (60.0, 55.0, 65.0)
 
-
-def curve(*scores: float) -> list[Kept]:
-    return [Kept(share, score) for share, score in zip((0.0, 0.5, 0.8, 0.9, 1.0), scores)]
+def curve(*changes: float) -> list[Kept]:
+    """Changes of the general score, each known to ±5 points; the full end is the model itself unless said otherwise."""
+    return [Kept(share, c, c - 5, c + 5) for share, c in zip((0.0, 0.5, 0.8, 0.9, 1.0), changes)]
 
 
 def window(name: str, gain: float, loss: float, spread: float = 0.5) -> Window:
@@ -23,30 +22,30 @@ def window(name: str, gain: float, loss: float, spread: float = 0.5) -> Window:
 
 
 def test_energy_weights_is_the_least_share_from_which_nothing_is_lost():
-    found = suggest.energy_weights(curve(2, 30, 58, 60, 60), UNTOUCHED)
+    found = suggest.energy_weights(curve(-58, -30, -2, 0, 0))
     assert found.value == 0.8
-    assert "at 0.50 it is 30.0" in found.why
-    assert "below 5.0 points cannot be seen" in found.why
+    assert "at 0.50 it is −30.0 [−35.0, −25.0] points" in found.why
+    assert "a loss of up to 7.0 points cannot be ruled out" in found.why
 
 
 def test_a_share_above_which_the_score_falls_again_does_not_count():
-    assert suggest.energy_weights(curve(2, 58, 40, 60, 60), UNTOUCHED).value == 0.9
+    assert suggest.energy_weights(curve(-58, -2, -20, 0, 0)).value == 0.9
 
 
-def test_a_score_above_the_interval_is_no_loss():
-    assert suggest.energy_weights(curve(2, 30, 70, 71, 60), UNTOUCHED).value == 0.8
+def test_a_gain_is_no_loss():
+    assert suggest.energy_weights(curve(-58, -30, 10, 11, 0)).value == 0.8
 
 
 @pytest.mark.parametrize(
-    ("scores", "why"),
+    ("changes", "why"),
     [
-        ((57, 58, 59, 60, 60), "do not show what the tower's weights hold"),
-        ((2, 5, 10, 40, 60), "nothing to learn in"),
-        ((2, 5, 10, 40, 50), "no share that was tried"),
+        ((-3, -2, -1, 0, 0), "do not show what the tower's weights hold"),
+        ((-58, -55, -50, -20, 0), "nothing to learn in"),
+        ((-58, -55, -50, -20, -10), "no share that was tried"),
     ],
 )
-def test_energy_weights_that_the_curve_does_not_tell(scores, why):
-    found = suggest.energy_weights(curve(*scores), UNTOUCHED)
+def test_energy_weights_that_the_curve_does_not_tell(changes, why):
+    found = suggest.energy_weights(curve(*changes))
     assert found.value is None
     assert why in found.why
 
@@ -107,9 +106,9 @@ def test_energy_features_is_the_largest_that_leaves_room_in_nine_of_ten_layers()
 
 def test_a_curve_without_the_whole_model_tells_nothing():
     """An interrupted analysis has no full end: its last point is no standard for the others."""
-    found = suggest.energy_weights([Kept(0.0, 2), Kept(0.5, 20), Kept(0.95, 60)], (60, 55, 65))
+    found = suggest.energy_weights(curve(-58, -40, 0))
     assert found.value is None
-    assert "ends at 0.95" in found.why
+    assert "ends at 0.80" in found.why
 
 
 def test_one_task_says_nothing_of_how_features_add_up():

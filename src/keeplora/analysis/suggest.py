@@ -39,52 +39,64 @@ class Suggestion(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A point of the intra curve: share of Σσ² kept, and the general score."""
+    """A point of the intra curve: share of Σσ² kept, and the change of the general score, paired by sample, with its interval."""
 
     energy: float
-    score: float
+    change: float
+    low: float
+    high: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether a loss is seen: the interval of the change lies below 0."""
+        return self.high < 0
 
 
-def energy_weights(curve: Sequence[Kept], untouched: tuple[float, float, float]) -> Suggestion:
-    """ε_w of a tower: the least share of ‖W‖² from which on the general score does not fall below the untouched's interval.
+def energy_weights(curve: Sequence[Kept]) -> Suggestion:
+    """ε_w of a tower: the least share of ‖W‖² from which on no loss of the general score can be seen.
+
+    The interval is that of the *change*, sample by sample, as everywhere in the analysis: the score's own interval also holds how
+    much harder one sample is than another, and hides losses that the pairs show.
 
     Args:
-        curve: the tower's weights rebuilt from leading components, 0 (nothing kept) among them. untouched: (score, low, high).
+        curve: the tower's weights rebuilt from leading components, 0 (nothing kept) among them.
 
-    >>> curve = [Kept(0.0, 2), Kept(0.5, 20), Kept(0.8, 58), Kept(0.9, 62), Kept(1.0, 60)]
-    >>> energy_weights(curve, (60, 55, 65)).value
+    >>> curve = [Kept(0.0, -58, -70, -50), Kept(0.5, -40, -49, -31), Kept(0.8, -2, -5, 1), Kept(1.0, 0, 0, 0)]
+    >>> energy_weights(curve).value
     0.8
     """
-    score, low, high = untouched
     points = sorted(curve)
-    within = [point.score >= low for point in points]  # a score above the interval is no loss
-    width = f"{score:.1f} [{low:.1f}, {high:.1f}]"
     if points and points[-1].energy < 1 - 1e-6:
         return Suggestion(
             None, f"the curve ends at {points[-1].energy:.2f} of Σσ²: the whole model stands for nothing yet"
         )
-    if not points or not within[-1]:
-        return Suggestion(None, f"no share that was tried keeps the general score within {width}")
+    if not points or points[-1].lost:
+        return Suggestion(None, "no share that was tried keeps the general score")
     first = len(points)
-    while first > 0 and within[first - 1]:
+    while first > 0 and not points[first - 1].lost:
         first -= 1
     if first == 0:
         return Suggestion(
-            None, f"even at the least share tried ({points[0].energy:.2f} of Σσ²) the general score stays within {width}: these "
-            "samples do not show what the tower's weights hold"
+            None, f"even at the least share tried ({points[0].energy:.2f} of Σσ²: {_change(points[0])}) no loss of the general "
+            "score can be seen: these samples do not show what the tower's weights hold"
         )  # fmt: skip
     if first == len(points) - 1:
+        least = points[first - 1]
         return Suggestion(
-            None, f"every truncation that was tried takes the general score below {width}, and to protect everything would leave "
-            "nothing to learn in"
+            None, f"every truncation that was tried costs the general score something, the mildest ({least.energy:.2f} of Σσ²) "
+            f"{_change(least)}, and to protect everything would leave nothing to learn in"
         )  # fmt: skip
     found, before = points[first], points[first - 1]
     return Suggestion(
         round(found.energy, 3),
-        f"from {found.energy:.2f} of Σσ² on the general score ({found.score:.1f} there) stays within the untouched model's "
-        f"{width}; at {before.energy:.2f} it is {before.score:.1f}. A loss below {(high - low) / 2:.1f} points cannot be seen "
-        "here",
+        f"from {found.energy:.2f} of Σσ² on no loss of the general score can be seen ({_change(found)} there); at "
+        f"{before.energy:.2f} it is {_change(before)}. At the suggested share a loss of up to {max(0.0, -found.low):.1f} points "
+        "cannot be ruled out",
     )
+
+
+def _change(point: Kept) -> str:
+    return f"{point.change:+.1f} [{point.low:+.1f}, {point.high:+.1f}] points".replace("-", "−")
 
 
 class Window(NamedTuple):

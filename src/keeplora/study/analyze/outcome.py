@@ -207,15 +207,15 @@ def _suggestion(
     found: dict[str, suggest.Suggestion] = {}
     evidence: dict[str, str] = {}
     towers: dict[str, Any] = {}
-    untouched = results.get("untouched")
     for curve in results.get("intra") or []:
-        if curve["mode"] != "leading" or untouched is None or curve["part"] == "all":
+        if curve["mode"] != "leading" or curve["part"] == "all":
             continue
-        base = untouched["general"]
         # A share of Σσ² is what ε_w is; one of Σσ stands for the share of Σσ² that it keeps, over the layers.
         share = "share" if results["options"]["by"] == "energy" else "energy"
-        kept = [suggest.Kept(p[share], p["general"]["mean"]) for p in curve["points"]]
-        one = suggest.energy_weights(kept, (base["mean"], base["low"], base["high"]))
+        kept = [
+            suggest.Kept(p[share], *(p["general_change"][k] for k in ("mean", "low", "high"))) for p in curve["points"]
+        ]
+        one = suggest.energy_weights(kept)
         evidence[f"energy_weights.{curve['part']}"] = one.why
         tower = curve["part"] if curve["part"] in results["towers"] else ""
         towers[tower] = one.value
