@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from keeplora.experiment.training_state import (
     take_snapshot,
 )
 from keeplora.experiment.training_step import Gradients, Hooks, Tally, add_up, check_gradients
+from keeplora.experiment.zero import ZeroOptimizer, stage
 from keeplora.tuner import ranks
 from keeplora.tuner.sharding import is_sharded
 
@@ -95,7 +96,19 @@ class _Loop:
     # ---- the whole ----------------------------------------------------------------------------------------------
 
     def run(self) -> TrainingLog:
-        self.optimizer = make_optimizer(self.parameters, self.config)
+        if not stage():
+            self.optimizer = self._make_optimizer(self.parameters)
+            return self._run()
+        self.optimizer = divided = ZeroOptimizer(self.parameters, self._make_optimizer)
+        try:
+            return self._run()
+        finally:
+            divided.close()
+
+    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(parameters, self.config)
+
+    def _run(self) -> TrainingLog:
         self.scheduler = make_scheduler(self.optimizer, self.config, self.epochs * len(self.batches))
         if self.keeper is not None and self.keeper.saved is not None:
             self._go_on(self.keeper.saved)
