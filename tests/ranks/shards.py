@@ -70,6 +70,7 @@ def train_by_deepspeed(model: nn.Module, data: Samples, stage: int) -> None:
     model.eval()
     settings = {
         "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -240,3 +241,45 @@ def failing(folder: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def steps_by_zero(kind: str, resume: str = "", save: str = "") -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Three steps of an optimiser that DeepSpeed divides, or, where a process is alone, of itself; from a state and to one."""
+    from keeplora.experiment.zero import ZeroOptimizer, join, moments
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        if kind == "adamw":
+            return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    generator = torch.Generator().manual_seed(1 if resume else 0)
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (7,), (4, 4))]
+    optimizer: Any
+    if ranks.active():
+        launched()
+        join(torch.device("cpu"))
+        optimizer = ZeroOptimizer(parameters, make)
+    else:
+        optimizer = make(parameters)
+    if resume:
+        values, state = torch.load(resume)
+        with torch.no_grad():
+            for p, value in zip(parameters, values, strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(
+            {"state": dict(enumerate(state)), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # as a schedule sets it
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator) * 3
+        optimizer.step()
+    held = moments(optimizer)
+    state = [{key: value.detach().clone() for key, value in held[p].items()} for p in parameters]
+    if ranks.active():
+        assert optimizer._part.numel() < sum(p.numel() for p in parameters) / ranks.size() + 16
+        optimizer.close()
+    values = [p.detach().clone() for p in parameters]
+    if save and ranks.is_first():
+        torch.save((values, state), save)
+    return values, state

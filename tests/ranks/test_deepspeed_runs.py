@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from tests.cli.tiny_world import World, ledger_tensors, same_tensors, status_of, the_world
+from tests.cli.tiny_world import World, ledger_tensors, results_of, same_tensors, status_of, the_world
 from tests.experiment.generation_world import make_world
-from tests.ranks import runs
+from tests.ranks import runs, shards
 from tests.ranks.test_runs import close, settings
 from tests.ranks.world import outcomes, run
 
@@ -101,3 +107,48 @@ def test_answers_in_words(zero, tmp_path: Path) -> None:
         {f.name: f.read_text() for f in (tmp_path / n / "predictions/after-2").iterdir()} for n in ("one", "two")
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_divided_optimizer_is_the_whole_one(kind: str, tmp_path: Path) -> None:
+    """Its steps, its state, and what becomes of that in another number of processes."""
+    file = str(tmp_path / "two.pt")
+    whole = shards.steps_by_zero(kind)
+    for n in (2, 3):
+        found = run(shards.steps_by_zero, n, tmp_path / f"meet-{n}", kind, "", file if n == 2 else "")
+        for one in found:
+            torch.testing.assert_close(one, whole, rtol=1e-5, atol=1e-6)
+    on = shards.steps_by_zero(kind, file)
+    for n in (2, 3):
+        for one in run(shards.steps_by_zero, n, tmp_path / f"on-{n}", kind, file):
+            torch.testing.assert_close(one, on, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["flags", "file"])
+def test_accelerate_launch(how: str, world: World, tmp_path: Path) -> None:
+    """The command line, with flags or a configuration file of accelerate; the run of the same launcher without DeepSpeed."""
+    file, launcher = tmp_path / "x.yaml", [sys.executable, "-m", "accelerate.commands.launch"]
+    file.write_text(json.dumps(settings(world, training={"epochs": 1})))
+    if how == "flags":
+        asked = ["--use_deepspeed", "--zero_stage", "2", "--num_processes", "2"]
+    else:
+        (tmp_path / "accelerate.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 2,
+                    "num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "use_cpu": False,
+                    "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "gradient_accumulation_steps": 1},
+                }
+            )
+        )  # fmt: skip
+        asked = ["--config_file", str(tmp_path / "accelerate.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [*launcher, *asked, "--main_process_port", "0", "-m", "keeplora", "run", str(file), "--quiet"]
+        + ["--output", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=240, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report: ") == 1
+    assert status_of(tmp_path / "run")["state"] == "finished"
+    assert len(results_of(tmp_path / "run")["tasks_info"]) == 2
