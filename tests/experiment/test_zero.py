@@ -34,7 +34,9 @@ def test_nobody_asks() -> None:
 
 def test_deepspeed_is_missing(asked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"not installed: `pip install \"keeplora\[deepspeed\]\"`, or launch with --use_fsdp"):
+    with pytest.raises(
+        ConfigError, match=r"not installed: `pip install \"keeplora\[deepspeed\]\"`, or launch with --use_fsdp"
+    ):
         sharded.check_launcher()
 
 
@@ -93,7 +95,7 @@ def test_what_is_divided_holds_nothing_that_must_be_whole() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Sequential(attention, nn.LayerNorm(4)), nn.ReLU(), nn.Linear(4, 4))
     found = list(divisible(block, {block[0].bias}))
     assert found == [block[1][1], block[3]]
-    assert list(divisible(nn.Linear(2, 2), set()))[0].weight.shape == (2, 2)
+    assert next(divisible(nn.Linear(2, 2), set())).weight.shape == (2, 2)
 
 
 def test_half_precision_is_refused_before_deepspeed_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

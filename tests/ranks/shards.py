@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,3 +284,48 @@ def steps_by_zero(kind: str, resume: str = "", save: str = "") -> tuple[list[Ten
     if save and ranks.is_first():
         torch.save((values, state), save)
     return values, state
+
+
+def divided_by_zero3() -> dict[str, Any]:
+    """A base that ZeRO-3 divides for good: what it computes, and what of it is whole at which time."""
+    launched()
+    from keeplora.experiment.zero import config_of, join
+    from keeplora.tuner.sharding import settle
+    from keeplora.tuner.zero3 import divide
+
+    join(torch.device("cpu"))
+    data, net, plain = Samples(4), make_net(), make_net()
+    for model in (net, plain):
+        model.eval().requires_grad_(False)
+    divide(net.encoder.layers, config_of(3))
+    parts = list(net.encoder.layers.parameters())
+
+    def whole() -> int:
+        return sum(p.ds_status.name == "AVAILABLE" for p in parts)
+
+    def gradient(model: nn.Module) -> Tensor:
+        bias = nn.Parameter(torch.zeros(()))
+        inner = model.encoder.layers[0].register_forward_hook(lambda module, inputs, output: output + bias)  # type: ignore[union-attr, operator]
+        per_sample(model, (data.x, torch.tensor(data.labels))).sum().backward()
+        inner.remove()
+        assert bias.grad is not None
+        return bias.grad
+
+    found = {"gradients": (gradient(net), gradient(plain))}
+    settle(net)
+    found["after a step"] = whole()
+    last = list(net.encoder.layers)[-1]
+    hook = next(m for m in last.modules() if isinstance(m, nn.Linear)).register_forward_hook(_fail)
+    with contextlib.suppress(StopIteration):
+        net(data.x)
+    hook.remove()
+    found["after a failure"] = whole()
+    settle(net)
+    found["settled"] = whole()
+    found["outputs"] = (net(data.x), plain(data.x))
+    found["held"] = sum(p.ds_tensor.numel() for p in parts), sum(p.numel() for p in plain.encoder.layers.parameters())
+    return found
+
+
+def _fail(*_: Any) -> None:
+    raise StopIteration

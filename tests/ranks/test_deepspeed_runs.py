@@ -95,10 +95,12 @@ def test_one_rank_that_stops_stops_all(how: str, zero, world: World, tmp_path: P
 
 
 @BOTH
-def test_answers_in_words(zero, tmp_path: Path) -> None:
-    """A language model; one process may finish its answers long before another."""
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
+def test_answers_in_words(again: bool, zero, tmp_path: Path) -> None:
+    """A language model; one process may finish its answers long before another. Blocks may be computed again in the backward
+    pass."""
     config = make_world(tmp_path)
-    config["training"] |= {"batch_size": 5, "micro_batch": 2, "epochs": 1}
+    config["training"] |= {"batch_size": 5, "micro_batch": 2, "epochs": 1, "gradient_checkpointing": again}
     assert isinstance(runs.run(config, str(tmp_path / "one")), dict)
     found = run(zero, 2, tmp_path / "meet", config, str(tmp_path / "two"))
     assert isinstance(found[0], dict), found
@@ -144,11 +146,22 @@ def test_accelerate_launch(how: str, world: World, tmp_path: Path) -> None:
         asked = ["--config_file", str(tmp_path / "accelerate.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [*launcher, *asked, "--main_process_port", "0", "-m", "keeplora", "run", str(file), "--quiet"]
-        + ["--output", str(tmp_path / "run")],
+        [*launcher, *asked, "--main_process_port", "0", "-m", "keeplora", "run", str(file), "--quiet",
+         "--output", str(tmp_path / "run")],
         capture_output=True, text=True, timeout=240, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report: ") == 1
     assert status_of(tmp_path / "run")["state"] == "finished"
     assert len(results_of(tmp_path / "run")["tasks_info"]) == 2
+
+
+def test_a_divided_base_is_whole_only_while_it_computes(tmp_path: Path) -> None:
+    for found in run(shards.divided_by_zero3, 2, tmp_path):
+        torch.testing.assert_close(*found["gradients"])
+        torch.testing.assert_close(*found["outputs"])
+        assert found["after a step"] == 0
+        assert found["after a failure"] > 0  # or the next line would say nothing
+        assert found["settled"] == 0
+        part, total = found["held"]
+        assert total / 2 <= part < total / 2 + 20

@@ -3,13 +3,14 @@
 Of ZeRO, stage 2 divides gradients and the optimiser's state of what trains, and stage 3 the weights as well. Here what trains
 is small and whole in every process, so that ledger, checkpoints and results are those of any other run: every process has the
 gradient of the whole batch (`keeplora.experiment.training_step.add_up`), hands it to DeepSpeed's optimiser, and DeepSpeed
-keeps one part in n of it, of the moments, and of the float32 values that it steps. Stage 3 does that, and divides the base's blocks
-(`keeplora.tuner.zero3`).
+keeps one part in n of it, of the moments, and of the float32 values that it steps. Stage 3 does that, and divides the base's
+blocks (`keeplora.tuner.zero3`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import logging
 import os
@@ -34,12 +35,16 @@ _REFUSED = {
     "zero_optimization.zero_quantized_gradients": "zero_quantized_gradients: gradients are sent as they are",
     "fp16.enabled": "fp16.enabled: set training.precision, or model.dtype",
     "bf16.enabled": "bf16.enabled: set training.precision, or model.dtype",
-    "gradient_accumulation_steps": "gradient_accumulation_steps: set training.batch_size, the whole batch, and training.micro_batch",
+    "gradient_accumulation_steps": "gradient_accumulation_steps: set training.batch_size, of the whole batch, and micro_batch",
     "gradient_clipping": "gradient_clipping: set training.grad_clip",
     "optimizer": "an optimizer section: set training.learning_rate and training.weight_decay",
     "scheduler": "a scheduler section: set training.schedule",
 }
 """What of DeepSpeed's configuration would change a run's numbers or memory and is not followed, and what to do instead."""
+_NOTHING = {
+    "gradient_accumulation_steps": 1, "zero_optimization.zero_hpz_partition_size": 1, "zero_optimization.mics_shard_size": -1,
+}  # fmt: skip
+"""Further values that ask for nothing."""
 
 
 def said(key: str) -> bool:
@@ -83,17 +88,16 @@ def check_launcher() -> None:
         return
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "the launcher asks for DeepSpeed, which is not installed: `pip install \"keeplora[deepspeed]\"`, or launch with "
+            'the launcher asks for DeepSpeed, which is not installed: `pip install "keeplora[deepspeed]"`, or launch with '
             "--use_fsdp --fsdp_version 2, which shards the base as well"
         )
     config = settings()
     if (asked := _at(config, "zero_optimization.stage")) not in (2, 3):
-        raise ConfigError(f"the launcher asks for ZeRO stage {asked}: add --zero_stage 2 or --zero_stage 3, or leave DeepSpeed out")
+        raise ConfigError(
+            f"the launcher asks for ZeRO stage {asked}: add --zero_stage 2 or --zero_stage 3, or leave DeepSpeed out"
+        )
     for path, told in _REFUSED.items():
-        value = _at(config, path)
-        if value in _NONE or (path in ("gradient_accumulation_steps", "zero_optimization.zero_hpz_partition_size") and value == 1):
-            continue
-        if path == "zero_optimization.mics_shard_size" and value == -1:  # DeepSpeed's way to say no
+        if (value := _at(config, path)) in _NONE or value == _NOTHING.get(path):
             continue
         raise ConfigError(f"`keeplora run` does not follow DeepSpeed's {told}; leave it out")
 
@@ -102,9 +106,7 @@ def join(device: torch.device) -> None:
     """Let DeepSpeed use the process group that is there."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU that this run leaves alone
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
+    deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it sets its own when it is imported
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
@@ -137,8 +139,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def __init__(
         self, parameters: Sequence[nn.Parameter], make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
     ) -> None:
-        import deepspeed
-
+        deepspeed: Any = importlib.import_module("deepspeed")
         if any(p.dtype != torch.float32 for p in parameters):
             raise ConfigError(
                 "DeepSpeed divides the optimiser of float32 parameters alone, and this method trains weights of "
@@ -155,7 +156,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # DeepSpeed would put 2 GB aside to collect gradients in.
         total = sum(p.numel() for p in parameters)
         self._engine, *_ = deepspeed.initialize(
-            model=self._stepped, optimizer=self._inner, config=config_of(2, reduce_bucket_size=total, overlap_comm=False)
+            model=self._stepped,
+            optimizer=self._inner,
+            config=config_of(2, reduce_bucket_size=total, overlap_comm=False),
         )
         (self._part,) = self._engine.optimizer.single_partition_of_fp32_groups
         self._share()

@@ -7,6 +7,7 @@ its parameters before its forward and backward pass and release them after.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,22 +42,22 @@ def divisible(module: nn.Module, whole: set[nn.Parameter]) -> Iterator[nn.Module
 def divide(pieces: Iterable[nn.Module], config: dict[str, Any]) -> None:
     """Leave every process one part in n of each parameter of ``pieces``; their forward and backward passes see the whole.
 
-    All processes call it at once, with the same values in the parameters. No parameter is fetched before its module is called, and none is kept after.
+    All processes call it at once, with the same values in the parameters. No parameter is fetched before its module is called,
+    and none is kept after.
 
     Args:
         pieces: modules none of which lies in another; they must be called as modules, not by reading their weights.
         config: DeepSpeed's, for stage 3.
     """
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.utils.timer import NoopTimer
-
     pieces = list(pieces)
     if not pieces:
         return
+    hooks: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    timer: Any = importlib.import_module("deepspeed.utils.timer")
     # A list is never called, so DeepSpeed never records in which order modules follow on each other: it would fetch ahead by
     # that order, and here prompts, pictures and answers go through parts of a model in turn.
-    offload = DeepSpeedZeRoOffload(
-        nn.ModuleList(pieces), NoopTimer(), config, overlap_comm=False, prefetch_bucket_size=0,
+    offload = hooks.DeepSpeedZeRoOffload(
+        nn.ModuleList(pieces), timer.NoopTimer(), config, overlap_comm=False, prefetch_bucket_size=0,
         param_persistence_threshold=0,
     )  # fmt: skip
 
