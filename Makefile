@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 TV_VENV ?= .venv-torchvision
+DS_VENV ?= .venv-deepspeed
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SUITE ?= demo
@@ -16,7 +17,7 @@ PYTEST_ARGS ?= -n 2
 # `make claims CLAIMS=--all` for all of them.
 CLAIMS ?= --sample 2
 
-.PHONY: help demo bench test claims torture test-torchvision lint format types imports site wheel python clean
+.PHONY: help demo bench test claims torture test-torchvision test-deepspeed lint format types imports site wheel python clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make claims   re-run the short forms of two of the numbers in docs/claims/claims.yaml (others each day)"
 	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
 	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
+	@echo "make test-deepspeed     runs and loops under DeepSpeed, in an environment of its own (needs a C++ compiler; some minutes)"
 	@echo "make lint     ruff check and ruff format --check (make format mends)"
 	@echo "make types    pyright"
 	@echo "make imports  which way imports may go (import-linter)"
@@ -95,6 +97,21 @@ $(TV_VENV)/bin/.torchvision: pyproject.toml constraints.txt | python
 
 test-torchvision: $(TV_VENV)/bin/.torchvision
 	KEEPLORA_NEED_TORCHVISION=1 OMP_NUM_THREADS=1 $(TV_VENV)/bin/python -m pytest tests/models/test_video_processors_official.py
+
+# The project's own versions, and constraints-deepspeed.txt for what the extra adds. DeepSpeed is code alone until it first runs,
+# and compiles then what it needs of C++ (DS_BUILD_OPS=0).
+$(DS_VENV)/bin/.deepspeed: pyproject.toml constraints.txt constraints-deepspeed.txt | python
+	@command -v c++ >/dev/null || { echo "Error: DeepSpeed compiles when it first runs, and there is no C++ compiler;" \
+	    "on Debian and Ubuntu install the package g++" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(DS_VENV)
+	@DS_BUILD_OPS=0 $(DS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -c constraints-deepspeed.txt -e '.[assets,test,deepspeed]'
+	@touch $@
+
+# PATH: ninja, which the compiling needs, lies in the environment.
+test-deepspeed: $(DS_VENV)/bin/.deepspeed
+	PATH="$(abspath $(DS_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 $(DS_VENV)/bin/python -m pytest \
+	    tests/ranks/test_deepspeed_runs.py tests/experiment/test_zero.py tests/ranks/test_sharded.py -k "deepspeed or zero"
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

@@ -185,6 +185,17 @@ def kept(tmp_path) -> int | None:
     return None if found is None else found[1]["steps"]
 
 
+def test_processes_may_agree_on_when_it_is_late(tmp_path):
+    here, asked = keeper(tmp_path, minutes=1e-9), []
+    here.late = lambda late: asked.append(late) or False  # another process's clock says no
+    here.after_step(1, snapshot)
+    assert kept(tmp_path) is None
+    assert asked == [True]
+    here.late = lambda late: True
+    here.after_step(2, snapshot)
+    assert kept(tmp_path) == 2
+
+
 def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     keeping = keeper(tmp_path, minutes=5)

@@ -15,6 +15,7 @@ from keeplora.experiment import Experiment
 from keeplora.experiment import runner as runner_module
 from keeplora.experiment import training as training_module
 from keeplora.experiment.interrupt import listening
+from keeplora.experiment.zero import ZeroOptimizer
 from keeplora.tuner import ranks
 from keeplora.tuner.sharding import is_sharded
 
@@ -62,6 +63,37 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
 
 def sharded(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
     """`run` as under ``accelerate launch --use_fsdp --fsdp_version 2``."""
+    return _launched({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, config, folder, at, who, how)
+
+
+def zero2(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
+    """`run` as under ``accelerate launch --use_deepspeed --zero_stage 2``."""
+    return _by_deepspeed(2, config, folder, at, who, how)
+
+
+def zero3(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
+    """`run` as under ``accelerate launch --use_deepspeed --zero_stage 3``."""
+    return _by_deepspeed(3, config, folder, at, who, how)
+
+
+def _by_deepspeed(stage: int, config: dict[str, Any], folder: str, at: int, who: int, how: str) -> Any:
+    rank, size = str(ranks.rank()), str(ranks.size())
+    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "LOCAL_SIZE": size}
+    said |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    parts: list[float] = []
+    closed = ZeroOptimizer.close
+
+    def close(self: ZeroOptimizer) -> None:
+        parts.append(self._part.numel() / sum(p.numel() for p in self._parameters))
+        closed(self)
+
+    with mock.patch.object(ZeroOptimizer, "close", close):
+        outcome = _launched(said, stage == 3, config, folder, at, who, how)
+    assert not isinstance(outcome, dict) or max(parts) < 1 / ranks.size() + 0.05, "no state was divided"
+    return outcome
+
+
+def _launched(said: dict[str, str], shards: bool, config: dict[str, Any], folder: str, *fault: Any) -> Any:
     found: list[bool] = []
 
     def sharded(self: Any) -> Any:
@@ -69,10 +101,7 @@ def sharded(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how:
         return go(self)
 
     go = runner_module.Run.go
-    with (
-        mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
-        mock.patch.object(runner_module.Run, "go", sharded),
-    ):
-        outcome = run(config, folder, at, who, how)
-    assert found in ([True], []), "the base was not sharded"
+    with mock.patch.dict(os.environ, said), mock.patch.object(runner_module.Run, "go", sharded):
+        outcome = run(config, folder, *fault)
+    assert found in ([shards], []), f"the base is {'not ' if shards else ''}sharded"
     return outcome

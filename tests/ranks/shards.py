@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def train_by_deepspeed(model: nn.Module, data: Samples, stage: int) -> None:
     model.eval()
     settings = {
         "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -240,3 +242,90 @@ def failing(folder: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def steps_by_zero(kind: str, resume: str = "", save: str = "") -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Three steps of an optimiser that DeepSpeed divides, or, where a process is alone, of itself; from a state and to one."""
+    from keeplora.experiment.zero import ZeroOptimizer, join, moments
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        if kind == "adamw":
+            return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    generator = torch.Generator().manual_seed(1 if resume else 0)
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (7,), (4, 4))]
+    optimizer: Any
+    if ranks.active():
+        launched()
+        join(torch.device("cpu"))
+        optimizer = ZeroOptimizer(parameters, make)
+    else:
+        optimizer = make(parameters)
+    if resume:
+        values, state = torch.load(resume)
+        with torch.no_grad():
+            for p, value in zip(parameters, values, strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(
+            {"state": dict(enumerate(state)), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)  # as a schedule sets it
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator) * 3
+        optimizer.step()
+    held = moments(optimizer)
+    state = [{key: value.detach().clone() for key, value in held[p].items()} for p in parameters]
+    if ranks.active():
+        assert optimizer._part.numel() < sum(p.numel() for p in parameters) / ranks.size() + 16
+        optimizer.close()
+    values = [p.detach().clone() for p in parameters]
+    if save and ranks.is_first():
+        torch.save((values, state), save)
+    return values, state
+
+
+def divided_by_zero3() -> dict[str, Any]:
+    """A base that ZeRO-3 divides for good: what it computes, and what of it is whole at which time."""
+    launched()
+    from keeplora.experiment.zero import config_of, join
+    from keeplora.tuner.sharding import settle
+    from keeplora.tuner.zero3 import divide
+
+    join(torch.device("cpu"))
+    data, net, plain = Samples(4), make_net(), make_net()
+    for model in (net, plain):
+        model.eval().requires_grad_(False)
+    divide(net.encoder.layers, config_of(3))
+    parts = list(net.encoder.layers.parameters())
+
+    def whole() -> int:
+        return sum(p.ds_status.name == "AVAILABLE" for p in parts)
+
+    def gradient(model: nn.Module) -> Tensor:
+        bias = nn.Parameter(torch.zeros(()))
+        inner = model.encoder.layers[0].register_forward_hook(lambda module, inputs, output: output + bias)  # type: ignore[union-attr, operator]
+        per_sample(model, (data.x, torch.tensor(data.labels))).sum().backward()
+        inner.remove()
+        assert bias.grad is not None
+        return bias.grad
+
+    found = {"gradients": (gradient(net), gradient(plain))}
+    settle(net)
+    found["after a step"] = whole()
+    last = list(net.encoder.layers)[-1]
+    hook = next(m for m in last.modules() if isinstance(m, nn.Linear)).register_forward_hook(_fail)
+    with contextlib.suppress(StopIteration):
+        net(data.x)
+    hook.remove()
+    found["after a failure"] = whole()
+    settle(net)
+    found["settled"] = whole()
+    found["outputs"] = (net(data.x), plain(data.x))
+    found["held"] = sum(p.ds_tensor.numel() for p in parts), sum(p.numel() for p in plain.encoder.layers.parameters())
+    return found
+
+
+def _fail(*_: Any) -> None:
+    raise StopIteration

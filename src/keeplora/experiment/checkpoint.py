@@ -192,6 +192,9 @@ class Keeper:
         more: what belongs into a checkpoint beside the loop's own state.
         tell: gets a line where a checkpoint could not be written.
         saved: the checkpoint to go on from.
+
+    Attributes:
+        late: asked whether so many minutes make it time; where a state is put together from several processes, they agree.
     """
 
     def __init__(
@@ -202,9 +205,10 @@ class Keeper:
         self._checkpoints, self._identity, self._more, self._tell = checkpoints, identity, more, tell
         self._minutes, self._steps = minutes, steps
         self._last = time.monotonic()
+        self.late: Callable[[bool], bool] = bool
 
     def _late(self, share: float = 1.0) -> bool:
-        return self._minutes is not None and time.monotonic() - self._last >= 60 * self._minutes * share
+        return self._minutes is not None and self.late(time.monotonic() - self._last >= 60 * self._minutes * share)
 
     def after_step(self, steps: int, snapshot: Callable[[], Snapshot]) -> None:
         """After each step of the task: save if it is time, or if the process is to stop; raises `Interrupted` then."""

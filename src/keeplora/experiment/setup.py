@@ -12,7 +12,7 @@ import torch
 from keeplora.data import load_task, split_validation
 from keeplora.data.streams import SampleStream
 from keeplora.errors import ConfigError
-from keeplora.experiment import sharded
+from keeplora.experiment import sharded, zero
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision, choose_device
 from keeplora.experiment.kinds import Kind, Sets, make_kind
@@ -119,6 +119,13 @@ def prepare(config: ExperimentConfig) -> Setup:
     make_options(method.learner.Options, config.tuner.options)  # refused now, not when the first task begins
     tasks, probes = load_tasks(config)
     device = choose_device(config.device)
+    if zero.stage():
+        if config.tuner.refresh_factor:
+            raise ConfigError(
+                "tuner.refresh_factor begins the optimiser anew in the middle of a task, which DeepSpeed's divided one cannot: "
+                "leave it out, or launch without --use_deepspeed"
+            )
+        zero.join(device)
     family = open_model(config, torch.device("cpu") if sharded.asked_for() else device)
     _check_kinds(config, method, family.kind, [*tasks, *probes])
     precision = Precision(config.training.precision, device)

@@ -1,4 +1,4 @@
-"""A run whose base the processes hold together: ``accelerate launch --use_fsdp --fsdp_version 2``.
+"""A run whose base the processes hold together: ``accelerate launch --use_fsdp --fsdp_version 2``, or with DeepSpeed ZeRO-3.
 
 What is sharded, and stays so for the whole run, are the encoder blocks that hold targets: nearly all of a large model. What lies
 outside of them (embeddings, projections, towers without a target), free modules, heads and the task's own factors are whole
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from keeplora.errors import ConfigError
-from keeplora.tuner import KeepLoraConfig, ranks
+from keeplora.experiment import zero
+from keeplora.experiment.zero import said
+from keeplora.tuner import KeepLoraConfig, ranks, zero3
 from keeplora.tuner.free import FreeModules
 from keeplora.tuner.targets import Target, resolve_targets
 
@@ -27,34 +29,26 @@ _REFUSED = {
 }
 
 
-def _said(key: str) -> bool:
-    return os.environ.get(key, "").lower() in ("true", "1")
-
-
 def asked_for() -> bool:
     """Whether the launcher asks for a sharded base, of several processes."""
-    return _said(_ASKED) and ranks.active()
+    return (said(_ASKED) and ranks.active()) or zero.stage() == 3
 
 
 def check_launcher() -> None:
     """Refuse what the launcher asks for and a run does not do; called before the processes are joined.
 
     Raises:
-        ConfigError: FSDP1, DeepSpeed, or a setting of FSDP2 that is not followed.
+        ConfigError: FSDP1, or a setting of FSDP2 or DeepSpeed that is not followed.
     """
-    if _said("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "the launcher asks for DeepSpeed, which `keeplora run` does not use: launch it with --use_fsdp --fsdp_version 2, "
-            "which shards the base, or without; in a loop of your own the tuner (ContinualLearner) works with DeepSpeed"
-        )
-    if not _said(_ASKED):
+    zero.check_launcher()
+    if not said(_ASKED):
         return
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ConfigError(
             f"the launcher asks for FSDP {version}, which flattens weights so that no layer is left: add --fsdp_version 2"
         )
     for key, told in _REFUSED.items():
-        if _said(key):
+        if said(key):
             raise ConfigError(f"`keeplora run` does not follow {told}; leave it out")
     # transformers would read the checkpoint on rank 0 alone, and count on `accelerator.prepare` to send it on.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -62,24 +56,27 @@ def check_launcher() -> None:
 
 def shard_base(family: Any, config: KeepLoraConfig, device: torch.device) -> None:
     """Shard the blocks that hold targets, and put everything on ``device``. The model may come on the CPU."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model: nn.Module = family.model
     targets = resolve_targets(model, config)
     free = {model.get_parameter(name) for name in FreeModules(model, config, targets).parameters}
-    mesh = init_device_mesh(device.type, (ranks.size(),))
     # Each block for itself, and not the model: features are taken of parts of the model, beside its own forward.
-    for block in _blocks(model, targets, family.kind == "generation"):
-        fully_shard(
-            block, mesh=mesh, reshard_after_forward=_said_or("FSDP_RESHARD_AFTER_FORWARD", True), ignored_params=free
-        )
+    blocks = list(_blocks(model, targets, family.kind == "generation"))
+    if zero.stage() == 3:
+        zero3.divide((piece for block in blocks for piece in zero3.divisible(block, free)), zero.config_of(3))
+    else:
+        _fully_shard(blocks, device, free)
     family.to(device)
     family.in_step = True
 
 
-def _said_or(key: str, otherwise: bool) -> bool:
-    return _said(key) if key in os.environ else otherwise
+def _fully_shard(blocks: Sequence[nn.Module], device: torch.device, free: set[nn.Parameter]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.size(),))
+    key = "FSDP_RESHARD_AFTER_FORWARD"
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=key not in os.environ or said(key), ignored_params=free)
 
 
 def _blocks(model: nn.Module, targets: Sequence[Target], generation: bool) -> Iterator[nn.Module]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from keeplora.experiment.training_state import (
     take_snapshot,
 )
 from keeplora.experiment.training_step import Gradients, Hooks, Tally, add_up, check_gradients
+from keeplora.experiment.zero import ZeroOptimizer, stage
 from keeplora.tuner import ranks
 from keeplora.tuner.sharding import is_sharded
 
@@ -91,11 +93,26 @@ class _Loop:
         self.epochs = int(config.epochs)  # type: ignore[arg-type]  # for_task() has chosen this task's own
         self.rate = float(config.learning_rate)  # type: ignore[arg-type]
         self.state = LoopState(learning_rate=self.rate)
+        self.divided: ZeroOptimizer | None = None
 
     # ---- the whole ----------------------------------------------------------------------------------------------
 
     def run(self) -> TrainingLog:
-        self.optimizer = make_optimizer(self.parameters, self.config)
+        if not stage():
+            self.optimizer = self._make_optimizer(self.parameters)
+            return self._run()
+        self.optimizer = self.divided = divided = ZeroOptimizer(self.parameters, self._make_optimizer)
+        if self.keeper is not None:  # a clock of each process would have one of them wait for the others' parts
+            self.keeper.late = partial(ranks.agreed, "whether to keep a checkpoint")
+        try:
+            return self._run()
+        finally:
+            divided.close()
+
+    def _make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(parameters, self.config)
+
+    def _run(self) -> TrainingLog:
         self.total = self.epochs * len(self.batches)
         self.scheduler = make_scheduler(self.optimizer, self.config, self.total)
         if self.keeper is not None and self.keeper.saved is not None:
@@ -162,7 +179,7 @@ class _Loop:
             except StopIteration:
                 return
             except RuntimeError:
-                if STOP.due and self.keeper is not None:
+                if STOP.due and self.keeper is not None and self.divided is None:
                     self.keeper.save(self._steps(), self._snapshot)
                 STOP.check()
                 raise
@@ -298,11 +315,13 @@ class _Loop:
     def _validate(self, selection: Selection) -> float | None:
         """The score; whoever interrupts it finds the epoch's training kept."""
         before = rng_state()
+        # One process may be interrupted alone, and cannot ask the others for their parts of a divided state then.
+        ready = self._snapshot(before) if self.divided is not None and self.keeper is not None else None
         try:
             return selection.validate()
         except KeyboardInterrupt:
             if self.keeper is not None:
-                self.keeper.save(self._steps(), lambda: self._snapshot(before))
+                self.keeper.save(self._steps(), lambda: ready or self._snapshot(before))
             raise
 
     # ---- what is kept -------------------------------------------------------------------------------------------

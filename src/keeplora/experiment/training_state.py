@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.experiment.checkpoint import CheckpointError, Snapshot
+from keeplora.experiment.zero import moments
 
 
 @dataclass
@@ -126,8 +127,9 @@ def take_snapshot(
     tensors = {f"parameter/{name}": p.detach() for name, p in zip(names, parameters, strict=True)}
     if state.best is not None:
         tensors |= {f"best/{name}": value for name, value in zip(names, state.best, strict=True)}
+    held = moments(optimizer)
     for name, p in zip(names, parameters, strict=True):
-        tensors |= {f"optimizer/{name}/{key}": torch.as_tensor(v) for key, v in optimizer.state.get(p, {}).items()}
+        tensors |= {f"optimizer/{name}/{key}": torch.as_tensor(v) for key, v in held.get(p, {}).items()}
     rng_tensors, rng_values = rng if rng is not None else rng_state()
     return {**tensors, **rng_tensors}, {"loop": state.values(), "rng": rng_values}
 
@@ -154,18 +156,18 @@ def restore(
         best = [tensors[f"best/{n}"].to(p.device) for n, p in zip(names, parameters, strict=True)] if has_best else None
         state = LoopState.from_values(values["loop"], best)
         prefix = "optimizer/"
-        moments: dict[int, dict[str, Tensor]] = {}
+        state_of: dict[int, dict[str, Tensor]] = {}
         for i, name in enumerate(names):
             of = f"{prefix}{name}/"
             if own := {
                 key[len(of) :]: t for key, t in tensors.items() if key.startswith(of) and "/" not in key[len(of) :]
             }:
-                moments[i] = own
+                state_of[i] = own
         groups = optimizer.state_dict()["param_groups"]
         with torch.no_grad():
             for name, p in zip(names, parameters, strict=True):
                 p.copy_(tensors[f"parameter/{name}"])
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load_state_dict({"state": state_of, "param_groups": groups})
         set_rng_state(tensors, values["rng"])
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"it is not complete ({error})") from None

@@ -1,4 +1,4 @@
-"""The store of a base that FSDP2 has sharded: every process keeps, and moves, its own rows of W₀ + Σ s B A."""
+"""The store of a base that FSDP2 or ZeRO-3 has sharded: every process keeps, and moves, its own rows of W₀ + Σ s B A."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.sharding import Stretch, held, is_partitioned, joined_up, per_weight, settle, stretch
 from keeplora.tuner.weights import Update, WeightStore
+from keeplora.tuner.zero3 import is_divided
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class ShardedStore(WeightStore):
     `current`, `running`) puts it together from all processes, so all must ask for the same weight at once.
 
     Raises:
-        KeepLoraError: the base is sharded in a way that cannot be read, or by DeepSpeed.
+        KeepLoraError: the base is sharded in a way that cannot be read, or by DeepSpeed's own engine.
     """
 
     def __init__(self, model: nn.Module, names: list[str], parameters: Iterable[str] = ()) -> None:
@@ -35,13 +36,14 @@ class ShardedStore(WeightStore):
         super().__init__(model, names, parameters)
         self._where: dict[str, Stretch] = {}
         self._hash: str | None = None
+        divided = is_divided(model)
         for name, p in self._parameters.items():
-            if is_partitioned(p):
+            if is_partitioned(p) and not divided:
                 raise KeepLoraError(
                     f"the weight of {name} was partitioned by DeepSpeed ZeRO-3 before the learner was made: make the learner "
                     "first, and give DeepSpeed the model that start_task returns; or shard the base with fully_shard"
                 )
-            if isinstance(p, DTensor):
+            if isinstance(p, DTensor) or is_partitioned(p):
                 self._where[name] = stretch(name, p)
         self._versions = {name: self._piece(name)._version for name in self._where} | {
             name: version for name, version in self._versions.items() if name not in self._where

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from keeplora.errors import KeepLoraError
-from keeplora.tuner import ranks
+from keeplora.tuner import ranks, zero3
 
 T = TypeVar("T")
 
@@ -44,12 +44,14 @@ def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def settle(model: nn.Module) -> None:
-    """Have FSDP2 give back what it has put together, so that the parameters are the sharded ones again; without any message.
+    """Have the engine give back what it has put together, so that the parameters are the sharded ones again; without any message.
 
-    The outermost module keeps its parameters whole after a forward pass that nothing follows.
+    FSDP2's outermost module keeps its parameters whole after a forward pass that nothing follows; DeepSpeed a module whose
+    input needs no gradient after a backward pass.
     """
     for module in _fsdp_modules(model):
         module.reshard()
+    zero3.release(model)
 
 
 # ---- a process's part of a weight ---------------------------------------------------------------------------------------
