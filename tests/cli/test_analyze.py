@@ -402,3 +402,28 @@ def test_an_unfinished_run_a_run_for_intra_and_a_folder_without_either_are_refus
     assert "intra looks at an untouched model" in cli("analyze", "intra", run).err
     (tmp_path / "empty").mkdir()
     assert "is no run (it holds no config.yaml)" in cli("analyze", "inter", tmp_path / "empty").err
+
+
+def test_a_call_tells_what_it_asked_for_and_not_what_lies_there(looked_at, cli, tmp_path, monkeypatch):
+    config, whole = looked_at
+    shutil.copytree(whole, tmp_path / "a")
+    words = ("analyze", "intra", config, "--output", tmp_path / "a")
+    assert cli(*words, "--shares", "0.5").code == 0
+    found = results_of(tmp_path / "a")
+    mine, theirs = (
+        {p["share"] for curve in one["intra"] for p in curve["points"]} for one in (found, results_of(whole))
+    )
+    assert theirs - mine == {0.9}
+    assert found["windows"] == results_of(whole)["windows"]  # of the other command, in the same folder
+    assert (tmp_path / "a/suggestion.yaml").exists()
+    # Unfinished: nothing is suggested, and what an earlier call suggested goes.
+    monkeypatch.setenv(STOP_AFTER, "1")
+    for file in (tmp_path / "a/points").glob("intra-*"):
+        file.unlink()
+    assert cli(*words, *GRID).code == 130
+    found = results_of(tmp_path / "a")
+    assert 0 < found["missing"] < found["asked"]
+    assert (
+        f"{found['missing']} of {found['asked']} points are not measured yet" in Page(tmp_path / "a/analysis.html").text
+    )
+    assert not (tmp_path / "a/suggestion.yaml").exists()

@@ -71,7 +71,7 @@ def read_out(results: Results) -> dict[str, list[str]]:
 def _summary(results: Results) -> list[str]:
     said = []
     if missing := results.get("missing"):
-        points = "1 point is" if missing == 1 else f"{missing} points are"
+        points = f"{missing} of {results['asked']} points {'is' if missing == 1 else 'are'}"
         said.append(f"Unfinished: {points} not measured yet, and nothing is suggested. Repeat the command to go on.")
     base = results.get("untouched")
     if base:

@@ -103,7 +103,7 @@ class InfLora(ContinualLearner):
             if t.name in task.frozen:
                 continue
             rank = min(t.r, t.n_out)  # a B with fewer rows than columns has nothing more to tell apart
-            C = features.C(t.name).cpu()
+            C = features.C(t.name).to("cpu")
             assert isinstance(C, Tensor)
             A[t.name] = interference_free_factor(C, self.U.subspace(t.name), rank)
         task.statistics_seconds += time.perf_counter() - started

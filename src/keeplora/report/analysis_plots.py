@@ -36,7 +36,15 @@ def _style(axes: Any, title: str, x: str = "", y: str = "") -> None:
     axes.set_axisbelow(True)
 
 
-def _band(axes: Any, xs: Sequence[float], spreads: Sequence[Mapping[str, Any]], k: int, label: str) -> None:
+def _band(
+    axes: Any, xs: Sequence[float], spreads: Sequence[Mapping[str, Any]], k: int, label: str, joined: bool
+) -> None:
+    """Means with their intervals over ``xs``; not ``joined`` where points between them may be missing."""
+    if not joined:
+        for x, s in zip(xs, spreads, strict=True):
+            axes.plot([x, x], [s["low"], s["high"]], color=COLOURS[k], linewidth=1.2, alpha=0.6)
+        axes.plot(xs, [s["mean"] for s in spreads], PLOT_MARKERS[k], color=COLOURS[k], markersize=4.5, label=label)
+        return
     axes.fill_between(xs, [s["low"] for s in spreads], [s["high"] for s in spreads], color=COLOURS[k], alpha=0.16, lw=0)
     axes.plot(
         xs, [s["mean"] for s in spreads], PLOT_MARKERS[k] + "-", color=COLOURS[k], markersize=4.5, linewidth=1.7, label=label
@@ -52,6 +60,7 @@ def _legend(figure: Any, axes: Any) -> None:
 def intra(results: Results) -> Figure:
     """A column per tower: score against the share of Σσ² kept, from the leading components (above) and without them."""
     parts = list(dict.fromkeys(curve["part"] for curve in results["intra"]))
+    joined = not results.get("missing")
     figure, axes = _figure(len(parts), 2)
     for j, part in enumerate(parts):
         for i, mode in enumerate(("leading", "without")):
@@ -61,12 +70,13 @@ def intra(results: Results) -> Figure:
                 rows = [{**results["untouched"], "energy": 1.0}, *rows]
             rows = sorted(rows, key=lambda r: r["energy"])
             for group, label, k in GROUPS:
-                _band(panel, [r["energy"] for r in rows], [r[group] for r in rows], k, label)
+                _band(panel, [r["energy"] for r in rows], [r[group] for r in rows], k, label, joined)
                 if results.get("untouched"):
                     panel.axhline(results["untouched"][group]["mean"], color=COLOURS[k], linewidth=0.9, linestyle=":")
             name = "all towers" if part == "all" else part
             how = "leading components alone" if mode == "leading" else "leading components dropped"
-            _style(panel, f"{name}: {how}", "share of Σσ² kept", "score" if j == 0 else "")
+            share = "share of Σσ² kept" if mode == "leading" else "share of Σσ² left, in the trailing components"
+            _style(panel, f"{name}: {how}", share, "score" if j == 0 else "")
             panel.set_xlim(-0.02, 1.02)
             panel.set_ylim(bottom=0)
     _legend(figure, axes[0][0])
@@ -75,10 +85,11 @@ def intra(results: Results) -> Figure:
 
 def thirds(results: Results) -> Figure:
     """Score with one third of the depth cut to a share of its spectrum."""
+    joined = not results.get("missing")
     figure, axes = _figure(2)
     for panel, (group, label, _) in zip(axes[0], GROUPS):
         for k, one in enumerate(results["thirds"]):
-            _band(panel, [p["share"] for p in one["points"]], [p[group] for p in one["points"]], k, one["name"])
+            _band(panel, [p["share"] for p in one["points"]], [p[group] for p in one["points"]], k, one["name"], joined)
         base = (results.get("untouched") or {}).get(group)
         if base:
             panel.axhline(base["mean"], color=SOFT, linewidth=1, linestyle=":", label="untouched model")
@@ -131,7 +142,7 @@ def spectra(results: Results) -> Figure:
         rows = [row for row in found["outside"] if row["tower"] == tower]
         _band(
             panel, [r["depth"] for r in rows], [{"mean": r["median"], "low": r["low"], "high": r["high"]} for r in rows], k,
-            tower or "model",
+            tower or "model", True,
         )  # fmt: skip
     panel.xaxis.get_major_locator().set_params(integer=True)
     _style(panel, "Gradient outside U₀", "block (0 is the shallowest)", "share of its energy")
@@ -193,7 +204,9 @@ def undo(results: Results) -> Figure:
     for panel, (group, label, _) in zip(axes[0], reversed(GROUPS)):
         for k, one in enumerate(sorted(results["undo"], key=lambda o: o["first"], reverse=True)):
             shares = [p["layers"] / p["of"] for p in one["points"]]
-            _band(panel, shares, [p[group] for p in one["points"]], k + 2, names[one["first"]])
+            _band(
+                panel, shares, [p[group] for p in one["points"]], k + 2, names[one["first"]], not results.get("missing")
+            )
         _style(panel, label, "share of layers whose updates are out", "score")
         panel.set_xlim(-0.02, 1.02)
     _legend(figure, axes[0][0])

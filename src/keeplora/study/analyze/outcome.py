@@ -15,7 +15,7 @@ from keeplora.analysis.intervals import REPEATS, Resamples, Spread, ends
 from keeplora.analysis.words import read_out
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
-from keeplora.study.analyze.plan import STEPS, AnalysisPlan, label_of, window_name
+from keeplora.study.analyze.plan import STEPS, AnalysisPlan, Point, label_of, window_name
 from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import NOTES, World
 from keeplora.yaml_text import dump_yaml
@@ -44,15 +44,17 @@ def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def conclude(store: AnalysisStore, told: Mapping[str, Any], missing: int = 0) -> dict[str, Any]:
+def conclude(store: AnalysisStore, told: Mapping[str, Any], wanted: Sequence[Point]) -> dict[str, Any]:
     """Write results.json, suggestion.yaml, the figures and analysis.html from the points that there are; the results.
 
-    ``missing``: points that were asked for and are not measured. Then nothing is suggested, and page and file say so.
+    ``wanted``: what was asked for (`AnalysisStore.points`). While some of it is not measured nothing is suggested, page and file
+    say so, and a suggestion of an earlier call goes.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for point in store.points():
+    for point in store.points(wanted):
         found[point["kind"]].append(point)
-    results: dict[str, Any] = {"format": FORMAT, "version": VERSION, **told, "missing": missing}
+    missing = sum(not store.has(point) for point in wanted)
+    results: dict[str, Any] = {"format": FORMAT, "version": VERSION, **told, "asked": len(wanted), "missing": missing}
     if found["untouched"]:
         base = found["untouched"][0]["result"]
         curves = _Curves(base)
@@ -72,6 +74,8 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any], missing: int = 0) ->
     atomic_write_json(store.path / "results.json", results)
     if results["suggestion"] is not None:
         _write_suggestion(store.path / "suggestion.yaml", results)
+    else:
+        (store.path / "suggestion.yaml").unlink(missing_ok=True)
     render_analysis(results, store.path)
     return results
 

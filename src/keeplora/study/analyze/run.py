@@ -43,7 +43,7 @@ def analyze(
     plan: AnalysisPlan, points: Callable[[World], Sequence[Point]], *, jobs: int | None = None, quiet: bool | None = None,
     world: World | None = None,
 ) -> Analysis:  # fmt: skip
-    """Measure what the folder lacks of ``points``, then write results, suggestion and page from all that it has.
+    """Measure what the folder lacks of ``points``, then write results, suggestion and page of them, and of what else it has.
 
     Raises:
         KeepLoraError: the folder holds another analysis, or another process writes to it.
@@ -58,9 +58,9 @@ def analyze(
             run_points(plan, world, store, wanted, jobs=jobs, quiet=quiet)
         except KeyboardInterrupt:
             if any(store.has(point) for point in wanted):
-                conclude(store, told, sum(not store.has(point) for point in wanted))
+                conclude(store, told, wanted)
             raise
-        return Analysis(conclude(store, told, sum(not store.has(point) for point in wanted)), plan.output)
+        return Analysis(conclude(store, told, wanted), plan.output)
 
 
 def require_finished(run: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,14 +86,19 @@ class AnalysisStore:
         """Keep a measured point; it is on disk, whole, when this returns."""
         atomic_write_json(self._file(point), {"kind": point.kind, **point.values, "result": dict(result)})
 
-    def points(self) -> list[dict[str, Any]]:
-        """Every measured point, by name."""
+    def points(self, wanted: Sequence[Point] | None = None) -> list[dict[str, Any]]:
+        """Every measured point, by name; with ``wanted`` of the kinds that are among them these alone, of other kinds all.
+
+        `intra` and `inter` share a folder and a page: a call of one leaves what the other asked for as it is.
+        """
+        names, kinds = {point.name for point in wanted or ()}, {point.kind for point in wanted or ()}
         found = []
         for file in sorted((self.path / "points").glob("*.json")):
             value = self._read(file)
             if value is None or not isinstance(value.get("result"), dict) or "kind" not in value:
                 raise KeepLoraError(f"{file} is damaged: it holds no measured point; delete it and repeat the command")
-            found.append(value)
+            if value["kind"] not in kinds or file.stem in names:
+                found.append(value)
         return found
 
     def _file(self, point: Point) -> Path:
