@@ -91,6 +91,12 @@ def test_rank_is_the_smallest_that_takes_nine_tenths_at_the_median_layer():
     assert suggest.rank({}).value is None
 
 
+def test_a_rank_below_the_configured_one_is_not_suggested():
+    shares = {8: [0.85, 0.95, 0.96], 4: [0.5, 0.89, 0.99]}
+    assert [suggest.rank(shares, r).value for r in (4, 7, 8, 16)] == [8, 8, None, None]
+    assert "the configured 16 is enough" in suggest.rank(shares, 16).why
+
+
 def test_energy_features_is_the_largest_that_leaves_room_in_nine_of_ten_layers():
     tried = [
         Protected(0.9, [40] * 10, [0.5] * 10, [0.6] * 10),

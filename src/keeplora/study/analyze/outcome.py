@@ -235,7 +235,7 @@ def _suggestion(
     if spectra:
         result = spectra[0]["result"]
         shares = {r: [row["captured"][i] for row in result["rows"]] for i, r in enumerate(result["ranks"])}
-        found["r"] = suggest.rank(shares)
+        found["r"] = suggest.rank(shares, min(now["r"].values()))
         tried = [
             suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
         ]
