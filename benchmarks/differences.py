@@ -6,7 +6,7 @@
 
 Several studies (or files of numbers) may be named: they are laid together, so that a variant of one is compared with the runs of
 another under the same seed. Differences are in points, ours less `--against`, with a 95 % t interval over the paired seeds;
-`n` says how many those are. Holm's correction is over every difference that the table tells: a bold one has p < 0.05 after it.
+`n` says how many those are. Holm's correction is over every difference of three pairs or more: a bold one has p < 0.05 after it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def compared(cells: Cells, against: str) -> dict[tuple[str, str], tuple[Interval
         for metric in METRICS:
             ours, theirs = ([side[s][metric] for s in pairs] for side in (seeds, cells[against]))
             if pairs and name != against:
-                found[name, metric] = (paired_difference(ours, theirs), paired_t_test(ours, theirs))
+                sure = paired_t_test(ours, theirs) if len(pairs) > 2 else None  # two pairs may agree by chance
+                found[name, metric] = (paired_difference(ours, theirs), sure)
     corrected = holm([p for _, p in found.values()])
     return {key: (interval, p) for (key, (interval, _)), p in zip(found.items(), corrected, strict=True)}
 
