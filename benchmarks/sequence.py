@@ -21,7 +21,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from keeplora.evaluation.stats import Interval, mean_interval, paired_difference
+from front import told  # the sibling script: this folder is sys.path[0]
+
+from keeplora.evaluation.stats import mean_interval, paired_difference
 from keeplora.files import atomic_write_json
 from keeplora.study.collect import study_cells
 from keeplora.study.store import StudyStore
@@ -96,15 +98,6 @@ def paired(rows: Sequence[Row], method: str, against: str) -> tuple[list[Row], l
     whole = [seed for seed in {s for _, s in both} if all((order, seed) in both for order in orders)]
     keys = sorted(key for key in both if key[1] in whole)
     return [sides[0][key] for key in keys], [sides[1][key] for key in keys]
-
-
-def told(found: Interval) -> str:
-    """``mean [low, high]``; of one value no interval.
-
-    >>> told(mean_interval([1.0, 3.0])), told(mean_interval([1.0]))
-    ('2.0 [-10.7, 14.7]', '1.0')
-    """
-    return f"{found['mean']:.1f}" + ("" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]")
 
 
 def differences(ours: Sequence[Row], theirs: Sequence[Row], method: str, against: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,11 +15,9 @@ from PIL import Image
 from keeplora.evaluation.metrics import summary
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sequence.py"
-spec = importlib.util.spec_from_file_location("sequence", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-sequence = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sequence)
+sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script
+sequence = importlib.import_module("sequence")
+sys.path.remove(str(SCRIPT.parent))
 
 
 def run(method: str, order: str, seed: int, lost: float = 0.0, learned: float = 80.0, tasks: int = 7) -> dict[str, Any]:

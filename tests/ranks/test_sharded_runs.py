@@ -8,11 +8,17 @@ import pytest
 
 from keeplora.errors import ConfigError
 from keeplora.experiment import sharded
-from tests.cli.tiny_world import World, ledger_tensors, same_tensors, status_of, the_world
-from tests.experiment.generation_world import make_world
+from tests.cli.tiny_world import World, the_world
 from tests.ranks import runs
-from tests.ranks.test_runs import close, settings
-from tests.ranks.world import outcomes, run
+from tests.ranks.launched import (
+    a_killed_run_goes_on,
+    answers_are_the_same,
+    one_rank_stops_all,
+    three_equal_one,
+    two_equal_one,
+)
+from tests.ranks.test_runs import settings
+from tests.ranks.world import run
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +27,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_the_matrix_of_one_process(world: World, tmp_path: Path) -> None:
-    """Three processes and batches of 9 in 20 samples: one has no part of the last batch, and goes along."""
-    assert isinstance(runs.run(settings(world), str(tmp_path / "one")), dict)
-    found = run(runs.sharded, 3, tmp_path / "meet", settings(world), str(tmp_path / "three"))
-    assert isinstance(found[0], dict), found
-    assert found[0] == found[1] == found[2]
-    close(tmp_path / "three", tmp_path / "one")
-    assert status_of(tmp_path / "three")["state"] == "finished"
+    three_equal_one(runs.sharded, world, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["keeplora++-cls", "lora", "inflora", "o-lora", "gpm-lora", "joint"])
 def test_other_methods_too(method: str, world: World, tmp_path: Path) -> None:
-    config = settings(world, method, training={"epochs": 1})
-    assert isinstance(runs.run(config, str(tmp_path / "one")), dict)
-    found = run(runs.sharded, 2, tmp_path / "meet", config, str(tmp_path / "two"))
-    assert isinstance(found[0], dict), found
-    close(tmp_path / "two", tmp_path / "one")
+    two_equal_one(runs.sharded, settings(world, method, training={"epochs": 1}), tmp_path)
 
 
 def test_a_method_that_trains_whole_weights_says_so(world: World, tmp_path: Path) -> None:
@@ -48,48 +44,19 @@ def test_a_method_that_trains_whole_weights_says_so(world: World, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_sharded_or_not(world: World, tmp_path: Path) -> None:
-    """Resumed by two to the same bits, by three, and by one process that holds the model whole."""
-    config = settings(world)
-    straight = run(runs.sharded, 2, tmp_path / "meet", config, str(tmp_path / "straight"))
-    assert isinstance(straight[0], dict), straight
-    found = outcomes(runs.sharded, 2, tmp_path / "meet-2", config, str(tmp_path / "run"), 8 + 5, 1, "kill")
-    assert found[1] == ("died", -9)
-    assert found[0][1].startswith("RankError: rank 1 (process "), found
-    assert (tmp_path / "run" / "checkpoint").is_dir()
-    for n in (2, 3, 1):
-        copy, meet = world.copied(tmp_path / "run", tmp_path / f"by-{n}"), tmp_path / f"by-{n}-meet"
-        again = run(runs.sharded, n, meet, config, str(copy)) if n > 1 else [runs.run(config, str(copy))]
-        assert isinstance(again[0], dict), again
-        close(copy, tmp_path / "straight")
-        if n == 2:
-            assert same_tensors(ledger_tensors(copy), ledger_tensors(tmp_path / "straight"))
+    a_killed_run_goes_on(runs.sharded, world, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["raise", "term"])
 def test_one_rank_that_stops_stops_all(how: str, world: World, tmp_path: Path) -> None:
-    found = outcomes(runs.sharded, 2, tmp_path / "meet", settings(world), str(tmp_path / "run"), 8 + 5, 1, how)
-    if how == "raise":
-        assert found[1] == ("returned", "ValueError: a fault of the machine")
-        assert found[0][1].startswith("RankError: rank 1 stopped: ValueError: a fault of the machine"), found
-    else:
-        assert found[0][1] == found[1][1] == "Interrupted: stopped by SIGTERM", found
-        assert status_of(tmp_path / "run")["state"] == "interrupted"
+    one_rank_stops_all(runs.sharded, how, world, tmp_path)
 
 
 @pytest.mark.slow
 def test_answers_in_words(tmp_path: Path) -> None:
-    """A language model's blocks are sharded; one process may finish its answers long before another."""
-    config = make_world(tmp_path)
-    config["training"] |= {"batch_size": 5, "micro_batch": 2, "epochs": 1}
-    assert isinstance(runs.run(config, str(tmp_path / "one")), dict)
-    found = run(runs.sharded, 2, tmp_path / "meet", config, str(tmp_path / "two"))
-    assert isinstance(found[0], dict), found
-    close(tmp_path / "two", tmp_path / "one")
-    answers = [
-        {f.name: f.read_text() for f in (tmp_path / n / "predictions/after-2").iterdir()} for n in ("one", "two")
-    ]
-    assert answers[0] == answers[1]
+    """A language model's blocks are sharded."""
+    answers_are_the_same(runs.sharded, tmp_path)
 
 
 @pytest.mark.parametrize(

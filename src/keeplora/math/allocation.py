@@ -41,9 +41,7 @@ def allot(values: Sequence[Tensor], costs: Sequence[int], budget: int, least: in
     owner, cost = owner[order], cost[order]
     fits = cost.cumsum(0) <= room
     room -= int(cost[fits].sum())
-    for i in (
-        torch.nonzero(~fits).flatten().tolist()
-    ):  # the next is too wide for what is left; a narrower one may not be
+    for i in torch.nonzero(~fits).flatten().tolist():  # too wide for what was left; a narrower one may not be
         if room < min(costs):
             break
         if int(cost[i]) <= room:

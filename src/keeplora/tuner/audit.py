@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +123,9 @@ def summary_table(learner: ContinualLearner) -> TableText:
     used = learner.U.dims()
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
-        short, scale = t.name.removeprefix(t.tower).lstrip("."), latest_scale(learner.records, t)
+        short, t = t.name.removeprefix(t.tower).lstrip("."), replace(t, scale=latest_scale(learner.records, t))
         table.add_row(
-            t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{scale:.2f}", str(t.r),
-            f"{scale * t.lora_alpha / t.r:.3f}", f"{used.get(t.name, 0)}/{t.n_in}",
+            t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
+            f"{used.get(t.name, 0)}/{t.n_in}",
         )  # fmt: skip
     return as_text(table, notes)

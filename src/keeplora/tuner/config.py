@@ -12,12 +12,16 @@ from keeplora.math import MEASURED, SCHEDULES
 ROLE_KEYS = ("vision", "text", "language", "default")
 """Keys of per-tower mappings that may name a tower the model lacks: they come from presets that serve many families."""
 
-MEMORIES = ("features", "gradients")
-RESIDUAL_GRADIENTS = ("auto", "exact", "sketch")
-RANK_ALLOCATIONS = ("uniform", "gain", "share")
-ENERGY_ALLOCATIONS = ("uniform", "pooled")
-LINEAR_ALGEBRA = ("auto", "cpu")
 WHEN_FULL = ("shrink", "freeze", "raise")
+CHOICES = (
+    ("rank_allocation", "kind", ("uniform", "gain", "share")),
+    ("energy_allocation", "kind", ("uniform", "pooled")),
+    ("memory", "kind", ("features", "gradients")),
+    ("residual_gradient", "mode", ("auto", "exact", "sketch")),
+    ("linear_algebra", "place", ("auto", "cpu")),
+    ("when_full", "policy", WHEN_FULL),
+)
+"""Fields that take one of a few words: the field, what such a word is called, and the words."""
 
 SKETCH_NEEDS_FEATURES = (
     "residual_gradient: sketch never holds a whole gradient, which memory: gradients (M8g) protects; set memory: features "
@@ -181,9 +185,9 @@ class KeepLoraConfig:
         for value in self._values("schedule"):
             if isinstance(value, str) and value not in (known := (*SCHEDULES, MEASURED)):
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, known)}")
-        for name, kinds in (("rank_allocation", RANK_ALLOCATIONS), ("energy_allocation", ENERGY_ALLOCATIONS)):
-            if (value := getattr(self, name)) not in kinds:
-                raise ConfigError(f"{name}: unknown kind {value!r}{did_you_mean(str(value), kinds)}")
+        for name, kind, known in CHOICES:
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name}: unknown {kind} {value!r}{did_you_mean(str(value), known)}")
         if not isinstance(self.refresh_factor, bool):
             raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
         if self.refresh_factor and any(value > 0 for value in self._values("energy_before")):
@@ -191,27 +195,12 @@ class KeepLoraConfig:
                 "refresh_factor takes directions in the middle of a task that energy_before would have to be measured for anew: "
                 "turn one of them off"
             )
-        if self.memory not in MEMORIES:
-            raise ConfigError(f"memory: unknown kind {self.memory!r}{did_you_mean(str(self.memory), MEMORIES)}")
-        if self.residual_gradient not in RESIDUAL_GRADIENTS:
-            raise ConfigError(
-                f"residual_gradient: unknown mode {self.residual_gradient!r}"
-                f"{did_you_mean(str(self.residual_gradient), RESIDUAL_GRADIENTS)}"
-            )
         if self.residual_gradient == "sketch" and self.memory == "gradients":
             raise ConfigError(SKETCH_NEEDS_FEATURES)
         self._check(
             "sketch_oversampling", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
             "be an integer of at least 0, or None for 3 r",
         )  # fmt: skip
-        if self.linear_algebra not in LINEAR_ALGEBRA:
-            raise ConfigError(
-                f"linear_algebra: unknown place {self.linear_algebra!r}{did_you_mean(str(self.linear_algebra), LINEAR_ALGEBRA)}"
-            )
-        if self.when_full not in WHEN_FULL:
-            raise ConfigError(
-                f"when_full: unknown policy {self.when_full!r}{did_you_mean(str(self.when_full), WHEN_FULL)}"
-            )
         self._check(
             "max_basis_bytes", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
             "be a number of bytes, at least 1, or None for no limit",
