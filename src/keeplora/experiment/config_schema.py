@@ -75,9 +75,9 @@ class TunerConfig(Section):
     lora_alpha: Positive = Field(description="s = layer_scale * lora_alpha / r")
     energy_weights: SharePer = Field(description="energy of W to protect (M1), 0 to 1")
     energy_features: SharePer = Field(description="energy of the features to protect (M8), 0 to 1")
-    energy_before: SharePer = Field(
+    energy_general: SharePer = Field(
         default=0.0,
-        description="energy of a task's own features before it is learned that its update leaves alone, 0 to 1",
+        description="energy of the features of drawn pictures that a task's update leaves alone, 0 to 1; picture towers alone",
     )
     trim_tolerance: float | None = Field(
         default=None, ge=0, lt=1,

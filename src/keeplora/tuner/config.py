@@ -71,9 +71,9 @@ class KeepLoraConfig:
     energy_features: float | Mapping[str, float] = _help(
         "ε_f, per tower: share of a finished task's feature energy that joins the protected subspace (M8).", 0.99
     )
-    energy_before: float | Mapping[str, float] = _help(
-        "ε_b, per tower: share of a new task's feature energy, as the model stands before it, that the task's own update is "
-        "kept off (not in the paper); 0: none of it.",
+    energy_general: float | Mapping[str, float] = _help(
+        "ε_g, per tower: share of the feature energy of general samples (start_task's general_batches), as the model stands before "
+        "a task, that the task's update is kept off (not in the paper); 0: none of it.",
         0.0,
     )
     trim_tolerance: float | None = _help(
@@ -158,7 +158,7 @@ class KeepLoraConfig:
         self._check(
             "r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "be an integer of at least 1"
         )
-        for name in ("energy_weights", "energy_features", "energy_before", "gamma"):
+        for name in ("energy_weights", "energy_features", "energy_general", "gamma"):
             self._check(name, lambda v: _is_number(v) and 0 <= v <= 1, "lie between 0 and 1")
         self._check("lora_alpha", lambda v: _is_number(v) and 0 < v < float("inf"), "be a finite number above 0")
         for name in ("gradient_samples", "feature_samples"):
@@ -182,7 +182,7 @@ class KeepLoraConfig:
             raise ConfigError(
                 "keep_covariance keeps the exact covariances, which covariance_sketch does not make: turn one of them off"
             )
-        for value in self._values("schedule"):
+        for value in self.values_of("schedule"):
             if isinstance(value, str) and value not in (known := (*SCHEDULES, MEASURED)):
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, known)}")
         for name, kind, known in CHOICES:
@@ -190,9 +190,9 @@ class KeepLoraConfig:
                 raise ConfigError(f"{name}: unknown {kind} {value!r}{did_you_mean(str(value), known)}")
         if not isinstance(self.refresh_factor, bool):
             raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
-        if self.refresh_factor and any(value > 0 for value in self._values("energy_before")):
+        if self.refresh_factor and any(value > 0 for value in self.values_of("energy_general")):
             raise ConfigError(
-                "refresh_factor takes directions in the middle of a task that energy_before would have to be measured for anew: "
+                "refresh_factor takes directions in the middle of a task that energy_general would have to be measured for anew: "
                 "turn one of them off"
             )
         if self.residual_gradient == "sketch" and self.memory == "gradients":
@@ -212,7 +212,8 @@ class KeepLoraConfig:
                     raise ConfigError(f"{name} must be a string or a list of module names, got {value!r}")
                 setattr(self, name, list(value))
 
-    def _values(self, name: str) -> list[Any]:
+    def values_of(self, name: str) -> list[Any]:
+        """What a field holds, for any tower."""
         value = getattr(self, name)
         if isinstance(value, Mapping):
             if not value:
@@ -221,7 +222,7 @@ class KeepLoraConfig:
         return [value]
 
     def _check(self, name: str, valid: Any, rule: str) -> None:
-        for value in self._values(name):
+        for value in self.values_of(name):
             if not valid(value):
                 raise ConfigError(f"{name} must {rule}, got {value!r}")
 

@@ -118,8 +118,8 @@ class ContinualLearner(TaskHistory):
         """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
         if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
             return
-        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_before", 0.0)):
-            if getattr(self.config, name) != default:
+        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_general", 0.0)):
+            if any(value != default for value in self.config.values_of(name)):
                 raise ConfigError(
                     f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
                     f"{type(self).__name__} has another; leave it at {default}"
@@ -170,6 +170,7 @@ class ContinualLearner(TaskHistory):
         objective: Objective | None = None,
         reference: Iterable[Any] | None = None,
         single_batches: Iterable[Any] | None = None,
+        general_batches: Iterable[Any] | None = None,
         saved: TaskState | None = None,
     ) -> PeftModel | nn.Module:
         """Take the statistics of a new task and return the model to train.
@@ -191,6 +192,8 @@ class ContinualLearner(TaskHistory):
             reference: batches of other pictures and texts, for the methods that ask for them (zscl).
             single_batches: the data as batches of one sample, re-iterable, for the methods that need samples one by one
                 where a batch cannot be cut by itself (ewc, replay on generative models).
+            general_batches: samples of no task, as ``forward_fn`` takes them, for ``energy_general`` (ε_g): drawn pictures, or
+                unlabelled ones of your own. They may feed some towers alone.
             saved: what `task_state` gave while this task was open in another process: it is opened again without taking
                 its statistics anew. Trained parameters are the caller's to put back.
 
@@ -211,7 +214,7 @@ class ContinualLearner(TaskHistory):
             acceptance.before = ranks.agreed("what `evaluate` returned", acceptance.before)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            objective, reference, single_batches, frozen=frozen, info=dict(info or {}), saved=saved,
+            objective, reference, single_batches, general_batches, frozen=frozen, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
             if ranks.active():
@@ -422,7 +425,7 @@ class ContinualLearner(TaskHistory):
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
         least = None if self.config.rank_allocation == "uniform" else 1
-        remedy = "lower energy_features, energy_weights or energy_before, or add targets"
+        remedy = "lower energy_features, energy_weights or energy_general, or add targets"
         report_capacity(task, self.targets, A, remedy, least=least)
         return A
 
