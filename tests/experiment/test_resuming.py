@@ -80,6 +80,7 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
         PAINT + 5,
         "kill",
     ),
+    ("keeplora++", {"tuner": {"energy_general": 0.5}}, PAINT + 5, "kill"),
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "kill"),  # a step before A's second half
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 5, "kill"),  # behind it
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "term"),  # at it

@@ -127,7 +127,6 @@ class DrawnPictures(Dataset[dict[str, Any]]):
 
     def __init__(self, family: DualEncoder) -> None:
         self._family = family
-        self.labels = [0] * self.COUNT
 
     def __len__(self) -> int:
         return self.COUNT

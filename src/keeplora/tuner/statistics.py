@@ -74,8 +74,9 @@ def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subsp
             f"task {task.name!r}: energy_general keeps a task off the features of general samples, and there are none: give "
             "start_task general_batches, or set energy_general to 0"
         )
+    batches = statistics_batches(task.general_batches, None, learner.config.seed)
     found = collect_features(
-        learner.model, asked, learner.store, task.general_batches, task.forward_fn or task.loss_fn, task.mask_fn,
+        learner.model, asked, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn,
         sketch=learner.config.covariance_sketch, all_fire=False,
     )  # fmt: skip
     names = [t.name for t in asked if t.name in found.fired]

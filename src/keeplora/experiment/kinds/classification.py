@@ -143,7 +143,7 @@ class Classification:
             "batches": loader(source, training.batch_size, objective.collate, workers=training.workers, pin=self._pin),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
             "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
-            "general_batches": statistics_batches(general, None, config.seed),
+            "general_batches": general,
         }  # fmt: skip
 
     def batches(
