@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, LedgerError
 from keeplora.experiment import Experiment
+from keeplora.experiment.config import load_config
 from keeplora.experiment.pictures import Collate, DrawnPictures, loader
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import prepare
 from keeplora.models import load_model
 from keeplora.tuner import ContinualLearner
+from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.passes import collect_features
+from keeplora.tuner.persistence import ledger_config
 from tests.experiment.generation_world import make_world
 from tests.models import tiny
 
@@ -64,3 +68,17 @@ def test_refused_for_models_that_write_answers(tmp_path: Any) -> None:
     values["tuner"] = {**values.get("tuner", {}), "energy_general": {"language": 0.9, "default": 0.0}}
     with pytest.raises(ConfigError, match="energy_general keeps tasks off .* writes answers: leave it out"):
         prepare(Experiment(values, quiet=True).config)
+
+
+def test_a_saved_run_with_a_setting_that_is_gone_opens_where_it_changed_nothing(world: Any, tmp_path: Any) -> None:
+    run = world.copied(world.run()[0], tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("  energy_general: 0.0\n", "  energy_before: 0.0\n"))
+    assert "energy_before" in config.read_text()
+    assert load_config(RunDirectory(run).read_config()).tuner.energy_general == 0.0
+    ledger = Ledger.open(run / "ledger")
+    ledger.head["config"]["energy_before"] = 0.0
+    assert ledger_config(ledger).energy_general == 0.0
+    ledger.head["config"]["energy_before"] = 0.5
+    with pytest.raises(LedgerError, match="energy_before"):
+        ledger_config(ledger)

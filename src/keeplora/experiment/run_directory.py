@@ -30,6 +30,7 @@ from keeplora.files import (
 from keeplora.json_text import MAX_BYTES, parse_json, read_json
 from keeplora.report.run_files import check_shape, remedy
 from keeplora.transfer import refuse_address
+from keeplora.tuner.config import without_retired
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
@@ -227,6 +228,8 @@ class RunDirectory:
         value, _ = read_yaml(self.config_path)
         if not isinstance(value, dict):
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
+        if isinstance(tuner := value.get("tuner"), dict):
+            value["tuner"] = without_retired(tuner)
         return value
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from keeplora.math import Subspace
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.basis import check_values, in_force
 from keeplora.tuner.chain import TASK
-from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.config import KeepLoraConfig, without_retired
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.weights import Snapshot, WeightStore
@@ -211,7 +211,7 @@ def open_ledger(directory: str | os.PathLike[str], revision: str | None = None, 
 def ledger_config(ledger: Ledger) -> KeepLoraConfig:
     """The config that the learner was made with."""
     try:
-        return KeepLoraConfig(**ledger.head["config"])
+        return KeepLoraConfig(**without_retired(ledger.head["config"]))
     except TypeError as error:
         raise LedgerError(
             f"{ledger.path / 'ledger.json'}: its 'config' is not one of this keeplora ({error}); upgrade keeplora"
