@@ -58,7 +58,8 @@ def test_drawn_pictures_are_what_the_family_reads(family: str, tmp_path: Any) ->
     items = DrawnPictures(model)
     batch = Collate()([items[0], items[255]])
     features = model.image_features(batch["pixel_values"])
-    assert torch.isfinite(features).all() and features.shape[0] == 2
+    assert torch.isfinite(features).all()
+    assert features.shape[0] == 2
     assert model.is_clip(batch["pixel_values"]) == (family == "xclip")
     assert len(items) == 256
 

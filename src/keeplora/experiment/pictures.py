@@ -133,10 +133,11 @@ class DrawnPictures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture, frames = all_dead_leaves(self.COUNT)[index], self._family.clip_frames
-        if frames is None:
-            pixels = self._family.preprocess(picture)
-        else:
-            pixels = self._family.preprocess_clip(drifting(picture, frames))
+        pixels = (
+            self._family.preprocess(picture)
+            if frames is None
+            else self._family.preprocess_clip(drifting(picture, frames))
+        )
         return {"pixel_values": pixels, "labels": 0, "index": index}
 
 

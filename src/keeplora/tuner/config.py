@@ -75,8 +75,8 @@ class KeepLoraConfig:
         "ε_f, per tower: share of a finished task's feature energy that joins the protected subspace (M8).", 0.99
     )
     energy_general: float | Mapping[str, float] = _help(
-        "ε_g, per tower: share of the feature energy of general samples (start_task's general_batches), as the model stands before "
-        "a task, that the task's update is kept off (not in the paper); 0: none of it.",
+        "ε_g, per tower: share of the feature energy of general samples (start_task's general_batches), as the model stands "
+        "before a task, that the task's update is kept off (not in the paper); 0: none of it.",
         0.0,
     )
     trim_tolerance: float | None = _help(

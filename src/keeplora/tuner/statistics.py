@@ -35,9 +35,7 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
     tolerance, enough = config.statistics_tolerance, None
     batches = feature_batches(learner, task, endable=tolerance is not None)
     if tolerance is not None:
-        enough = Enough(
-            tolerance, BasisChange(learner.U.subspace, learner.feature_energy, algebra=learner.algebra)
-        )
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, algebra=learner.algebra))
     found = collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
         None if exact else config.covariance_sketch,
@@ -57,12 +55,12 @@ def feature_batches(learner: ContinualLearner, task: OpenTask, *, endable: bool 
 
 
 def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subspace]:
-    """Per target, what the task's A is kept off: U, and beside it what ``energy_general`` (ε_g) takes of general samples' features.
+    """Per target, what the task's A is kept off: U, and beside it what ``energy_general`` (ε_g) takes of the general samples.
 
-    With C_g = Σ x xᵀ over ``general_batches`` at the weights before the task, the leading eigenvectors of (I − P) C_g (I − P) join
-    U for this task alone until they and U explain ε_g · tr C_g. What the model makes of those samples then moves by at most
-    Σ_x ‖sBAx‖² ≤ s² ‖B‖₂² (1 − ε_g) tr C_g per layer: the backward bound, for samples of no task. A target that they do not reach is
-    left to U. Nothing is carried to the next task but through A.
+    With C_g = Σ x xᵀ over ``general_batches`` at the weights before the task, the leading eigenvectors of (I − P) C_g (I − P)
+    join U for this task alone until they and U explain ε_g · tr C_g. What the model makes of those samples then moves by at
+    most Σ_x ‖sBAx‖² ≤ s² ‖B‖₂² (1 − ε_g) tr C_g per layer: the backward bound, for samples of no task. A target that they do
+    not reach is left to U. Nothing is carried to the next task but through A.
     """
     U = learner.U
     share = {t.name: learner.feature_energy(t.name, "energy_general") for t in learner.targets}
