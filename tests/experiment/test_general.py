@@ -67,7 +67,7 @@ def test_drawn_pictures_are_what_the_family_reads(family: str, tmp_path: Any) ->
 def test_refused_for_models_that_write_answers(tmp_path: Any) -> None:
     values = make_world(tmp_path)
     values["tuner"] = {**values.get("tuner", {}), "energy_general": {"language": 0.9, "default": 0.0}}
-    with pytest.raises(ConfigError, match="energy_general keeps tasks off .* writes answers: leave it out"):
+    with pytest.raises(ConfigError, match=r"energy_general keeps tasks off .* writes answers: leave it out"):
         prepare(Experiment(values, quiet=True).config)
 
 

@@ -116,7 +116,7 @@ def test_the_ledger_keeps_the_setting(tmp_path):
 
 def test_refused_without_samples_and_where_a_comes_from_elsewhere():
     learner = ContinualLearner(make_net(), config(energy_general=0.8))
-    with pytest.raises(ConfigError, match="'task 0': energy_general keeps .* give start_task general_batches"):
+    with pytest.raises(ConfigError, match=r"'task 0': energy_general keeps .* give start_task general_batches"):
         start(learner, general_batches=None)
     with pytest.raises(ConfigError, match="energy_general is for the methods whose A comes from the residual gradient"):
         get_method("lora").learner(make_net(), config(energy_general={"default": 0.5}))
