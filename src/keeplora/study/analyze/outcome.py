@@ -13,6 +13,7 @@ import numpy as np
 from keeplora.analysis import suggest
 from keeplora.analysis.intervals import REPEATS, Resamples, Spread, ends
 from keeplora.analysis.words import read_out
+from keeplora.experiment.similarity import task_similarity
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
 from keeplora.study.analyze.plan import STEPS, AnalysisPlan, Point, label_of, window_name
@@ -66,6 +67,7 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any], wanted: Sequence[Poi
     results["spectra"] = _spectra(found["spectra"])
     results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
     results["undo"] = _undo(found["undo"])
+    results["interference"] = _interference(told["run"], results["layers"])
     results["suggestion"], results["as_it_was"] = None, []
     if told["run"] is None and not missing:
         results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found["spectra"])
@@ -198,6 +200,17 @@ def _spectra(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         ],
         "tasks": result["tasks"],
     }  # fmt: skip
+
+
+# ---- interference ----------------------------------------------------------------------------------------------------
+
+
+def _interference(run: str | None, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`task_similarity` of a run, with the gradients' shares that its points hold; None where they hold none."""
+    inside = {row["task_name"]: row["inside"] for row in layers if row.get("inside")}
+    if run is None or not inside:
+        return None
+    return task_similarity([Path(run)], gradients=lambda *_: inside).to_dict()
 
 
 # ---- suggestion ----------------------------------------------------------------------------------------------------------
