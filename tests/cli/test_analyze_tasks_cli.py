@@ -98,8 +98,8 @@ def test_boundaries_of_a_run(run, cli, tmp_path):
     words = ("--warmup", "16", "--batch-size", "4", "--alarm-rate", "0.01")
     found = told(cli("analyze", "boundary", run, *words, "--json"))
     assert found["tasks"] == ORDER
-    assert found["samples"] == sum((10 + 6) * n for n in (3, 2, 2))
-    assert [at for at, _ in found["boundaries"]] == [48, 80]
+    assert found["samples"] == sum(10 * n for n in (3, 2, 2))  # every training picture, and no test picture
+    assert [at for at, _ in found["boundaries"]] == [30, 50]
     assert len(found["positions"]) == len(found["values"]) == len(found["statistics"]) > 0
     assert found["positions"] == sorted(set(found["positions"]))
     # What is learned of a task is not judged; what was judged since its onset is learned of the next.
@@ -129,8 +129,8 @@ def test_boundaries_of_a_run(run, cli, tmp_path):
         (("boundary", "RUN", "--stream", "sudden"), "--stream is one of abrupt, gradual, shuffled"),
         (("boundary", "RUN", "--alarm-rate", "-1"), "--alarm-rate is the number"),
         (("boundary", "RUN", "--warmup", "8"), "--warmup is 16 at least (two batches of --batch-size 8), got 8"),
-        (("boundary", "RUN", "--warmup", "112"), "--warmup 112 takes the whole stream of 112 samples"),
-        (("boundary", "RUN", "--warmup", "105"), "--warmup 105 takes the whole stream of 112 samples"),
+        (("boundary", "RUN", "--warmup", "70"), "--warmup 70 takes the whole stream of 70 samples"),
+        (("boundary", "RUN", "--warmup", "65"), "--warmup 65 takes the whole stream of 70 samples"),
         (("boundary", "RUN", "--batch-size", "0"), "--batch-size is 1 at least, got 0"),
         (("boundary", "RUN", "--ramp", "0"), "--ramp is 1 at least, got 0"),
         (("boundary", "RUN", "--plot", "nowhere/b.png"), "there is no folder nowhere"),

@@ -12,7 +12,7 @@ from keeplora.cli.plot_place import check_plot
 
 def boundary(
     directory: Annotated[
-        Path, typer.Argument(help="The run directory whose tasks (training and test samples) are laid end to end.")
+        Path, typer.Argument(help="The run directory whose tasks (their training samples) are laid end to end.")
     ],
     kind: Annotated[
         str,
@@ -30,7 +30,7 @@ def boundary(
 ) -> None:
     """Print where a stream of a run's tasks, without their labels, is seen to go over to a new one.
 
-    Each task's training and test samples are streamed together, in random order. The base model is loaded.
+    Each task's training samples are streamed once, in random order. The base model is loaded.
     """
     import json
 

@@ -88,7 +88,8 @@ def watch_run(
 ) -> BoundaryTrace:  # fmt: skip
     """Put a run's tasks one after another, hide where they begin, and watch them through the untouched base model.
 
-    A task's training and test samples are streamed together: the demo's training pictures alone are few beside a warm-up.
+    What is streamed is what a training run would see: every training sample once, those of a warm-up are not judged, and no
+    held-out or test sample.
 
     Args:
         path: a run directory. kind: "abrupt"; "gradual": each task gives way to the next over ``ramp`` samples; "shuffled":
@@ -118,7 +119,7 @@ def watch_run(
             f"task {odd[0]!r} is read as a stream and cannot be shuffled here; give a run with data at hand"
         )
     learner = setup.method.learner(setup.family.model, setup.tuner_config())
-    parts = [ConcatDataset([setup.sets[t.name].train, setup.sets[t.name].test]) for t in setup.tasks]
+    parts = [setup.sets[t.name].train for t in setup.tasks]
     lengths, random = [len(part) for part in parts], Random(seed)
     if -(-warmup // size) * size >= sum(lengths):  # whole batches
         raise KeepLoraError(

@@ -63,7 +63,7 @@ def analysis_for(
     )
 
     def points(world: World) -> Iterator[Point]:
-        yield from intra_points(world.targets, SHARES)
+        yield from intra_points(world.targets, SHARES, configured=world.configured_energies)
         yield from inter_points(world.targets, WHAT, min(plan.tasks, len(world.setup.tasks)))
 
     return analyze(plan, lambda w: list(points(w)), jobs=jobs, quiet=quiet, world=world)
@@ -117,7 +117,7 @@ def _kept(name: str, value: Any, config: ExperimentConfig, own: Sequence[str]) -
     if name in own:
         return "as your configuration says"
     if value is None:
-        return "for the figures do not tell"
+        return "for the figures give no reason to change it"
     if name == "gamma" and (config.tuner.schedule != "linear" or "schedule" in own):
         return "for the schedule is not the linear one that γ belongs to"
     if name == "gamma" and config.method.removesuffix("-cls") == "keeplora":

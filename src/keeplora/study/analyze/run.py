@@ -76,7 +76,7 @@ def intra(
     plan: AnalysisPlan, *, shares: Sequence[float] = SHARES, parts: Sequence[str] | None = None, **how: Any
 ) -> Analysis:
     """The spectrum: `intra_points` of the untouched model."""
-    return analyze(plan, lambda world: intra_points(world.targets, shares, parts), **how)
+    return analyze(plan, lambda world: intra_points(world.targets, shares, parts, world.configured_energies), **how)
 
 
 def inter(plan: AnalysisPlan, *, what: Sequence[str] = (), **how: Any) -> Analysis:

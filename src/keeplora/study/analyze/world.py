@@ -85,6 +85,14 @@ class World:
         """The task's training set as the model reads it, no more of it than the limit."""
         return limited_training(self.setup, task, self.plan.limit, self.plan.seed)
 
+    @property
+    def configured_energies(self) -> dict[str, float]:
+        """ε_w of every tower, where shares are of Σσ², as ε_w is."""
+        if self.plan.by != "energy":
+            return {}
+        config = self.setup.tuner_config()
+        return {t: float(config.for_tower("energy_weights", t)) for t in dict.fromkeys(t.tower for t in self.targets)}
+
     @cached_property
     def features(self) -> dict[str, TaskFeatures]:
         """What a run's ledger knows of its tasks' features; nothing where its method keeps no subspaces."""
