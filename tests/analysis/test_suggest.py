@@ -17,10 +17,14 @@ def curve(*changes: float, configured: float = 0.5, known: float = 5.0) -> list[
     """Changes of the general score, each known to ±5 points, their differences to that at the configured share to ±``known``; the
     full end is the model itself unless said otherwise."""
     at = dict(zip(SHARES, changes))
-    return [
-        Kept(share, Change(c, c - 5, c + 5), None if share <= configured else Change(d := c - at[configured], d - known, d + known))
-        for share, c in at.items()
-    ]  # fmt: skip
+
+    def kept(share: float, c: float) -> Kept:
+        more = c - at[configured]
+        return Kept(
+            share, Change(c, c - 5, c + 5), Change(more, more - known, more + known) if share > configured else None
+        )
+
+    return [kept(share, c) for share, c in at.items()]
 
 
 def window(name: str, gain: float, loss: float, spread: float = 0.5, tasks: int = 2) -> Window:
@@ -37,7 +41,9 @@ def test_energy_weights_is_the_least_share_from_which_nothing_is_lost():
 
 
 def test_a_share_above_which_the_score_falls_again_does_not_count():
-    assert suggest.energy_weights(curve(-58, -2, -20, 0, 0), 0.5).value is None  # 0.9, which is not told from the configured 0.5
+    assert (
+        suggest.energy_weights(curve(-58, -2, -20, 0, 0), 0.5).value is None
+    )  # 0.9, which is not told from the configured 0.5
     assert suggest.energy_weights(curve(-58, -20, -20, 0, 0), 0.5).value == 0.9
 
 

@@ -91,7 +91,7 @@ def test_similarity_takes_gradients_of_runs_by_any_method(run, lora, cli, tmp_pa
     assert kept == pytest.approx({(i, j): v for (name, i, j), v in shares.items() if name == run.name}, rel=1e-4)
     assert [p["predicted"]["gradient"] for p in page["interference"]["pairs"]] == pytest.approx(list(kept.values()))
     assert "cannot be told" in " ".join(page["words"]["interference"])
-    assert "<h2 id=\"h-interference\">" in (tmp_path / "a/analysis.html").read_text(encoding="utf-8")
+    assert '<h2 id="h-interference">' in (tmp_path / "a/analysis.html").read_text(encoding="utf-8")
 
 
 def test_boundaries_of_a_run(run, cli, tmp_path):

@@ -119,7 +119,7 @@ def test_what_is_not_finished_or_not_whole_says_so(folder: Path) -> None:
     assert states["killed"] == "running, or killed1 of 5 tasks"
     assert states["broken"] == f"failed1 of 5 tasksthe disk is full {EVIL}"
     assert states["torn"].startswith("damaged")
-    assert "results.json is not readable JSON" in states["torn"]
+    assert "results.json is damaged: it is not readable JSON" in states["torn"]
     assert states["young"] == "unknown"
     assert states["a study"] == "failed1 of 3 cells1 of its cells failed"
     young, study = page.row("young"), page.row("a study")

@@ -83,7 +83,8 @@ def energy_weights(curve: Sequence[Kept], configured: float) -> Suggestion:
         curve: the tower's weights rebuilt from leading components, 0 (nothing kept) among them. configured: ε_w.
 
     >>> lost, unlike = Change(-40, -49, -31), Change(38, 29, 46)
-    >>> curve = [Kept(0.0, Change(-58, -70, -50)), Kept(0.5, lost), Kept(0.8, Change(-2, -5, 1), unlike), Kept(1.0, Change(0, 0, 0))]
+    >>> ends = Kept(0.0, Change(-58, -70, -50)), Kept(1.0, Change(0, 0, 0))
+    >>> curve = [ends[0], Kept(0.5, lost), Kept(0.8, Change(-2, -5, 1), unlike), ends[1]]
     >>> energy_weights(curve, 0.5).value, energy_weights(curve, 0.8).value
     (0.8, None)
     """
@@ -116,10 +117,13 @@ def energy_weights(curve: Sequence[Kept], configured: float) -> Suggestion:
     hidden = f"a loss of up to {max(0.0, -found.change.low):.1f} points at {found.energy:.2f} cannot be ruled out"
     if found.energy <= configured + 1e-6:
         return Suggestion(
-            None, f"{told}. So the configured {configured:g} is enough as far as can be seen; a smaller one is not suggested: {hidden}"
+            None, f"{told}. So the configured {configured:g} is enough as far as can be seen; a smaller one is not suggested: "
+            f"{hidden}"
         )  # fmt: skip
     if found.over is None:
-        return Suggestion(None, f"{told}. The configured {configured:g} itself was not measured, so nothing speaks against it")
+        return Suggestion(
+            None, f"{told}. The configured {configured:g} itself was not measured, so nothing speaks against it"
+        )
     if found.over.low <= 0:
         return Suggestion(
             None, f"{told}. That {found.energy:.2f} keeps more than the configured {configured:g} does cannot be told: the "
@@ -171,8 +175,8 @@ def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
     Σ gain_w s_w − λ Σ loss_w s_w² is largest for is s_w ∝ gain_w / loss_w, so the scales of the two windows stand in the inverse
     ratio of their prices loss / gain; γ is the linear schedule with that ratio at their middles (`gamma_of`).
 
-    None where a window has not visibly gained, after one task, and where the prices may stand as a configured γ has them: where the
-    interval of price_deep − `ratio_of` (γ) · price_shallow holds 0.
+    None where a window has not visibly gained, after one task, and where the prices may stand as a configured γ has them: where
+    the interval of price_deep − `ratio_of` (γ) · price_shallow holds 0.
 
     Args:
         configured: the γ of each tower.
@@ -200,13 +204,20 @@ def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
         scale = ratio_of(now)
         low, high = ends(draws[1] - scale * draws[0])
         apart = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
-        fits = f"the configured γ = {now:g} fits a deep price of {scale:.2f} times the shallow one; the measured one lies {apart} off"
+        fits = (
+            f"the configured γ = {now:g} fits a deep price of {scale:.2f} times the shallow one; the measured one lies "
+            f"{apart} off"
+        )
         if low <= 0 <= high:
             return Suggestion(None, f"{told}. {fits}, so a difference cannot be told")
         if value == now:
             return Suggestion(None, f"{told}, for which the configured γ = {now:g} is the best of the linear schedules")
         told += f". {fits}"
-    why = "the shallow layers cost nothing" if prices[0] <= 0 else f"their scales should stand as {min(ratio, 1.0):.2f} to 1"
+    why = (
+        "the shallow layers cost nothing"
+        if prices[0] <= 0
+        else f"their scales should stand as {min(ratio, 1.0):.2f} to 1"
+    )
     return Suggestion(value, f"{told}: {why}")
 
 
@@ -294,7 +305,11 @@ def energy_features(tried: Sequence[Protected], r: int, configured: float, tasks
         return Suggestion(None, f"no ε_f that was tried leaves room enough: {detail}")
     # The more is protected the less is free: what fits at a larger ε_f fits at the configured one.
     if best >= configured:
-        return Suggestion(None, f"the configured {configured:g} leaves room enough; a larger one is not suggested: {detail}")
+        return Suggestion(
+            None, f"the configured {configured:g} leaves room enough; a larger one is not suggested: {detail}"
+        )
     if best == max(fits):
-        return Suggestion(None, f"the configured {configured:g} was not tried, and nothing below it speaks against it: {detail}")
+        return Suggestion(
+            None, f"the configured {configured:g} was not tried, and nothing below it speaks against it: {detail}"
+        )
     return Suggestion(best, f"the configured {configured:g} does not leave room enough: {detail}")

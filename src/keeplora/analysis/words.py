@@ -313,7 +313,9 @@ def interference(found: Mapping[str, Any]) -> list[str]:
     by = next(iter(found["associations"].values()))
     counted = max(by.values(), key=lambda one: one["n"])
     if not counted["n"]:
-        return ["Too few pairs of tasks were measured, or all fell alike: whether anything predicts that cannot be told."]
+        return [
+            "Too few pairs of tasks were measured, or all fell alike: whether anything predicts that cannot be told."
+        ]
     runs = f" of {counted['groups']} runs" if counted["groups"] > 1 else ""
     said = [
         f"{counted['n']} pairs of tasks{runs}: a rank correlation with the points that the earlier task fell while the later was "
@@ -324,7 +326,8 @@ def interference(found: Mapping[str, Any]) -> list[str]:
             said.append(f"{name}, {MEANT[name]}: too few pairs are known, it cannot be told.")
             continue
         says = {
-            "cannot be told": "whether it goes with forgetting cannot be told", "goes with it": "the larger, the more is forgotten",
+            "cannot be told": "whether it goes with forgetting cannot be told",
+            "goes with it": "the larger, the more is forgotten",
             "goes against it": "the larger, the less is forgotten",
         }[one["verdict"]]  # fmt: skip
         told = f"ρ = {one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}], p = {one['p']:.2g}".replace("-", "−")

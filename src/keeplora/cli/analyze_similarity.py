@@ -33,12 +33,11 @@ def similarity(
     gradients: Annotated[
         bool,
         typer.Option(
-            "--gradients", help="Also take every task's gradient at the weights it started from: opens each run's model and data."
+            "--gradients",
+            help="Also take every task's gradient at the weights it started from: opens each run's model and data.",
         ),
     ] = False,
-    limit: Annotated[
-        int, typer.Option(help="With --gradients, most training samples of each task; 0: all.")
-    ] = 200,
+    limit: Annotated[int, typer.Option(help="With --gradients, most training samples of each task; 0: all.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a file that ends in .png, .svg or .pdf.")] = None,
 ) -> None:
@@ -126,8 +125,8 @@ def _show(found: Similarity) -> None:
         rows,
     )
     say(
-        "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that five shuffles in a hundred reach. Pairs that share a task are not independent, so with "
-        "few tasks both are too sure."
+        "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that five shuffles in a hundred reach. "
+        "Pairs that share a task are not independent, so with few tasks all three are too sure."
     )
 
 

@@ -57,7 +57,12 @@ def starting_gradient(setup: Setup, learner: ContinualLearner, number: int, samp
     opened = OpenTask(name, **setup.kind.statistics(objective, samples, training, learner.config, setup.config.seed))
     with weights_after(learner, number - 1):
         return collect_gradients(
-            learner.model, learner.targets, learner.store, gradient_batches(learner, opened), opened.loss_fn, opened.mask_fn
+            learner.model,
+            learner.targets,
+            learner.store,
+            gradient_batches(learner, opened),
+            opened.loss_fn,
+            opened.mask_fn,
         )
 
 

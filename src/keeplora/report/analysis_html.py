@@ -44,8 +44,8 @@ SECTIONS = {
     ),
     "interference": (
         "What one task does to another",
-        "How alike the tasks’ features are, and how much of what a later task wants to change lies where an earlier one’s features "
-        "live, beside the points that the earlier one fell while the later was learned.",
+        "How alike the tasks’ features are, and how much of what a later task wants to change lies where an earlier one’s "
+        "features live, beside the points that the earlier one fell while the later was learned.",
     ),
 }
 NAMES = {

@@ -248,7 +248,10 @@ def _suggestion(
             suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
         ]
         found["energy_features"] = suggest.energy_features(
-            tried, int(found["r"].value or max(now["r"].values())), max(now["energy_features"].values()), int(result["tasks"])
+            tried,
+            int(found["r"].value or max(now["r"].values())),
+            max(now["energy_features"].values()),
+            int(result["tasks"]),
         )
     evidence |= {key: one.why for key, one in found.items()}
     for key, measured_by in suggest.MEASURED_BY.items():
@@ -278,7 +281,9 @@ def _curve(points: Found, part: str, configured: float, by: str) -> list[suggest
         over = draws.difference(scores, stand["result"]["general"]) if stand is not None and more else None
         rows.append(
             suggest.Kept(
-                energy[p["share"]], suggest.Change(*draws.difference(scores, base)[:3]), over and suggest.Change(*over[:3])
+                energy[p["share"]],
+                suggest.Change(*draws.difference(scores, base)[:3]),
+                over and suggest.Change(*over[:3]),
             )
         )
     return rows
