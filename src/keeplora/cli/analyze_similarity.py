@@ -125,7 +125,7 @@ def _show(found: Similarity) -> None:
         rows,
     )
     say(
-        "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that five shuffles in a hundred reach. "
+        "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that 5 % of the shuffles reach. "
         "Pairs that share a task are not independent, so with few tasks all three are too sure."
     )
 
