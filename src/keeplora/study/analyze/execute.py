@@ -128,7 +128,7 @@ def run_points(
         return
     jobs = min(jobs or 1, len(todo))
     stop = int(os.environ.get(STOP_AFTER) or 0)
-    print(outline(points, store, jobs), file=sys.stderr, flush=True)
+    print(f"Analysis in {store.path}: {outline(points, store, jobs)}", file=sys.stderr, flush=True)
     with terminate_as_interrupt(), AnalysisProgress(len(todo), jobs, quiet, took=store.seconds()) as progress:
         made = _here(world or World(plan), todo) if jobs == 1 else _in_processes(plan, todo, jobs)
         del world
