@@ -83,8 +83,8 @@ class BoundaryTrace:
 
 
 def watch_run(
-    path: str | os.PathLike[str], *, kind: str = "abrupt", alarm_rate: float = DEFAULT_RATE, warmup: int = 64, size: int = 8,
-    ramp: int = 100, seed: int = 0, device: str = "cpu",
+    path: str | os.PathLike[str], *, kind: str = "abrupt", alarm_rate: float = DEFAULT_RATE, warmup: int = 32, size: int = 8,
+    ramp: int = 40, seed: int = 0, device: str = "cpu",
 ) -> BoundaryTrace:  # fmt: skip
     """Put a run's tasks one after another, hide where they begin, and watch them through the untouched base model.
 
