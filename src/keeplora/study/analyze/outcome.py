@@ -140,8 +140,8 @@ def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
                 draws.append(sign * (mine[1] - theirs[1]))
         name = window_name(index)
         gain, loss = np.stack(gain_draws, axis=1), np.stack(loss_draws, axis=1)
-        over = (np.take_along_axis(draws, picks, axis=1).mean(1) for draws in (gain, loss))
-        windows.append(suggest.Window(name, fmean(gains), fmean(losses), *over, len(shared)))
+        more, less = (np.take_along_axis(draws, picks, axis=1).mean(1) for draws in (gain, loss))
+        windows.append(suggest.Window(name, fmean(gains), fmean(losses), more, less, len(shared)))
         result = learned[index][shared[0]]
         rows.append({
             "window": index, "name": name, "tasks": [learned[index][t]["task_name"] for t in shared],
