@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 import shutil
 import signal
 import time
@@ -149,6 +150,7 @@ def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
     monkeypatch.setenv(STOP_AFTER, "3")
     answer = cli(*words)
     assert answer.code == 130
+    assert f"Analysis in {tmp_path / 'a'}: 17 points to measure" in answer.err
     assert f"what was measured is in {tmp_path / 'a'}; repeat the command to go on" in answer.err
     assert len(points_of(tmp_path / "a")) == 3
     partial = results_of(tmp_path / "a")
@@ -163,6 +165,23 @@ def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
     mine, theirs = points_of(tmp_path / "a"), points_of(whole)
     assert len(mine) > 3
     assert mine == {name: theirs[name] for name in mine}
+
+
+def test_a_dry_run_says_how_much_there_is_to_do(looked_at, cli, tmp_path):
+    config, folder = looked_at
+    answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", tmp_path / "a")
+    assert answer.code == 0, answer.err
+    # Per tower 0, 0.5, 0.9, 1 and its own ε_w kept, and 0.5, 0.9 and 1 dropped.
+    assert answer.out == "17 points to measure (1 untouched, 16 intra): how long it takes is told after the first\n"
+    assert not (tmp_path / "a").exists()
+    answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", folder)
+    assert answer.out == "all 17 points are measured already\n"
+    before = sorted(folder.rglob("*"))
+    answer = cli("analyze", "intra", config, "--shares", "0.5,0.6", "--dry-run", "--output", folder)
+    assert re.fullmatch(r"4 points to measure \(4 intra\); 13 are there already: about 0:\d\d\n", answer.out)
+    assert sorted(folder.rglob("*")) == before
+    answer = cli("analyze", "intra", config, "--limit", "5", "--dry-run", "--output", folder)
+    assert "the analysis of another model, other data or other options: limit 200 (now 5)" in answer.err
 
 
 @pytest.mark.slow
@@ -336,7 +355,8 @@ def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch)
     scales = {row["layer"]: row["scale"] for row in results_of(tmp_path / "run")["layers"]}
     assert min(scales.values()) == pytest.approx(0.5)
 
-    # The same again: nothing is measured, and the command says another --output.
+    # The same again, from a folder of another name with the same hash: nothing is measured.
+    folder = folder.rename(folder.with_name(f"analysis-another-name-{folder.name.rsplit('-', 1)[1]}"))
     again = cli("run", config, "--auto", "--output", tmp_path / "run2", "--quiet")
     assert again.code == 0
     assert "[1/" not in again.err.split("Settings after")[0]

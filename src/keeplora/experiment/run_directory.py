@@ -27,7 +27,7 @@ from keeplora.files import (
     read_regular,
     sweep,
 )
-from keeplora.json_text import MAX_BYTES, parse_json, read_json
+from keeplora.json_text import MAX_BYTES, parse_json, read_object
 from keeplora.report.run_files import check_shape, remedy
 from keeplora.transfer import refuse_address
 from keeplora.tuner.config import without_retired
@@ -56,17 +56,9 @@ def _finite(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise KeepLoraError(f"{path} is damaged ({error}); {remedy(path)}") from None
-    if not isinstance(value, dict):
-        raise KeepLoraError(f"{path} is damaged (it holds no object); {remedy(path)}")
-    check_shape(value, path.name, path)
+    value = read_object(path, remedy(path))
+    if value is not None:
+        check_shape(value, path.name, path)
     return value
 
 

@@ -15,6 +15,7 @@ from keeplora.methods import get_method
 from keeplora.study.analyze.plan import LIMIT, SHARES, AnalysisPlan, Point, inter_points, intra_points
 from keeplora.study.analyze.run import Analysis, analyze
 from keeplora.study.analyze.world import World
+from keeplora.study.plan_values import safe
 from keeplora.tuner import ContinualLearner
 
 SETTINGS = ("energy_weights", "energy_features", "gamma", "r")
@@ -58,19 +59,16 @@ def analysis_for(
     plan = AnalysisPlan(source, Path(), limit=limit, seed=config.seed)
     world = World(plan)
     key = hashlib.sha256(json.dumps(world.identity(), sort_keys=True).encode()).hexdigest()[:10]
-    plan = AnalysisPlan(
-        source, folder or Path("runs") / f"analysis-{_safe(config.label)}-{key}", limit=limit, seed=config.seed
-    )
+    # By the key alone: what is in a folder of another name is the same analysis.
+    there = sorted(Path("runs").glob(f"analysis-*-{key}"))
+    place = folder or (there[0] if there else Path("runs") / f"analysis-{safe(config.label)}-{key}")
+    plan = AnalysisPlan(source, place, limit=limit, seed=config.seed)
 
     def points(world: World) -> Iterator[Point]:
-        yield from intra_points(world.targets, SHARES)
+        yield from intra_points(world.targets, SHARES, configured=world.configured_energies)
         yield from inter_points(world.targets, WHAT, min(plan.tasks, len(world.setup.tasks)))
 
     return analyze(plan, lambda w: list(points(w)), jobs=jobs, quiet=quiet, world=world)
-
-
-def _safe(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
 
 
 def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Taken:
@@ -117,7 +115,7 @@ def _kept(name: str, value: Any, config: ExperimentConfig, own: Sequence[str]) -
     if name in own:
         return "as your configuration says"
     if value is None:
-        return "for the figures do not tell"
+        return "for the figures give no reason to change it"
     if name == "gamma" and (config.tuner.schedule != "linear" or "schedule" in own):
         return "for the schedule is not the linear one that γ belongs to"
     if name == "gamma" and config.method.removesuffix("-cls") == "keeplora":
