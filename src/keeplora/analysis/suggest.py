@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keeplora.analysis.intervals import ends
+from keeplora.math import layer_scales
 
 RANK_SHARE = 0.9
 """Share of the residual gradient's energy that the suggested rank takes, at the median layer."""
@@ -219,6 +220,30 @@ def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
         else f"their scales should stand as {min(ratio, 1.0):.2f} to 1"
     )
     return Suggestion(value, f"{told}: {why}")
+
+
+def same_step(towers: Sequence[tuple[int, int, float]], new: float) -> tuple[float, str]:
+    """By what the learning rate is multiplied when γ becomes ``new``, and why.
+
+    Prices tell how layers should move beside one another, not how far they should move in all. AdamW moves B by the learning rate
+    η in every layer, so that ΔW = s B A moves by s η; kept is Σ (s η)² over the targets, with s of M6.
+
+    Args:
+        towers: per tower, its blocks, its targets in blocks, its configured γ.
+
+    >>> factor, why = same_step([(12, 48, 0.2), (6, 24, 0.2)], 1.0)
+    >>> round(factor, 3)
+    0.653
+    """
+    squares = [
+        sum(n * sum(s * s for s in layer_scales(blocks, g)) / blocks for blocks, n, g in rows)
+        for rows in (towers, [(blocks, n, new) for blocks, n, _ in towers])
+    ]
+    factor = (squares[0] / squares[1]) ** 0.5
+    return factor, (
+        f"with γ = {new:g} the layers together move {1 / factor:.2f} times as far at the same rate, and the prices say nothing "
+        f"of how far they should: the rate times {factor:.2f} leaves that as it was"
+    )
 
 
 def rank(shares: Mapping[int, Sequence[float]], configured: int = 1) -> Suggestion:

@@ -75,10 +75,10 @@ def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Ta
     """Which suggestions the run takes.
 
     Args:
-        own: dotted keys that the user set (`keeplora.experiment.own_settings.own_settings`).
+        own: keys that the user set (`keeplora.experiment.own_settings.own_settings`).
 
-    The scale s = layer_scale · lora_alpha / r is kept where the rank changes (lora_alpha changes with it), so that a rank does
-    not come with another learning speed.
+    Neither a rank nor a γ comes with another learning speed: with a rank lora_alpha changes, so that lora_alpha / r stays, and with
+    a γ the learning rate, so that the mean square of layer_scale · learning rate over the targets stays.
     """
     made = analysis.results["suggestion"]
     where = str(analysis.folder)
@@ -102,6 +102,13 @@ def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Ta
     if "tuner.r" in overrides and "lora_alpha" not in own:
         overrides["tuner.lora_alpha"] = config.tuner.lora_alpha * overrides["tuner.r"] / int(config.tuner.r)  # type: ignore[arg-type]
         said.append(f"lora_alpha: {overrides['tuner.lora_alpha']:g}, so that lora_alpha / r stays")
+    rate = made.get("learning_rate")
+    if "tuner.gamma" in overrides and rate is not None:
+        if "learning_rate" in own:
+            said.append("learning_rate: as your configuration says, though another γ moves all layers by more or less")
+        else:
+            overrides["training.learning_rate"] = rate
+            said.append(f"learning_rate: {_text(rate)}, so that all layers together move as far as before")
     results = analysis.folder / "results.json"
     record = {
         "analysis": where, "results_sha256": sha256_file(results), "settings": settings, "evidence": made["evidence"],

@@ -42,6 +42,12 @@ def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
             name: {tower: config.for_tower(name, tower) for tower in towers}
             for name in ("energy_weights", "energy_features", "gamma", "r")
         },
+        "learning_rate": world.config.training.learning_rate,
+        "depth": {
+            tower: {"blocks": inside[0].blocks, "targets": len(inside)}
+            for tower in towers
+            if (inside := [t for t in world.targets if t.tower == tower and t.depth is not None])
+        } if config.schedule == "linear" else {},
     }  # fmt: skip
 
 
@@ -240,6 +246,12 @@ def _suggestion(
             value = value[""]
     if windows:
         found["gamma"] = suggest.gamma(windows, list(now["gamma"].values()))
+    rate = None
+    if "gamma" in found and found["gamma"].value is not None and results["depth"]:
+        depth = [(d["blocks"], d["targets"], now["gamma"][tower]) for tower, d in results["depth"].items()]
+        factor, sentence = suggest.same_step(depth, found["gamma"].value)
+        rate = _times(results["learning_rate"], factor)
+        evidence["learning_rate"] = sentence
     if points["spectra"]:
         result = points["spectra"][0]["result"]
         shares = {r: [row["captured"][i] for row in result["rows"]] for i, r in enumerate(result["ranks"])}
@@ -259,9 +271,16 @@ def _suggestion(
             evidence[key] = f"{suggest.NOT_MEASURED} by this analysis: {measured_by} does"
     made = {
         "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
-        "evidence": evidence,
+        "learning_rate": rate, "evidence": evidence,
     }  # fmt: skip
     return made, [tower for tower in results["towers"] if isinstance(value, Mapping) and towers.get(tower) is None]
+
+
+def _times(rate: Any, factor: float) -> Any:
+    """A learning rate, or one per task, times ``factor``, to three digits."""
+    if isinstance(rate, Mapping):
+        return {task: _times(one, factor) for task, one in rate.items()}
+    return float(f"{rate * factor:.3g}")
 
 
 def _curve(points: Found, part: str, configured: float, by: str) -> list[suggest.Kept]:
@@ -291,9 +310,12 @@ def _curve(points: Found, part: str, configured: float, by: str) -> list[suggest
 
 def _write_suggestion(path: Path, results: Mapping[str, Any]) -> None:
     made = results["suggestion"]
-    tuner = {key: value for key, value in made.items() if key != "evidence" and value is not None}
+    settings = {key: value for key, value in made.items() if key not in ("evidence", "learning_rate")}
+    rate = made["learning_rate"]
     atomic_write_text(path, dump_yaml({
         "format": "keeplora-suggestion", "version": 0, "model": results["model"], "of": results["label"],
-        "tuner": tuner, "not_told": [k for k, v in made.items() if v is None], "evidence": made["evidence"],
+        "tuner": {key: value for key, value in settings.items() if value is not None},
+        **({} if rate is None else {"training": {"learning_rate": rate}}),
+        "not_told": [key for key, value in settings.items() if value is None], "evidence": made["evidence"],
         "data": results["note"],
     }))  # fmt: skip
