@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from keeplora.analysis import suggest
 from keeplora.analysis.suggest import Change, Kept, Protected, Window
+from keeplora.math import layer_scales
 
 SHARES = (0.0, 0.5, 0.8, 0.9, 1.0)
 
@@ -182,3 +183,16 @@ def test_one_task_says_nothing_of_how_features_add_up():
     tried = [Protected(0.9, [50, 40], [0.5], [0.6]), Protected(0.999, [5, 4], [0.5], [0.6])]
     assert suggest.energy_features(tried, 8, 0.999, 1).value is None
     assert suggest.energy_features(tried, 8, 0.999, 2).value == 0.9
+
+
+@pytest.mark.parametrize(("old", "new"), [(0.2, 1.0), (1.0, 0.2), (0.5, 0.7)])
+def test_the_rate_that_comes_with_a_gamma_keeps_the_squared_step_of_all_layers(old, new):
+    towers = [(12, 48, old), (6, 24, old), (1, 3, old)]
+    factor, why = suggest.same_step(towers, new)
+
+    def squares(gamma, rate):
+        return sum(n * sum((s * rate) ** 2 for s in layer_scales(L, gamma)) / L for L, n, _ in towers)
+
+    assert squares(new, factor) == pytest.approx(squares(old, 1.0))
+    assert f"the rate times {factor:.2f}" in why
+    assert suggest.same_step(towers, old)[0] == 1.0

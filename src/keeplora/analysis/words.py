@@ -88,6 +88,10 @@ def _summary(results: Results) -> list[str]:
     if made:
         as_it_was = results.get("as_it_was") or []
         given = [f"{KNOWN[k]} = {_value(v, as_it_was)}" for k, v in made.items() if k in KNOWN and v is not None]
+        if made.get("learning_rate") is not None:
+            given.append(
+                f"learning rate {_value(made['learning_rate'], as_it_was)} in place of {_value(results['learning_rate'], [])}"
+            )
         why = made["evidence"]
         silent = [k for k, v in made.items() if k in KNOWN and v is None]
         unmeasured = [KNOWN[k] for k in silent if str(why.get(k, "")).startswith(NOT_MEASURED)]

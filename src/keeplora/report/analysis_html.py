@@ -53,6 +53,7 @@ NAMES = {
     "energy_features": "ε_f (energy_features)",
     "gamma": "γ (gamma)",
     "r": "rank (r)",
+    "learning_rate": "learning rate",
 }
 
 
@@ -186,7 +187,7 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
     ]  # fmt: skip
     made: Mapping[str, Any] = results.get("suggestion") or {}
     suggested = [(_setting(key), why) for key, why in made.get("evidence", {}).items()]
-    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
+    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if key in made]
     page = page_template("analysis.html.j2").render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
         light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),

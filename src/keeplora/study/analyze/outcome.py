@@ -271,7 +271,7 @@ def _suggestion(
             evidence[key] = f"{suggest.NOT_MEASURED} by this analysis: {measured_by} does"
     made = {
         "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
-        "learning_rate": rate, "evidence": evidence,
+        **({} if rate is None else {"learning_rate": rate}), "evidence": evidence,
     }  # fmt: skip
     return made, [tower for tower in results["towers"] if isinstance(value, Mapping) and towers.get(tower) is None]
 
@@ -311,7 +311,7 @@ def _curve(points: Found, part: str, configured: float, by: str) -> list[suggest
 def _write_suggestion(path: Path, results: Mapping[str, Any]) -> None:
     made = results["suggestion"]
     settings = {key: value for key, value in made.items() if key not in ("evidence", "learning_rate")}
-    rate = made["learning_rate"]
+    rate = made.get("learning_rate")
     atomic_write_text(path, dump_yaml({
         "format": "keeplora-suggestion", "version": 0, "model": results["model"], "of": results["label"],
         "tuner": {key: value for key, value in settings.items() if value is not None},
