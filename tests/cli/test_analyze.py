@@ -416,7 +416,10 @@ def test_a_gamma_brings_the_rate_at_which_the_layers_move_as_far(world, tmp_path
 
     config = load_config(world.config())
     results = {
-        "suggestion": {"energy_weights": None, "energy_features": None, "gamma": 1.0, "r": None, "learning_rate": {"paint": 0.002}, "evidence": {}},
+        "suggestion": {
+            "energy_weights": None, "energy_features": None, "gamma": 1.0, "r": None, "learning_rate": {"paint": 0.002},
+            "evidence": {},
+        },
         "note": "",
     }  # fmt: skip
     (tmp_path / "results.json").write_text("{}")

@@ -89,9 +89,8 @@ def _summary(results: Results) -> list[str]:
         as_it_was = results.get("as_it_was") or []
         given = [f"{KNOWN[k]} = {_value(v, as_it_was)}" for k, v in made.items() if k in KNOWN and v is not None]
         if made.get("learning_rate") is not None:
-            given.append(
-                f"learning rate {_value(made['learning_rate'], as_it_was)} in place of {_value(results['learning_rate'], [])}"
-            )
+            rates = [_value(rate, []) for rate in (made["learning_rate"], results["learning_rate"])]
+            given.append(f"learning rate {rates[0]} in place of {rates[1]}")
         why = made["evidence"]
         silent = [k for k, v in made.items() if k in KNOWN and v is None]
         unmeasured = [KNOWN[k] for k in silent if str(why.get(k, "")).startswith(NOT_MEASURED)]

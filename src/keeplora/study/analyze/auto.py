@@ -77,8 +77,8 @@ def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Ta
     Args:
         own: keys that the user set (`keeplora.experiment.own_settings.own_settings`).
 
-    Neither a rank nor a γ comes with another learning speed: with a rank lora_alpha changes, so that lora_alpha / r stays, and with
-    a γ the learning rate, so that the mean square of layer_scale · learning rate over the targets stays.
+    Neither a rank nor a γ comes with another learning speed: with a rank lora_alpha changes, so that lora_alpha / r stays, and
+    with a γ the learning rate, so that the mean square of layer_scale · learning rate over the targets stays.
     """
     made = analysis.results["suggestion"]
     where = str(analysis.folder)
