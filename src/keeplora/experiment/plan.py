@@ -15,6 +15,7 @@ from keeplora.experiment.assumptions import Assumptions
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision
 from keeplora.experiment.footprint import BASES, Linear, Memory, ModelShape, Settings
+from keeplora.experiment.pictures import DrawnPictures
 from keeplora.experiment.results import peak_memory
 from keeplora.experiment.setup import Setup, load_tasks
 from keeplora.methods import get_method
@@ -71,7 +72,7 @@ def plan_rows(config: ExperimentConfig, tasks: Sequence[Any]) -> list[dict[str, 
 def statistics_samples(tuners: Sequence[KeepLoraConfig], sizes: Sequence[int]) -> tuple[int, int]:
     """Samples of all tasks that go forward and backward for G, and forward alone for C; at most, with ``statistics_tolerance``.
 
-    M2 takes G before every task; after it M8 takes C, and M8g takes G again.
+    M2 takes G before every task; after it M8 takes C, and M8g takes G again. With ``energy_general`` drawn pictures go forward too.
 
     Args:
         tuners: the learner's settings of each task. sizes: training samples of each.
@@ -79,12 +80,15 @@ def statistics_samples(tuners: Sequence[KeepLoraConfig], sizes: Sequence[int]) -
     >>> features = KeepLoraConfig(target_modules=["q_proj"], gradient_samples=20)
     >>> statistics_samples([features], [30]), statistics_samples([replace(features, memory="gradients")], [30])
     ((20, 30), (40, 0))
+    >>> statistics_samples([replace(features, energy_general=0.99)], [30])
+    (20, 286)
     """
     gradients = features = 0
     for tuner, size in zip(tuners, sizes, strict=True):
         again = tuner.memory == "gradients"
         gradients += (1 + again) * min(size, tuner.gradient_samples or size)
         features += 0 if again else min(size, tuner.feature_samples or size)
+        features += DrawnPictures.COUNT if any(tuner.values_of("energy_general")) else 0
     return gradients, features
 
 
