@@ -41,18 +41,20 @@ def read(study: Path) -> Cells:
 
 
 def chosen(cells: Cells, gamma: float, seed: str) -> float | None:
-    """The learning rate with the highest mean Last over the seeds other than ``seed``; None where there is no other.
+    """The learning rate with the highest mean Last over the seeds other than ``seed``; None where there are not two to choose from.
 
     >>> low, high = {"0": {"last": 9.0}, "1": {"last": 1.0}}, {"0": {"last": 1.0}, "1": {"last": 2.0}}
     >>> chosen({(1.0, 0.1): low, (1.0, 0.2): high}, 1.0, "0")
     0.2
+    >>> chosen({(1.0, 0.1): low}, 1.0, "0") is None
+    True
     """
     means = {
         rate: fmean(values)
         for (g, rate), seeds in cells.items()
         if g == gamma and seed in seeds and (values := [m["last"] for s, m in seeds.items() if s != seed])
     }
-    return max(means, key=means.__getitem__) if means else None
+    return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
 def at_their_best(cells: Cells) -> dict[float, dict[str, tuple[float, Mapping[str, float]]]]:
@@ -72,11 +74,11 @@ def tables(cells: Cells, against: float) -> list[str]:
         columns = [told(mean_interval([m[name] for m in seeds.values()])) for name in METRICS]
         lines.append(f"| {gamma:g} | {rate:.3g} | {len(seeds)} | {' | '.join(columns)} |")
     best = at_their_best(cells)
-    head = "| γ at its best rate (chosen on other seeds) | rates | Last | Transfer | Probe |"
-    lines += ["", f"{head} less γ = {against:g}: Last | Transfer | Probe |", f"| --- | --- |{' ---: |' * 6}"]
+    head = "| γ at its best rate (chosen on other seeds) | rates | n | Last | Transfer | Probe |"
+    lines += ["", f"{head} less γ = {against:g}: Last | Transfer | Probe |", f"| --- | --- |{' ---: |' * 7}"]
     for gamma, seeds in best.items():
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({rate for rate, _ in seeds.values()}))
-        columns = [told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS]
+        columns = [str(len(seeds)), *(told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS)]
         pairs = sorted(seeds.keys() & best.get(against, {}).keys())
         for name in METRICS:
             ours, theirs = ([side[s][1][name] for s in pairs] for side in (seeds, best.get(against, {})))
