@@ -193,8 +193,8 @@ def test_second_run_into_the_directory_is_refused(world, cli, tmp_path):
     answer = cli("run", world.yaml(tmp_path / "e.yaml"), "--output", path)
     assert (answer.code, answer.out) == (1, "")
     assert answer.err == (
-        f"Error: {path} already holds a run (finished, 3 tasks done); go on with it by `keeplora resume {path}`, or choose "
-        "another `output:`\n"
+        f"Error: {path} already holds a run (finished, 3 tasks done); see it by `keeplora report {path}`, use it by `keeplora "
+        f"predict {path}`, or choose another --output (`output:` in the file)\n"
     )
     assert files_below(path) == before
 

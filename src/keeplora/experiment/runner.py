@@ -56,7 +56,10 @@ def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]
 class Run(Measuring):
     """One pass over the tasks that are not learned yet."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None) -> None:
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None,
+        *, resumed: bool = False,
+    ) -> None:  # fmt: skip
         self.setup = setup
         self.config = setup.config
         self.directory = directory
@@ -79,6 +82,7 @@ class Run(Measuring):
             for record in (*learner.records, *learner.removed):
                 record.info["seconds"] = {**record.info.get("seconds", {}), **told.get(record.name, {})}
         self.evaluation_seconds = 0.0
+        self._resumed = resumed
         self._joint = learner.schedule == "joint"
         self.loggers = Loggers({}, 0, self._warning)
 
@@ -240,8 +244,15 @@ class Run(Measuring):
             self.progress.line(f"the checkpoint of task {task.name!r} is not used: {error}; the task starts again")
             self.checkpoints.clear()
             self.warnings, saved = warned, None
+            self._resumed = False  # said already
         if saved is None:
+            if self._resumed and setup.method.trains:
+                self.progress.line(
+                    f"no checkpoint of task {task.name!r} yet: it starts from its beginning (training.checkpoint_minutes and "
+                    "checkpoint_steps say how often one is written)"
+                )
             self._learn_from(task, index, identity, None)
+        self._resumed = False  # the tasks after it begin as in any run
         self.checkpoints.clear()
 
     def _learn_from(self, task: Any, index: int, identity: Identity, saved: Snapshot | None) -> None:

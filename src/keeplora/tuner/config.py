@@ -250,13 +250,18 @@ class KeepLoraConfig:
 
     def check_towers(self, towers: Sequence[str]) -> None:
         """Refuse a key that names no tower of the model: it is a typing error, not a setting."""
+        choices = {
+            *towers,
+            *(role for role in ROLE_KEYS if any(tower_matches(role, tower) for tower in towers)),
+            "default",
+        }
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "options" or not isinstance(value, Mapping):
                 continue
             for key in value:
                 if key not in ROLE_KEYS and not any(tower_matches(key, tower) for tower in towers):
-                    raise ConfigError(f"{item.name}: no tower is named {key!r}{did_you_mean(key, towers)}")
+                    raise ConfigError(f"{item.name}: no tower is named {key!r}{did_you_mean(key, choices)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `KeepLoraConfig(**d)` gives the same config back."""

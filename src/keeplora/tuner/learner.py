@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from keeplora.tuner.refresh import leading_half, refresh, without_free_rows
 from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
-from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.targets import Target, rank_too_large, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.trim import trim
 from keeplora.tuner.unlabelled import TaskStream
@@ -86,8 +87,12 @@ class ContinualLearner(Inspection):
         self.algebra = LinearAlgebra(config.linear_algebra)
         join(self)
         if ledger is not None:
-            check_budget(self.U, config)
-            ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
+            self.keep_in(ledger)
+
+    def keep_in(self, ledger: str | Path) -> None:
+        """Make a new ledger in the folder ``ledger``, and write every task into it from here on."""
+        check_budget(self.U, self.config)
+        ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
 
     def _check_choice_of_A(self) -> None:
         """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
@@ -343,6 +348,8 @@ class ContinualLearner(Inspection):
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
+        if not self.records and task.saved is None and (told := rank_too_large(self.targets)):
+            warnings.warn(told, stacklevel=3)
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         if self.config.refresh_factor and task.saved is None:
             A = leading_half(A)
