@@ -30,7 +30,7 @@ Source = Annotated[
 SuiteName = Annotated[str | None, typer.Option("--suite", help="A suite, such as demo-small (see `keeplora suites`).")]
 Model = Annotated[str | None, typer.Option(help="Another model: a Hugging Face name, a local folder, or embedded.")]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="By which windows of layers are adapted; default keeplora++.")
+    str | None, typer.Option("--method", help="The method that learns where a part is trained; default keeplora++.")
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder of the benchmark's data; default $KEEPLORA_DATA, ./data.")]
 Set = Annotated[
