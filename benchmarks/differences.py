@@ -12,6 +12,7 @@ another under the same seed. Differences are in points, ours less `--against`, w
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,30 +63,45 @@ def table(cells: Cells, against: str) -> list[str]:
 
 
 def figure(cells: Cells, against: str, path: Path) -> None:
-    """A row per variant and a panel per metric: the paired difference with its interval, and every pair a faint dot."""
+    """A row per variant and a panel per metric: the paired difference with its interval, and every pair a faint dot.
+
+    A filled mark: the interval leaves out 0, a hollow one: it holds 0, a cross: there is none (one pair, or pairs that are all
+    equal). An arrowhead ends an interval that goes on beyond the axis.
+    """
     from matplotlib.figure import Figure
 
     differences = compared(cells, against)
     rows = [name for name in cells if name != against]
-    drawing = Figure(figsize=(11, 1.2 + 0.34 * len(rows)), layout="constrained")
+    drawing = Figure(figsize=(11, 1.5 + 0.34 * len(rows)), layout="constrained")
     for axes, (metric, title) in zip(drawing.subplots(1, len(METRICS), sharey=True), METRICS.items(), strict=True):
+        reach = 1.15 * max((abs(d["mean"]) for (_, m), (d, _) in differences.items() if m == metric), default=1) + 8
+        axes.set_xlim(-reach, reach)
         for y, name in enumerate(rows):
             if (name, metric) not in differences:
                 continue
-            interval, p = differences[name, metric]
+            interval, _ = differences[name, metric]
             pairs = cells[name].keys() & cells[against].keys()
             dots = [cells[name][s][metric] - cells[against][s][metric] for s in pairs]
             axes.scatter(dots, [y] * len(dots), s=9, color="C0", alpha=0.35)
-            if interval["low"] is not None and interval["high"] is not None:
-                axes.plot([interval["low"], interval["high"]], [y, y], color="C0", lw=1.5)
-            axes.plot(interval["mean"], y, "o", color="C0", mfc="C0" if p is not None and p < 0.05 else "white", ms=6)
-        reach = 1.15 * max((abs(d["mean"]) for (_, m), (d, _) in differences.items() if m == metric), default=1) + 8
-        axes.set_xlim(-reach, reach)  # a few seeds' intervals may be wider than the page: they run out of it
+            low, high = interval["low"], interval["high"]
+            if low is None or high is None or low == high:
+                axes.plot(interval["mean"], y, "x", color="C0", ms=7, mew=1.8)
+                continue
+            axes.plot([max(low, -reach), min(high, reach)], [y, y], color="C0", lw=1.5)
+            # A few seeds' intervals may be wider than the axis.
+            for end, marker in ((low, "<"), (high, ">")):
+                if abs(end) > reach:
+                    axes.plot(math.copysign(0.975 * reach, end), y, marker, color="C0", ms=6)
+            axes.plot(interval["mean"], y, "o", color="C0", mfc="white" if low <= 0 <= high else "C0", ms=6)
         axes.axvline(0, color="gray", lw=0.8)
         axes.set_xlabel(f"{title}, points less {against}")
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), rows)
     drawing.axes[0].invert_yaxis()
+    drawing.supxlabel(
+        "95 % interval; filled: without 0; hollow: holds 0; ×: no interval (one pair, or all equal); arrow: goes on",
+        fontsize=9,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, dpi=100)
 

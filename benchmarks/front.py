@@ -41,7 +41,7 @@ def read(study: Path) -> Cells:
 
 
 def chosen(cells: Cells, gamma: float, seed: str) -> float | None:
-    """The learning rate with the highest mean Last over the seeds other than ``seed``; None where there are not two to choose from.
+    """The learning rate with the highest mean Last over the seeds other than ``seed``; None without two to choose from.
 
     >>> low, high = {"0": {"last": 9.0}, "1": {"last": 1.0}}, {"0": {"last": 1.0}, "1": {"last": 2.0}}
     >>> chosen({(1.0, 0.1): low, (1.0, 0.2): high}, 1.0, "0")

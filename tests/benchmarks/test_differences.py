@@ -64,6 +64,31 @@ def test_variants_of_one_study_beside_the_reference_of_another(numbers: Path, ru
     assert run(numbers / "all.json") == found
 
 
+def test_a_mark_says_where_its_interval_is(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled: without 0; hollow: holds 0; a cross: no interval; arrowheads: beyond the axis."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    variants = {
+        "clear": [63.0, 65.1, 66.9],
+        "open": [60.5, 61.9, 64.2],
+        "one": [50.0],
+        "even": [63.0, 65.0],
+        "wide": [40.0, 90.0],
+    }
+    (tmp_path / "all.json").write_text(rows(**{"keeplora++": [60.0, 62.0, 64.0]}, **variants))
+    run(tmp_path / "all.json", "--figure", tmp_path / "f.png")
+    marks: dict[int, list[tuple[str, str]]] = {}
+    for line in drawn[0].axes[0].lines:
+        if line.get_marker() not in ("None", ""):
+            marks.setdefault(int(line.get_ydata()[0]), []).append((line.get_marker(), line.get_markerfacecolor()))
+    assert marks == {
+        0: [("o", "C0")], 1: [("o", "white")], 2: [("x", "C0")], 3: [("x", "C0")],
+        4: [("<", "C0"), (">", "C0"), ("o", "white")],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [

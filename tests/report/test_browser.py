@@ -32,6 +32,8 @@ document.querySelectorAll('body *').forEach(e => {
 const heights = [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height);
 const small = heights.filter(h => h && h < 10).length;
 const found = {width, scroll: document.documentElement.scrollWidth, wide, small,
+  scrolled: [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.ariaLabel),
+  columns: [...document.querySelectorAll('div.grid')].map(g => getComputedStyle(g).gridTemplateColumns.split(' ').length),
   dark: getComputedStyle(document.body).backgroundColor, charts: document.querySelectorAll('figure svg').length};
 window.parent.document.title = JSON.stringify(found);
 </script>"""
@@ -87,6 +89,14 @@ def test_fits_and_is_quiet(page: str, tmp_path: Path, width: int, dark: bool) ->
     assert found["charts"] > 10
     assert found["small"] == 0
     assert found["dark"] == ("rgb(15, 19, 24)" if dark else "rgb(244, 246, 249)")
+
+
+def test_tables_take_the_width_that_there_is(page: str, tmp_path: Path) -> None:
+    wide, _ = browse(page, tmp_path, width=1400)
+    assert not [name for name in wide["scrolled"] if name.startswith(("Methods", "Accuracy", "Data"))]
+    middle, _ = browse(page, tmp_path, width=700)
+    assert set(middle["columns"]) == {2}  # charts side by side, not one in two thirds of the width
+    assert any(name.startswith("Methods") for name in browse(page, tmp_path, width=390)[0]["scrolled"])
 
 
 def test_the_check_itself_sees_overflow_and_console_errors(page: str, tmp_path: Path) -> None:

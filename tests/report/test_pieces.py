@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -12,15 +13,17 @@ import pytest
 from fake_runs import make_run
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from keeplora.errors import KeepLoraError
 from keeplora.report import charts, compare, figures, palette, runs, tables
 from keeplora.report.charts import Series
+from keeplora.report.terminal import results_table
 
 STYLE = (Path(runs.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", [charts, compare, palette, runs, tables])
+@pytest.mark.parametrize("module", [charts, compare, figures, palette, runs, tables])
 def test_docstring_examples(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -224,7 +227,42 @@ def test_one_line_per_method_same_seed_first_and_all_in_the_table(tmp_path: Path
 
 def test_names_tell_apart_what_seeds_do_not(tmp_path: Path) -> None:
     a, b = (runs.load_run(make_run(tmp_path, name)) for name in ("first", "second"))
-    assert [e.label for e in compare.entries(a, [b])][:2] == ["KeepLoRA++, seed 0, first", "KeepLoRA++, seed 0, second"]
+    assert [e.label for e in compare.entries(a, [b])][:2] == ["KeepLoRA++, first", "KeepLoRA++, second"]
+
+
+def test_two_runs_of_one_method_name_and_seed_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / folder, "same") for folder in ("one", "two", "three")]
+    text = (paths[1] / "config.yaml").read_text()
+    (paths[1] / "config.yaml").write_text(text.replace("lr: 1.0e-3", "lr: 2.0e-3").replace("r: 16", "r: 8"))
+    a, b, c = map(runs.load_run, paths)
+    assert [e.label for e in compare.entries(a, [b])][:2] == ["KeepLoRA++, r 16, lr 0.001", "KeepLoRA++, r 8, lr 0.002"]
+    assert [e.label for e in compare.entries(a, [c])][:2] == [f"KeepLoRA++, {paths[0]}", f"KeepLoRA++, {paths[2]}"]
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(results_table([a, b]))
+    assert "KeepLoRA++, r 8, lr 0.002" in stream.getvalue()
+    # One seed differs, so the settings tell the other two apart.
+    other = runs.load_run(make_run(tmp_path, "same", seed=3))
+    assert [e.label for e in compare.entries(a, [b, other])][:3] == [
+        "KeepLoRA++, seed 0, r 16, lr 0.001",
+        "KeepLoRA++, seed 0, r 8, lr 0.002",
+        "KeepLoRA++, seed 3",
+    ]
+
+
+def test_no_star_where_all_are_equal(tmp_path: Path) -> None:
+    run = runs.load_run(make_run(tmp_path, "a"))
+    found = [compare.Entry(name, run, {"last": 50.0 + i / 100}) for i, name in enumerate("abc")]
+    assert compare.best(found, "last", True) == set()  # equal as they are shown
+    assert compare.best([*found, compare.Entry("d", run, {"last": 49.0})], "last", True) == {0, 1, 2}
+
+
+def test_layer_scales_that_lie_on_one_another_are_one_line(tmp_path: Path) -> None:
+    run = runs.load_run(make_run(tmp_path, "a", blocks=6))
+    flat = [{**layer, "scale": 1.0} for layer in run.layers]
+    equal = runs.Run(run.path, {**run.results, "layers": flat})
+    (figure,), (apart,) = figures.scales(equal), figures.scales(run)
+    assert [s.name for s in figure["legend"]] == ["vision tower and text tower (the same line)"]
+    assert [s.name for s in apart["legend"]] == ["vision tower", "text tower"]
 
 
 def test_best_marks_ties_and_leaves_out_models_that_cannot_forget(tmp_path: Path) -> None:

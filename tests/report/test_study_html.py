@@ -15,7 +15,7 @@ from keeplora.report.runs import Run
 from keeplora.report.study import render_study
 from keeplora.report.study_charts import Dot, cliques, dots, ranks, span, spread
 from keeplora.report.study_data import Study, StudyCell
-from keeplora.report.study_html import render_page
+from keeplora.report.study_html import headline, render_page
 from keeplora.report.study_tables import with_ends, with_half
 from keeplora.study.collect import read_runs, study_of
 from keeplora.study.tables import summarise
@@ -130,6 +130,25 @@ def test_joint_without_transfer_and_a_matrix_with_gaps(tmp_path: Path) -> None:
     assert page.cells.count("–") > 4 * len(TASKS)
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_what_cannot_be_told_apart_comes_first_and_nothing_is_called_best(tmp_path: Path, seeds: int) -> None:
+    """The reference is no method of the preset's name; the tests see nothing, whatever the means are."""
+    values = {"ewc": [50.0, 62.0, 55.0], "lora": [58.0, 51.0, 60.0]}
+    paths = [
+        fake_cell(tmp_path, method, seed=s, metrics=dict.fromkeys(("last", "probe", "forgetting"), last[s]))
+        for method, last in values.items()
+        for s in range(seeds)
+    ]
+    found = study_of(read_runs(paths).cells, name="s", against="ewc")
+    said = [re.sub("<[^>]*>", "", line).replace("\u00a0", " ") for line in headline(found)]
+    assert said[0].startswith("No method can be told from ewc in any metric: ")
+    assert sum("told" in line for line in said) == 1
+    assert said[1].startswith("Highest mean of Last: ")
+    assert f"({seeds} seeds" in said[1]
+    assert ("too few to call it the best" in said[1]) == (seeds < 3)
+    assert not any("Best" in line for line in said)
+
+
 def test_render_writes_every_file(whole: Study, tmp_path: Path) -> None:
     out = render_study(whole, tmp_path / "out")
     assert out == tmp_path / "out" / "report.html"
@@ -172,6 +191,13 @@ def test_orders_are_joined_and_their_spread_is_told() -> None:
     assert "3.5 apart" in chart
     assert chart.count('class="join"') == 1
     assert chart.count('class="mark"') == 3
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+def test_the_table_of_differences_needs_no_scrolling_on_a_desk(whole: Study, tmp_path: Path) -> None:
+    page = render_page(whole, tmp_path / "report.html").read_text()
+    found, _ = browse(page, tmp_path, width=1400)
+    assert not [name for name in found["scrolled"] if name.startswith(("Less", "Mean"))]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")

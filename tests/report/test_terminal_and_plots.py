@@ -45,11 +45,13 @@ def test_results_table(runs: dict[str, Path]) -> None:
     assert cells[7] == "3 min 52 s"
     assert row(text, "KeepLoRA++")[3] == f"{found['keeplora++']['metrics']['last']:.1f}★"
     assert row(text, "Untouched model")[5:] == ["–", "–", "–"]
+    assert "★ the best of its column, as far as shown (Forgetting: the lowest)" in text
 
 
 def test_results_table_of_partial_and_of_no_runs(tmp_path: Path) -> None:
     text = printed(results_table([results(make_run(tmp_path, "a", done=2))]))
     assert row(text, "KeepLoRA++ (2 of 5 tasks)")[1:7] == ["–"] * 6
+    assert "★" not in text  # nothing to be better than, so nothing to explain
     assert "method" in printed(results_table([]))
 
 

@@ -64,7 +64,8 @@ def test_columns_and_paired_differences(cells: list[Path], tmp_path: Path) -> No
     assert {key for _, _, key in study.estimates} == set(KEYS)
     page = Page(render_study(study, tmp_path / "out").read_text())
     assert "BWT against Sequential LoRA" in page.text
-    assert "Best mean of MFN" in page.text
+    assert "Best mean of MFN: " in page.text
+    assert "No method can be told" not in page.text
     assert "Score after every task" in page.text
     for word in ("Transfer", "accuracy", "pictures named right"):
         assert word not in page.text, word

@@ -136,9 +136,19 @@ def test_best_leaves_out_bounds_and_what_never_learns() -> None:
     rows = {"zero-shot": (20.0, 0.0), "lora": (50.0, 9.0), "ewc": (50.04, 4.0), "joint": (90.0, 0.0)}
     cells = [cell(m, "1", 0, last=last, forgetting=f) for m, (last, f) in rows.items()]
     found = tables.summarise(cells, name="s")
-    assert found.best(None, "last", True) == {"lora", "ewc"}  # equal as they are shown
-    assert found.best(None, "forgetting", False) == {"ewc"}
-    assert found.best(None, "probe", True) == set()
+    assert found.top(None, "last", True) == {"lora", "ewc"}  # equal as they are shown
+    assert found.top(None, "forgetting", False) == {"ewc"}
+    assert found.top(None, "probe", True) == set()
+    assert found.best(None, "last", True) == set()  # one seed makes none the best
+
+
+@pytest.mark.parametrize(("seeds", "best"), [(2, set()), (3, {"b"})])
+def test_a_mean_of_few_seeds_is_never_the_best(seeds: int, best: set[str]) -> None:
+    cells = [cell(m, "1", s, last=v + s, probe=7.0) for s in range(seeds) for m, v in (("a", 50.0), ("b", 60.0))]
+    found = tables.summarise(cells, name="s")
+    assert found.best(None, "last", True) == best
+    assert found.top(None, "last", True) == {"b"}
+    assert found.top(None, "probe", True) == set()  # all are equal
 
 
 def test_ranks_are_over_the_blocks_that_all_have() -> None:

@@ -51,22 +51,28 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="Teach a pretrained vision-language model one task after another without forgetting.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-app.command("run")(run.run)
-app.command("resume")(resume.resume)
-app.command("predict")(predict.predict)
-app.command("export")(export.export)
-app.command("copy")(copy.copy)
-app.command("push")(push.push)
+app.command("run", epilog="Example: keeplora run --suite demo --method keeplora++")(run.run)
+app.command("resume", short_help="Go on with a run that was interrupted.")(resume.resume)
+app.command("predict", epilog="Example: keeplora predict RUN --image cat.png --classes cat,dog")(predict.predict)
+app.command("export", short_help="Write what was learned for stock `peft` or `transformers`.")(export.export)
+app.command("copy", short_help="Copy a run, an export or a ledger, also to s3://...")(copy.copy)
+app.command("push", short_help="Upload adapter, ledger and model card to the hub.")(push.push)
 app.command("card")(push.card)
-app.command("report")(report.report)
-app.command("compare")(compare.compare)
-app.command("tune")(tune.tune)
-app.add_typer(analyze.app, name="analyze")
+app.command("report", short_help="Write report.html of a run, or an index of many.")(report.report)
+app.command("compare", epilog="Example: keeplora compare --suite demo --methods lora,keeplora++ --seeds 0-2")(
+    compare.compare
+)
+app.command("tune", short_help="Search hyper-parameters without any test picture.")(tune.tune)
+app.add_typer(
+    analyze.app, name="analyze", short_help="See where a model keeps what it knows.",
+    epilog="Example: keeplora analyze intra --suite demo-small",
+)  # fmt: skip
 app.command("audit")(audit.audit)
-app.add_typer(ledger.app, name="ledger")
-app.command("capacity")(capacity.capacity)
+app.add_typer(ledger.app, name="ledger", short_help="Look at what was learned, go back, take a task out.")
+app.command("capacity", short_help="Print dimensions used and left per layer, and a forecast.")(capacity.capacity)
 app.add_typer(methods.app, name="methods")
 app.add_typer(suites.app, name="suites")
 app.add_typer(assets.app, name="assets")

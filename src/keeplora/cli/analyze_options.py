@@ -23,7 +23,7 @@ class Shared:
         str | None, typer.Option(help="Another model: a Hugging Face name, a local folder, or embedded.")
     ] = None
     method: Annotated[
-        str | None, typer.Option("--method", help="By which windows of layers are adapted; default keeplora++.")
+        str | None, typer.Option("--method", help="The method that learns where a part is trained; default keeplora++.")
     ] = None
     data: Annotated[
         Path | None, typer.Option(help="Folder of the benchmark's data; default $KEEPLORA_DATA, ./data.")

@@ -25,9 +25,10 @@ def audit(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the leaks: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Print what leaks per layer, in every precision, and the stability bounds; exit status 1 if a factor leaks more than 1e-5.
+    """Print what leaks into what is protected, layer by layer.
 
-    With --export also if the exported weights leak more than rounding to their precision explains.
+    In every precision, with the stability bounds. Exit status 1 if a factor leaks more than 1e-5; with --export also if the
+    exported weights leak more than twice what rounding to their precision explains.
     """
     import json
 

@@ -24,11 +24,11 @@ def compare(
     suite: Annotated[str | None, typer.Option(help="The suite to run (see `keeplora suites`).")] = None,
     experiment: Annotated[Path | None, typer.Option(help="An experiment's YAML file to run, in place of a suite.")] = None,
     methods: Annotated[
-        list[str] | None, typer.Option(help="Methods with commas between them, or all. Repeatable.")
+        list[str] | None, typer.Option(metavar="NAMES", help="Methods with commas between them, or all. Repeatable.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds: 0-4, or 0,1,7.")] = None,
     orders: Annotated[
-        list[str] | None, typer.Option(help="Orders of the tasks: 1,2 or shuffle-7. Repeatable.")
+        list[str] | None, typer.Option(metavar="ORDERS", help="Orders of the tasks: 1,2 or shuffle-7. Repeatable.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at once; default one per GPU, else per core as memory allows.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each run; default cores / jobs.")] = None,
@@ -36,7 +36,7 @@ def compare(
     name: Annotated[str | None, typer.Option(help="What the report is called; default the suite's name.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the benchmark's data.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("-o", "--set", help="Any experiment key, for every run: -o training.epochs=2. Repeatable.")
+        list[str] | None, typer.Option("-o", "--set", metavar="KEY=VALUE", help="Any key, for every run. Repeatable.")
     ] = None,
     per_method: Annotated[
         Path | None, typer.Option(help="YAML with `per_method:`, each method's own settings (`keeplora tune` writes one).")
@@ -49,7 +49,9 @@ def compare(
     only_tables: Annotated[bool, typer.Option("--only-tables", help="Write the tables of what there is; run nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
 ) -> None:  # fmt: skip
-    """Run methods × seeds × orders, or read runs that exist; write a report and tables with intervals.
+    """Compare methods over seeds and orders, with intervals.
+
+    Runs methods × seeds × orders, or reads runs that exist, and writes a report and tables.
 
     Every cell is a run of its own, several at once. Call it again to go on after a stop, or to add methods, seeds, orders.
     """

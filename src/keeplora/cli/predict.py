@@ -10,8 +10,8 @@ import typer
 
 def predict(
     directory: Annotated[Path, typer.Argument(help="The run directory.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture. Repeatable.")] = None,
-    video: Annotated[list[Path] | None, typer.Option(help="A video. Repeatable.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A picture. Repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video. Repeatable.")] = None,
     question: Annotated[
         str | None,
         typer.Option(help="For a generative model: what to ask about the pictures and videos, all of them at once."),
@@ -24,7 +24,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many candidates to print.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
-    """Print the likeliest classes of pictures, or the answer to a --question about them.
+    """Name pictures, or answer a --question about them.
 
     Without --classes or --task, the candidates are every class learned so far.
     """

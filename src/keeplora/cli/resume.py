@@ -13,10 +13,15 @@ def resume(
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("-o", "--set", help="Change a training rate: -o training.learning_rate=1e-4. Repeatable."),
+        typer.Option(
+            "-o",
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a training rate: -o training.learning_rate=1e-4. Repeatable.",
+        ),
     ] = None,
     against: Annotated[
-        list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
+        list[Path] | None, typer.Option(metavar="RUN", help="Other run directories for the report. Repeatable.")
     ] = None,
 ) -> None:
     """Go on after a crash, from the last checkpoint of the task under way; the numbers end the same."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def run(
     config: Annotated[Path | None, typer.Argument(help="The experiment's YAML file; not needed with --suite.")] = None,
-    suite: Annotated[str | None, typer.Option(help="A packaged suite, such as demo (see `keeplora suites`).")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite, such as demo (see `keeplora suites`), or its YAML file.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="How to learn (see `keeplora methods`).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of shuffling, sampling and random starts.")] = None,
     order: Annotated[str | None, typer.Option(help="The suite's order by name (1, 2), or shuffle-SEED.")] = None,
@@ -26,13 +28,15 @@ def run(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run directory; default runs/NAME-METHOD-seedSEED.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("-o", "--set", help="Any key: -o training.epochs=2. Repeatable.")
+        list[str] | None,
+        typer.Option("-o", "--set", metavar="KEY=VALUE", help="Any key: -o training.epochs=2. Repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and estimates; train nothing.")] = False,
     assume: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --dry-run, of a generative model: tokens=700, samples=10000, tflops=100, ... Repeatable."
+            metavar="KEY=VALUE",
+            help="With --dry-run, of a generative model: tokens=700, samples=10000, tflops=100, ... Repeatable.",
         ),
     ] = None,
     auto: Annotated[
@@ -44,10 +48,12 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes of --auto's analysis.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="Plain lines, even in a terminal.")] = False,
     against: Annotated[
-        list[Path] | None, typer.Option(help="Other run directories for the report. Repeatable.")
+        list[Path] | None, typer.Option(metavar="RUN", help="Other run directories for the report. Repeatable.")
     ] = None,
 ) -> None:
-    """Run an experiment: every task in turn, evaluation after each, a report at the end."""
+    """Learn tasks one after another, and report.
+
+    Every task in turn, evaluation after each, report.html at the end."""
     from keeplora.cli.plan_text import print_plan
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
@@ -111,14 +117,14 @@ def finish(path: Path, against: list[Path]) -> None:
     """What a run ends with: the tables and the report's path."""
     from keeplora.cli.console import wide_console
     from keeplora.report import find_comparable, load_results, render_report
+    from keeplora.report.runs import load_run
     from keeplora.report.terminal import matrix_table, results_table
 
     console = wide_console()
     results = load_results(path)
     console.print(matrix_table(results))
     paths = {real_path(other): other for other in [*against, *find_comparable(path)]}
-    others = [load_results(other) for other in paths.values()]
-    console.print(results_table([results, *others]))
+    console.print(results_table([load_run(one) for one in (path, *paths.values())]))
     try:
         report = render_report(path, against)
     except (KeepLoraError, OSError):  # OSError: the command line has a sentence for it

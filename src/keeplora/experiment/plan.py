@@ -72,7 +72,8 @@ def plan_rows(config: ExperimentConfig, tasks: Sequence[Any]) -> list[dict[str, 
 def statistics_samples(tuners: Sequence[KeepLoraConfig], sizes: Sequence[int]) -> tuple[int, int]:
     """Samples of all tasks that go forward and backward for G, and forward alone for C; at most, with ``statistics_tolerance``.
 
-    M2 takes G before every task; after it M8 takes C, and M8g takes G again. With ``energy_general`` drawn pictures go forward too.
+    M2 takes G before every task; after it M8 takes C, and M8g takes G again. With ``energy_general``
+    drawn pictures go forward too.
 
     Args:
         tuners: the learner's settings of each task. sizes: training samples of each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from keeplora.errors import KeepLoraError
 from keeplora.evaluation.association import Association, spearman_within
 from keeplora.experiment.ledgers import LedgerPlace
 from keeplora.experiment.run_directory import RunDirectory
+from keeplora.report.runs import method_label
 from keeplora.tuner.similarity import (
     PREDICTORS,
     Pair,
@@ -34,6 +36,7 @@ class Similarity:
         source: the folder whose ledger the subspaces are of. exact: whether it kept covariances. tasks: in its order.
         overlap: [i][j], symmetric. energy: [j][i], the share of j's energy inside i's subspace; None where unknown.
         pairs: of all runs. associations: per set of pairs (`ALL`, `POOLED`, or a run's name) and predictor.
+        titles: per run with accuracies, its method and order, and its name where two of them are of one.
     """
 
     source: str
@@ -43,6 +46,7 @@ class Similarity:
     energy: list[list[float | None]]
     pairs: tuple[Pair, ...]
     associations: dict[str, dict[str, Association]]
+    titles: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -52,6 +56,7 @@ class Similarity:
             "associations": {
                 name: {key: one.to_dict() for key, one in found.items()} for name, found in self.associations.items()
             },
+            "titles": self.titles,
         }  # fmt: skip
 
 
@@ -88,9 +93,11 @@ def task_similarity(
         )
     source, features = _features(places, subspaces)
     pairs: list[Pair] = []
+    titles: dict[str, str] = {}
     for name, place in places.items():
         results = RunDirectory(place.root).read_results() if place.run else None
         if results:
+            titles[name] = _title(results)
             updates = updates_of(place.ledger.records())
             taken = None if gradients is None else gradients(name, place.root, features)
             pairs += pairs_of(name, results["tasks"], results["accuracy"], updates, features, energy, taken)
@@ -108,7 +115,23 @@ def task_similarity(
     return Similarity(
         source, all(t.exact for t in tasks), tuple(features), overlap_matrix(features, energy), inside, tuple(pairs),
         {key: {p: _association(groups, p) for p in predictors} for key, groups in sets.items()},
+        _apart(titles),
     )  # fmt: skip
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    method = str(results.get("method_title") or method_label(str(results.get("method")), results.get("variant")))
+    return method if results.get("order") is None else f"{method}, order {results['order']}"
+
+
+def _apart(titles: dict[str, str]) -> dict[str, str]:
+    """Titles with the run's folder where two are equal.
+
+    >>> _apart({"a": "LoRA", "b": "LoRA", "c": "EWC"})
+    {'a': 'LoRA (a)', 'b': 'LoRA (b)', 'c': 'EWC'}
+    """
+    twice = Counter(titles.values())
+    return {name: f"{title} ({name})" if twice[title] > 1 else title for name, title in titles.items()}
 
 
 def _name(path: Path) -> str:

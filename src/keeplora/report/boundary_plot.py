@@ -52,10 +52,18 @@ def plot_boundary(
                    transform=above.get_xaxis_transform())  # fmt: skip
     below.plot(found["positions"], found["statistics"], ".", markersize=2.5, color=SERIES["light"][0])
     below.axhline(1.0, color=OVER, linewidth=0.8, linestyle=":")
-    below.set_ylim(-0.04, 1.3)  # room for the legend
+    below.set_ylim(-0.04, 1.1)
     below.set_ylabel("CUSUM / threshold", fontsize=8, color=INK)
     below.set_xlabel("samples", fontsize=8, color=INK)
-    below.legend(frameon=False, fontsize=8, labelcolor=SOFT, ncols=3, loc="upper left")
+    # Below the panels: inside them it would lie on the lines that it explains.
+    figure.legend(
+        *below.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        labelcolor=SOFT,
+        ncols=3,
+        loc="outside lower right",
+    )
     heading = f"{title}: " if title else ""
     figure.suptitle(
         f"{heading}{found['kind']} stream, {found['alarm_rate']:g} false alarms per sample asked for", x=0.01, ha="left",

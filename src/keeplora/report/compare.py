@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -54,12 +53,48 @@ def untouched(run: Run) -> dict[str, float | None]:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The method; its seed where a method comes twice; the run's name where even that does."""
+    """The method; where one comes twice, what tells its runs apart: the seed, a setting, the run's name, its folder."""
     names = [run.label for run in runs]
-    for extra in (lambda run: f"seed {run.seed}", lambda run: run.name):
-        twice = Counter(names)
-        names = [f"{n}, {extra(run)}" if twice[n] > 1 else n for n, run in zip(names, runs, strict=True)]
+    for told in (_seeds, _differing, _run_names, _folders):
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            groups.setdefault(name, []).append(i)
+        for name, group in groups.items():
+            extras = told([runs[i] for i in group])
+            if len(set(extras)) > 1:
+                for i, extra in zip(group, extras, strict=True):
+                    names[i] = f"{name}, {extra}" if extra else name
     return names
+
+
+def _seeds(runs: Sequence[Run]) -> list[str]:
+    return [f"seed {run.seed}" for run in runs]
+
+
+def _run_names(runs: Sequence[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def _folders(runs: Sequence[Run]) -> list[str]:
+    """Folders' names; whole paths where even those are equal."""
+    short = [run.path.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]
+
+
+MOST_SETTINGS = 2
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """The first settings in which the runs' configurations differ, the tuner's before others: "r 8"."""
+    found = [run.settings for run in runs]
+    if not all(found):
+        return [""] * len(runs)
+    keys = dict.fromkeys(key for one in found for key in one)
+    differ = [key for key in keys if len({one.get(key) for one in found}) > 1]
+    differ.sort(key=lambda key: not key.startswith("tuner."))
+    return [
+        ", ".join(f"{key.rpartition('.')[2]} {one.get(key, '–')}" for key in differ[:MOST_SETTINGS]) for one in found
+    ]
 
 
 def entries(run: Run, others: Sequence[Run]) -> list[Entry]:
@@ -90,7 +125,7 @@ def entries(run: Run, others: Sequence[Run]) -> list[Entry]:
 
 
 def best(found: Sequence[Entry], key: str, higher: bool) -> set[int]:
-    """Indices of the entries with the best ``key``; empty where fewer than two have one."""
+    """Indices of the entries with the best ``key``; empty where fewer than two have one, or all are equal."""
     values = {
         i: value
         for i, entry in enumerate(found)
@@ -98,6 +133,8 @@ def best(found: Sequence[Entry], key: str, higher: bool) -> set[int]:
     }
     if len(values) < 2:
         return set()
+    if len({number(value) for value in values.values()}) == 1:
+        return set()  # where all are equal none is best
     top = max(values.values()) if higher else min(values.values())
     return {i for i, value in values.items() if number(value) == number(top)}
 
@@ -122,6 +159,17 @@ def _told(run: Run) -> list[Metric]:
     return [metric for metric in run.kind.metrics if metric.key in run.kind.told]
 
 
+def _beside(value: float, level: float) -> str:
+    """A value against the untouched model's, in words.
+
+    >>> _beside(10.6, 17.8), _beside(50.0, 50.0)
+    ('7.2 points below the untouched model’s 17.8', 'the same as the untouched model')
+    """
+    if number(value) == number(level):
+        return "the same as the untouched model"
+    return f"{number(abs(value - level))} points {'above' if value > level else 'below'} the untouched model’s {number(level)}"
+
+
 def tiles(run: Run) -> list[dict[str, Any]]:
     """The big numbers: name, value, and one line that puts it in proportion."""
     base, found = untouched(run), []
@@ -132,7 +180,7 @@ def tiles(run: Run) -> list[dict[str, Any]]:
         level = base.get(key)
         note = POINTS[key] if key in IN_POINTS else ""
         if level is not None and run.learns:
-            note = f"untouched model {number(level)} ({signed(value - level)})"
+            note = _beside(value, level)
         found.append(
             {
                 "name": name,

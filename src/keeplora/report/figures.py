@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -150,6 +151,7 @@ def scales(run: Run) -> list[Figure]:
             known = [layer["scale"] for layer in groups.get(depth, []) if layer.get("scale") is not None]
             values.append(fmean(known) if known else None)
         lines.append(Series(f"{tower} tower", values, index, index == 0))
+    lines = _together(lines)
     every = [value for line in lines for value in line.values if value is not None]
     if not every:
         return []
@@ -164,6 +166,30 @@ def scales(run: Run) -> list[Figure]:
         x_title="block (0 = shallowest)",
     )
     return [{**_figure("Layer scale", chart), "legend": lines}]
+
+
+def _together(lines: Sequence[Series]) -> list[Series]:
+    """Lines that would lie on one another, drawn once under both names.
+
+    >>> [s.name for s in _together([Series("vision tower", [0.2, 1.0, 1.0]), Series("text tower", [0.2, 1.0, None], 1)])]
+    ['vision tower and text tower (the same line)']
+    """
+    found: list[tuple[Series, list[str]]] = []
+    for line in lines:
+        for i, (held, names) in enumerate(found):
+            pairs = list(zip(held.values, line.values, strict=True))
+            if all(a is None or b is None or a == b for a, b in pairs) and (
+                all(b is None or a is not None for a, b in pairs) or all(a is None or b is not None for a, b in pairs)
+            ):
+                values = [b if a is None else a for a, b in pairs]
+                found[i] = replace(held, values=values), [*names, line.name]
+                break
+        else:
+            found.append((line, [line.name]))
+    return [
+        replace(line, name=f"{' and '.join(names)} (the same line)") if len(names) > 1 else line
+        for line, names in found
+    ]
 
 
 def epochs(run: Run) -> list[dict[str, Any]]:

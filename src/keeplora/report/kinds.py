@@ -61,15 +61,19 @@ CLASSIFICATION = Kind(
     metrics=(
         Metric(
             "transfer", "Transfer", True,
-            "accuracy on tasks before they are learned: mean over j ≥ 2 of mean over i < j of acc[i][j]",
+            "how well a task is done before it is learned, on average (mean over j ≥ 2 of mean over i < j of acc[i][j])",
         ),
-        Metric("average", "Avg", True, "mean of acc[i][j] over all i, j = 1…N"),
-        Metric("last", "Last", True, "mean over all tasks after the last one"),
-        Metric("probe", "Probe", True, "mean over the probe sets, never trained on, and over i = 1…N"),
+        Metric("average", "Avg", True, "all tasks at all moments, learned yet or not (mean of acc[i][j] over all i, j = 1…N)"),
+        Metric("last", "Last", True, "all tasks at the end, after the last one was learned (mean over j of acc[N][j])"),
+        Metric("probe", "Probe", True, "the probe sets, never trained on, after each task (mean over the sets and over i = 1…N)"),
         Metric(
-            "forgetting", "Forgetting", False, "mean over j < N of the task's best over i < N less its value at the end"
+            "forgetting", "Forgetting", False,
+            "points that a task ends below its best, on average (mean over j < N of max over i < N of acc[i][j] − acc[N][j])",
         ),
-        Metric("bwt", "BWT", True, "mean over j < N of acc[N][j] − acc[j][j]"),
+        Metric(
+            "bwt", "BWT", True,
+            "points that a task moved from its learning to the end, on average (mean over j < N of acc[N][j] − acc[j][j])",
+        ),
     ),
     percents=("transfer", "average", "last", "probe"),
     told=("transfer", "average", "last", "probe", "forgetting"),
@@ -89,11 +93,20 @@ GENERATION = Kind(
     items="test questions",
     others="questions",
     metrics=(
-        Metric("mft", "MFT", True, "mean over i of score[i][i]: each task right after it was learned"),
-        Metric("mfn", "MFN", True, "mean over j of score[N][j]: every task after the last one"),
-        Metric("maa", "MAA", True, "mean over i of the mean over j ≤ i of score[i][j]: the tasks learned so far, at each moment"),
-        Metric("bwt", "BWT", True, "mean over j < N of score[N][j] − score[j][j]: below 0 is forgetting"),
-        Metric("probe", "General", True, "mean over the general sets (probes), never trained on, and over i = 1…N"),
+        Metric("mft", "MFT", True, "each task right after it was learned (mean over i of score[i][i])"),
+        Metric("mfn", "MFN", True, "every task at the end, after the last one was learned (mean over j of score[N][j])"),
+        Metric(
+            "maa", "MAA", True,
+            "the tasks learned so far, at each moment (mean over i of the mean over j ≤ i of score[i][j])",
+        ),
+        Metric(
+            "bwt", "BWT", True,
+            "points gained (lost: below 0) between a task's learning and the end (mean over j < N of score[N][j] − score[j][j])",
+        ),
+        Metric(
+            "probe", "General", True,
+            "the general sets (probes), never trained on, after each task (mean over the sets and over i = 1…N)",
+        ),
     ),
     percents=("mft", "mfn", "maa", "probe"),
     told=("mft", "mfn", "maa", "bwt", "probe"),

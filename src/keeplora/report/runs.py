@@ -6,7 +6,7 @@ The reader is lenient where a run can be young or cut short (no results yet, a h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from keeplora.files import read_regular, real_path
 from keeplora.json_text import MAX_BYTES, parse_json, read_object
 from keeplora.report.kinds import GENERATION, Kind, kind_named
 from keeplora.report.run_files import check_shape, remedy
+from keeplora.yaml_text import parse_yaml
 
 RESULTS_FORMAT = "keeplora-results"
 RESULTS_VERSION = 0
@@ -128,6 +129,15 @@ class Run:
         """The method as a person writes it, with the classifier variant named."""
         return self.results.get("method_title") or method_label(self.method, self.results.get("variant"))
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What config.yaml says of how the run learns (`own_settings`); empty where it cannot be read."""
+        try:
+            value, _ = parse_yaml(self.config, str(self.path / "config.yaml"))
+        except KeepLoraError:
+            return {}
+        return own_settings(value) if isinstance(value, dict) else {}
+
     def column(self, name: str) -> list[float | None]:
         """Accuracy or score on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""
         for names, matrix in ((self.tasks, self.accuracy), (self.probes, self.probe_accuracy)):
@@ -135,6 +145,30 @@ class Run:
                 j = names.index(name)
                 return [row[j] if j < len(row) else None for row in matrix]
         return []
+
+
+NOT_SETTINGS = (
+    "name", "suite", "tasks", "probes", "order", "order_name", "method", "seed", "output", "base_dir", "preset", "model",
+    "loggers", "data_dir", "device", "threads", "candidates", "evaluate_on", "first_tasks", "reference",
+)  # fmt: skip
+"""Keys of a configuration that say which run it is, on what and where, not how it learns."""
+
+
+def own_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """How a configuration learns, as dotted keys and texts.
+
+    >>> own_settings({"seed": 3, "tuner": {"r": 8, "rank_budget": None}})
+    {'tuner.r': '8', 'tuner.rank_budget': '–'}
+    """
+    return _flat({key: value for key, value in config.items() if key not in NOT_SETTINGS})
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {
+            k: v for key, one in value.items() for k, v in _flat(one, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: "–" if value is None else str(value)}
 
 
 def method_label(method: str, variant: str | None = None) -> str:

@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 MARKS = "osv^D<>P"
 COLOURS = (0, 1, 3, 5, 4, 6, 2, 7)
 """Of `SERIES`, so that neighbours are unlike."""
+AXES = {
+    "overlap": "overlap of the two subspaces, share",
+    "energy": "energy of the later task inside\nthe earlier one's subspace, share",
+    "update": "later update on the earlier task's\nfeatures, ‖ΔW x‖² per ‖x‖²",
+    "size": "size of the later update, ‖ΔW‖²",
+}
+"""What each predictor's axis shows, and its unit."""
 
 
 def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: int = 130) -> Path:
     """Write the picture of what ``keeplora analyze similarity --json`` prints: the overlaps, and a panel per predictor.
+
+    Runs go by their ``titles`` where there are some, else by their folders' names.
 
     Raises:
         KeepLoraError: another ending than ``.png``, ``.svg`` or ``.pdf``, or no task.
@@ -64,16 +73,26 @@ def similarity_figure(found: Mapping[str, Any]) -> Figure:
     axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
     axes.set_title("Overlap of own subspaces", loc="left", fontsize=10, color=INK)
     axes.spines[:].set_visible(False)
+    titles = found.get("titles") or {}
     runs = list(dict.fromkeys(pair["run"] for pair in measured))
     for axes, predictor in zip(panels[1:], predictors, strict=True):
         for k, run in enumerate(runs):
             points = [(p["predicted"][predictor], p["drop"]) for p in measured if p["run"] == run]
             points = [(x, y) for x, y in points if x is not None]
-            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, alpha=0.85, linewidths=0, label=run,
-                         color=SERIES["light"][COLOURS[k % 8]], marker=MARKS[k % len(MARKS)])  # fmt: skip
+            axes.scatter(
+                [x for x, _ in points],
+                [y for _, y in points],
+                s=26,
+                alpha=0.85,
+                linewidths=0,
+                label=titles.get(run, run),
+                color=SERIES["light"][COLOURS[k % 8]],
+                marker=MARKS[k % len(MARKS)],
+            )
         if predictor == "update":
             axes.set_xscale("log")
         axes.set_title(predictor, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel(AXES.get(predictor, predictor), fontsize=8, color=INK)
         axes.axhline(0.0, color=LINE, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(LINE)

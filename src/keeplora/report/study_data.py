@@ -17,6 +17,9 @@ FINISHED = "finished"
 BOUNDS = ("joint", "oracle")
 """Methods that see more than a learner may: upper bounds, which are never starred as the best."""
 
+FEWEST = 3
+"""Seeds from which on a mean may be called the best."""
+
 
 @dataclass(frozen=True)
 class StudyCell:
@@ -178,7 +181,15 @@ class Study:
         return text if not spare else f"{text} (+{spare})"
 
     def best(self, scope: str | None, metric: str, higher: bool) -> set[str]:
-        """The methods whose shown mean is the best; bounds never, and what never learns not in forgetting and BWT."""
+        """The methods at the `top`, where none of these means is of fewer than `FEWEST` seeds."""
+        top = self.top(scope, metric, higher)
+        return top if all(self.estimates[name, scope, metric]["n"] >= FEWEST for name in top) else set()
+
+    def top(self, scope: str | None, metric: str, higher: bool) -> set[str]:
+        """The methods whose shown mean is highest (lowest), none where all are equal.
+
+        Bounds never, and what never learns not in forgetting and BWT.
+        """
         shown = {
             row.name: round(found["mean"], 1)
             for row in self.methods
@@ -186,7 +197,7 @@ class Study:
             and not row.bound
             and (row.learns or metric not in IN_POINTS)
         }
-        if len(shown) < 2:
+        if len(set(shown.values())) < 2:
             return set()
         top = max(shown.values()) if higher else min(shown.values())
         return {name for name, value in shown.items() if value == top}

@@ -14,7 +14,7 @@ from keeplora.report.compare import signed
 from keeplora.report.kinds import IN_POINTS
 from keeplora.report.pages import TEMPLATES, page_template
 from keeplora.report.study_charts import Dot, dots, ranks, spread
-from keeplora.report.study_data import Difference, Study
+from keeplora.report.study_data import FEWEST, Difference, Study
 from keeplora.report.study_tables import sure, with_ends, with_half
 
 Figure = dict[str, Any]
@@ -146,6 +146,11 @@ def _named(study: Study, found: list[tuple[str, Difference]]) -> str:
     return ", ".join(told) + (f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else "")
 
 
+def _tested(study: Study) -> list[Difference]:
+    """Every difference to the reference, over all orders, that the sentences may speak of."""
+    return [one for (_, scope, key), one in study.differences.items() if scope is None and key in study.kind.told]
+
+
 def headline(study: Study) -> list[Markup]:
     """What came out, in sentences: how complete it is, the best means, and what the tests can tell apart."""
     said: list[Markup] = []
@@ -155,15 +160,25 @@ def headline(study: Study) -> list[Markup]:
         said.append(Markup(text).format(Markup("<strong>{}</strong>").format(done), total))
     if done == 0:
         return said
+    nothing = bool(family := _tested(study)) and not any(map(sure, family))
+    if nothing:
+        text = (
+            "No method can be told from <strong>{}</strong> in any metric: which mean is highest or lowest may be chance, and "
+            "with few seeds even a large difference is not seen."
+        )
+        said.append(Markup(text).format(study.title(study.against or "")))
     for key, name, higher, _ in study.kind.metrics:
-        best = study.best(None, key, higher)
-        if key in study.kind.best and best:
-            titles = " and ".join(study.title(method.name) for method in study.methods if method.name in best)
-            found = study.estimates[next(iter(sorted(best))), None, key]
+        top = study.top(None, key, higher)
+        if key in study.kind.best and top:
+            titles = " and ".join(study.title(method.name) for method in study.methods if method.name in top)
+            n = min(study.estimates[method, None, key]["n"] for method in top)
+            found = study.estimates[next(iter(sorted(top))), None, key]
             unit = "points" if key in IN_POINTS else "%"
-            text = "Best mean of {}: <strong>{}</strong> with {}\u00a0{}."
-            said.append(Markup(text).format(name, titles, with_half(found), unit))
-    if study.against is not None:
+            called = "Best" if study.best(None, key, higher) and not nothing else "Highest" if higher else "Lowest"
+            seeds = f"{n} seed{'' if n == 1 else 's'}" + (", too few to call it the best" if n < FEWEST else "")
+            text = "{} mean of {}: <strong>{}</strong> with {}\u00a0{} ({})."
+            said.append(Markup(text).format(called, name, titles, with_half(found), unit, seeds))
+    if study.against is not None and not nothing:
         for key, name, higher, _ in study.kind.metrics:
             if key not in study.kind.told:
                 continue

@@ -69,7 +69,8 @@ def methods_table(study: Study, scope: str | None) -> Table:
     if all(method.learns for method in study.methods) and study.untouched:
         rows.append([UNTOUCHED, "–", *(number(study.untouched.get((scope, key))) for key, *_ in study.kind.metrics)])
     units = "seeds × orders" if scope is None and len(study.orders) > 1 else "seeds"
-    caption = f"Mean ± half a 95 % t interval, {study.scope_title(scope)} (n: {units}; ★ best mean; ↑ higher is better, ↓ lower)"
+    marks = "★ best mean, of three seeds at least; ↑ higher is better, ↓ lower"
+    caption = f"Mean ± half a 95 % t interval, {study.scope_title(scope)} (n: {units}; {marks})"
     return Table(caption, ["method", "n", *heads(study)], rows, sticky=True)
 
 

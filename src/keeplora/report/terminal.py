@@ -23,8 +23,11 @@ MOST_TASKS = 12
 """A matrix of more tasks is told in means: its columns would be cut to a digit each."""
 
 
-def _runs(results: Sequence[Mapping[str, Any]]) -> list[Run]:
-    return [Run(path=Path(str(one.get("name") or "run")), results=dict(one)) for one in results]
+def _runs(results: Sequence[Mapping[str, Any] | Run]) -> list[Run]:
+    return [
+        one if isinstance(one, Run) else Run(path=Path(str(one.get("name") or "run")), results=dict(one))
+        for one in results
+    ]
 
 
 def _value(value: float | None, best: bool) -> Text:
@@ -33,10 +36,11 @@ def _value(value: float | None, best: bool) -> Text:
     return Text(f"{number(value)}★" if best else number(value), style="bold" if best else "")
 
 
-def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = None) -> Table:
+def results_table(results: Sequence[Mapping[str, Any] | Run], *, title: str | None = None) -> Table:
     """Methods x the metrics of the runs' kind and seconds, the best of each column starred.
 
-    ``results`` are the contents of ``results.json`` files that share a ``comparison_key``. The last row is the untouched
+    ``results`` are runs (`load_run`), or the contents of their ``results.json`` files, that share a ``comparison_key``; of
+    two runs of one method only the former can say which settings differ. The last row is the untouched
     model, read off row 0, unless a zero-shot run is among them. Values are percent (forgetting and BWT: points); "–" is
     a value that does not exist (yet).
 
@@ -59,6 +63,10 @@ def results_table(results: Sequence[Mapping[str, Any]], *, title: str | None = N
         return table
     found = entries(runs[0], runs[1:])
     winners = {key: best(found, key, higher) for key, _, higher, _ in metrics}
+    if any(winners.values()):
+        lowest = [name for key, name, higher, _ in metrics if winners[key] and not higher]
+        but = f" ({' and '.join(lowest)}: the lowest)" if lowest else ""
+        table.caption, table.caption_justify = f"★ the best of its column, as far as shown{but}", "left"
     for i, entry in enumerate(found):
         label = entry.label
         if entry.run is not None and entry.run.removed:

@@ -9,7 +9,6 @@ Such an interval speaks of other seeds on these orders and pictures, not of othe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from keeplora.evaluation.stats import (
 )
 from keeplora.report.compare import untouched
 from keeplora.report.kinds import CLASSIFICATION, Kind
+from keeplora.report.runs import own_settings
 from keeplora.report.study_data import (
     Difference,
     Key,
@@ -209,20 +209,6 @@ def _untouched(cells: Sequence[StudyCell], orders: Sequence[str], kind: Kind) ->
     return found
 
 
-_NOT_SETTINGS = (
-    "name", "suite", "tasks", "probes", "order", "order_name", "method", "seed", "output", "base_dir", "preset", "model",
-    "loggers", "data_dir", "device", "threads", "candidates", "evaluate_on", "first_tasks", "reference",
-)  # fmt: skip
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping):
-        return dict(
-            chain.from_iterable(_flat(v, f"{prefix}.{k}" if prefix else str(k)).items() for k, v in value.items())
-        )
-    return {prefix: "–" if value is None else str(value)}
-
-
 class Settings(NamedTuple):
     """What configurations say: rows of settings that differ between methods, and notes on those that should not differ."""
 
@@ -235,7 +221,7 @@ def settings_of(configs: Sequence[tuple[StudyCell, Mapping[str, Any]]], methods:
     by_method: dict[str, dict[str, dict[str, int]]] = {}
     for cell, config in configs:
         mine = by_method.setdefault(cell.method, {})
-        for key, text in _flat({k: v for k, v in config.items() if k not in _NOT_SETTINGS}).items():
+        for key, text in own_settings(config).items():
             counts = mine.setdefault(key, {})
             counts[text] = counts.get(text, 0) + 1
     notes = []

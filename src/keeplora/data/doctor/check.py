@@ -54,7 +54,7 @@ class TaskCheck:
 
     def tally(self, pictures: Sequence[tuple[Entry, Look]], split: str, *, skip: bool) -> None:
         """Add what looks at the pictures or videos of one split found; unusable ones are notes where they may be skipped."""
-        bad = [look.problem for _, look in pictures if look.problem]
+        bad = [look.problem + ("; it will be left out" if skip else "") for _, look in pictures if look.problem]
         what = "videos" if any(entry.medium == "video" for entry, _ in pictures) else "pictures"
         (self.notes if skip else self.problems).extend(cut_short(bad, f"{what} of {split} cannot be used"))
         for entry, look in pictures:
