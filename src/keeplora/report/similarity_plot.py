@@ -65,7 +65,8 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
             points = [(p["predicted"][predictor], p["drop"]) for p in measured if p["run"] == run]
             points = [(x, y) for x, y in points if x is not None]
             axes.scatter([x for x, _ in points], [y for _, y in points], s=26, alpha=0.85, linewidths=0,
-                         label=titles.get(run, run), color=SERIES["light"][COLOURS[k % 8]], marker=MARKS[k % len(MARKS)])  # fmt: skip
+                         label=titles.get(run, run),
+                         color=SERIES["light"][COLOURS[k % 8]], marker=MARKS[k % len(MARKS)])  # fmt: skip
         if predictor == "update":
             axes.set_xscale("log")
         axes.set_title(predictor, loc="left", fontsize=10, color=INK)
