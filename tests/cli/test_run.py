@@ -292,5 +292,8 @@ def test_listings_and_version(cli):
 def test_help_names_every_command(cli):
     answer = cli("--help")
     assert answer.code == 0
+    assert cli("-h").out == answer.out
+    assert "..." not in answer.out.partition("Commands")[2].replace("s3://...", "")  # no line is cut short
+    assert "Example: keeplora run" in cli("run", "-h").out
     for command in ("run", "resume", "predict", "export", "report", "audit", "methods", "suites", "assets"):
         assert re.search(rf"^\W*{command}\b", answer.out, re.MULTILINE), command

@@ -70,7 +70,9 @@ def test_pictures_that_are_to_be_skipped_are_a_note(tmp_path, pets_spec):
     assert not look_over(pets_spec, tmp_path).ok
     check = look_over({**pets_spec, "on_error": "skip", "max_skipped": 0.9}, tmp_path)
     assert check.ok
-    assert any("0.png: not a picture" in note for note in check.notes)
+    (note,) = [note for note in check.notes if "0.png: not a picture" in note]
+    assert note.endswith("; it will be left out")
+    assert check.pictures["train"] == look_over(pets_spec, tmp_path).pictures["train"] - 1
 
 
 def test_a_picture_that_loading_would_refuse_by_its_size_is_told(tmp_path, pets_spec):
