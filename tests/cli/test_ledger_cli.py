@@ -451,7 +451,7 @@ def test_folders_that_hold_no_ledger(cli, tmp_path):
     for words in (("log", tmp_path), ("verify", tmp_path), ("diff", tmp_path, tmp_path), ("remove", tmp_path, "x")):
         answer = cli("ledger", *words)
         assert answer.code == 1
-        assert "holds no ledger: give a run directory, a saved learner, or a ledger's own folder" in answer.err
+        assert "holds no run and no ledger; give the folder that a run or save_pretrained wrote" in answer.err
     assert "is not a folder" in cli("ledger", "log", tmp_path / "none").err
 
 

@@ -410,6 +410,8 @@ def test_a_task_without_a_checkpoint_is_told_to_start_anew_by_a_resume_alone(wor
     assert "no checkpoint" not in capsys.readouterr().err
 
 
-def test_a_rank_that_is_too_large_is_told_once_and_in_the_results(world):
-    _, results = world.run(**settings("lora", tuner={"r": 5000}))
-    assert len([w for w in results["warnings"] if "r is 5000, but the widest target of " in w]) == 1
+def test_a_rank_that_is_too_large_is_told_once_and_in_the_results(world, tmp_path, capsys):
+    values = world.config(**settings("lora", tuner={"r": 5000}), output=str(tmp_path / "run"))
+    results = Experiment(values, quiet=True).run()
+    assert any("r is 5000, but the widest target of " in line for line in results["warnings"])
+    assert capsys.readouterr().err.count("warning: r is 5000") == 1
