@@ -12,38 +12,22 @@ another under the same seed. Differences are in points, ours less `--against`, w
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from front import METRICS, told  # the sibling script: this folder is sys.path[0]
+import study_runs
+from study_runs import METRICS, Seeds, told  # the sibling script: this folder is sys.path[0]
 
 from keeplora.evaluation.stats import Interval, holm, mean_interval, paired_difference, paired_t_test
-from keeplora.files import atomic_write_json
-from keeplora.study.collect import study_cells
-from keeplora.study.store import StudyStore
 
-Cells = dict[str, dict[str, Mapping[str, float]]]
-"""Variant → seed and order → metrics."""
+NAMES = ("variant",)
+Cells = dict[str, Seeds]
 
 
 def read(paths: Sequence[Path]) -> Cells:
-    """The finished runs of the studies, in the order of the studies' methods."""
-    found: Cells = {}
-    for path in paths:
-        if path.is_file():
-            for row in json.loads(path.read_text(encoding="utf-8")):
-                found.setdefault(row["variant"], {}).update(row["seeds"])
-            continue
-        store = StudyStore(path).load()
-        for name in store.plan_values()["methods"]:
-            found.setdefault(name, {})
-        for cell in study_cells(store):
-            if cell.run is not None and cell.metrics and cell.state == "finished":
-                values = {name: value for name in METRICS if (value := cell.metrics[name]) is not None}
-                found.setdefault(cell.method, {})[f"{cell.seed} {cell.order}"] = values
-    return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
+    """Variant → its finished runs."""
+    return {name: seeds for (name,), seeds in study_runs.read(paths, NAMES, lambda cell: (cell.method,)).items()}
 
 
 def compared(cells: Cells, against: str) -> dict[tuple[str, str], tuple[Interval, float | None]]:
@@ -139,7 +123,7 @@ def main() -> None:
         parser.error(f"no finished run of {args.against!r}; there are: {', '.join(cells) or 'none at all'}")
     print("\n".join(table(cells, args.against)))
     if args.output:
-        atomic_write_json(args.output, [{"variant": name, "seeds": seeds} for name, seeds in cells.items()])
+        study_runs.write(args.output, NAMES, {(name,): seeds for name, seeds in cells.items()})
     if args.figure:
         figure(cells, args.against, args.figure)
 

@@ -13,68 +13,58 @@ luck, not the pictures'.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from keeplora.evaluation.stats import Interval, mean_interval, paired_difference
-from keeplora.files import atomic_write_json
-from keeplora.study.collect import config_of, study_cells
-from keeplora.study.store import StudyStore
+import study_runs
+from study_runs import METRICS, Seeds, told  # the sibling script: this folder is sys.path[0]
+
+from keeplora.evaluation.stats import mean_interval, paired_difference
+from keeplora.report.study_data import StudyCell
+from keeplora.study.collect import config_of
 
 MARKERS = "osD^vP"
 """One for each learning rate."""
-METRICS = {"last": "Last", "transfer": "Transfer", "probe": "Probe"}
-Cells = dict[tuple[float, float], dict[int, Mapping[str, float]]]
+NAMES = ("gamma", "learning_rate")
+Cells = dict[tuple[float, float], Seeds]
 
 
 def read(study: Path) -> Cells:
-    """(γ, learning rate) → seed → metrics of the finished runs, from each run's configuration; or what `main` wrote."""
-    if study.is_file():
-        rows = json.loads(study.read_text(encoding="utf-8"))
-        return {(r["gamma"], r["learning_rate"]): {int(s): m for s, m in r["seeds"].items()} for r in rows}
-    found: Cells = {}
-    for cell in study_cells(StudyStore(study).load()):
-        if cell.run is not None and cell.metrics:
-            config = config_of(cell.run)
-            key = (float(config["tuner"]["gamma"]), float(config["training"]["learning_rate"]))
-            values = {name: value for name in METRICS if (value := cell.metrics[name]) is not None}
-            found.setdefault(key, {})[cell.seed] = values
-    return dict(sorted(found.items()))
+    """(γ, learning rate) → its finished runs."""
+
+    def label(cell: StudyCell) -> tuple[float, float]:
+        config = config_of(cell.run) if cell.run is not None else {}
+        return (float(config["tuner"]["gamma"]), float(config["training"]["learning_rate"]))
+
+    return dict(sorted(study_runs.read([study], NAMES, label).items()))
 
 
-def chosen(cells: Cells, gamma: float, seed: int) -> float | None:
-    """The learning rate with the highest mean Last over the seeds other than ``seed``; None where there is no other.
+def chosen(cells: Cells, gamma: float, seed: str) -> float | None:
+    """The learning rate with the highest mean Last over the seeds other than ``seed``; None without two to choose from.
 
-    >>> chosen({(1.0, 0.1): {0: {"last": 9.0}, 1: {"last": 1.0}}, (1.0, 0.2): {0: {"last": 1.0}, 1: {"last": 2.0}}}, 1.0, 0)
+    >>> low, high = {"0": {"last": 9.0}, "1": {"last": 1.0}}, {"0": {"last": 1.0}, "1": {"last": 2.0}}
+    >>> chosen({(1.0, 0.1): low, (1.0, 0.2): high}, 1.0, "0")
     0.2
+    >>> chosen({(1.0, 0.1): low}, 1.0, "0") is None
+    True
     """
     means = {
         rate: fmean(values)
         for (g, rate), seeds in cells.items()
         if g == gamma and seed in seeds and (values := [m["last"] for s, m in seeds.items() if s != seed])
     }
-    return max(means, key=means.__getitem__) if means else None
+    return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
-def at_their_best(cells: Cells) -> dict[float, dict[int, tuple[float, Mapping[str, float]]]]:
+def at_their_best(cells: Cells) -> dict[float, dict[str, tuple[float, Mapping[str, float]]]]:
     """γ → seed → (learning rate, metrics) with each seed's rate chosen on the others."""
-    found: dict[float, dict[int, tuple[float, Mapping[str, float]]]] = {}
+    found: dict[float, dict[str, tuple[float, Mapping[str, float]]]] = {}
     for gamma in {g for g, _ in cells}:
         for seed in {s for (g, _), seeds in cells.items() if g == gamma for s in seeds}:
             if (rate := chosen(cells, gamma, seed)) is not None:
                 found.setdefault(gamma, {})[seed] = (rate, cells[gamma, rate][seed])
     return dict(sorted(found.items()))
-
-
-def told(found: Interval) -> str:
-    """``mean [low, high]``, 95 % t interval.
-
-    >>> told(mean_interval([1.0, 3.0]))
-    '2.0 [-10.7, 14.7]'
-    """
-    return f"{found['mean']:.1f}" + ("" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]")
 
 
 def tables(cells: Cells, against: float) -> list[str]:
@@ -84,11 +74,11 @@ def tables(cells: Cells, against: float) -> list[str]:
         columns = [told(mean_interval([m[name] for m in seeds.values()])) for name in METRICS]
         lines.append(f"| {gamma:g} | {rate:.3g} | {len(seeds)} | {' | '.join(columns)} |")
     best = at_their_best(cells)
-    head = "| γ at its best rate (chosen on other seeds) | rates | Last | Transfer | Probe |"
-    lines += ["", f"{head} less γ = {against:g}: Last | Transfer | Probe |", f"| --- | --- |{' ---: |' * 6}"]
+    head = "| γ at its best rate (chosen on other seeds) | rates | n | Last | Transfer | Probe |"
+    lines += ["", f"{head} less γ = {against:g}: Last | Transfer | Probe |", f"| --- | --- |{' ---: |' * 7}"]
     for gamma, seeds in best.items():
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({rate for rate, _ in seeds.values()}))
-        columns = [told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS]
+        columns = [str(len(seeds)), *(told(mean_interval([m[name] for _, m in seeds.values()])) for name in METRICS)]
         pairs = sorted(seeds.keys() & best.get(against, {}).keys())
         for name in METRICS:
             ours, theirs = ([side[s][1][name] for s in pairs] for side in (seeds, best.get(against, {})))
@@ -136,8 +126,7 @@ def main() -> None:
         parser.error(f"{args.study} holds no finished run; give the folder of a study, or its front.json")
     print("\n".join(tables(cells, args.against)))
     if args.study.is_dir():
-        rows = [{"gamma": g, "learning_rate": rate, "seeds": seeds} for (g, rate), seeds in cells.items()]
-        atomic_write_json(args.study / "front.json", rows)
+        study_runs.write(args.study / "front.json", NAMES, cells)
     if args.figure:
         figure(cells, args.figure)
 

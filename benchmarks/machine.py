@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, clocks, peak memory, medians and ratios, on a CPU and on a GPU."""
+"""What the benchmarks share: the machine's name, clocks, memory, medians and ratios, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 T = TypeVar("T")
 HOST = torch.device("cpu")
@@ -84,6 +85,23 @@ def peak_since(before: int, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
     return resident("VmHWM") - before
+
+
+def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd holds for the backward pass of ``loss()``, each storage once, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    held: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss()
+    total = sum(t.untyped_storage().nbytes() for t in held.values())
+    value.backward()
+    return total
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -20,6 +20,7 @@ import machine
 import ranks
 import sketch
 import step
+import step_works
 import straightforward as plain
 import torch
 import works
@@ -212,7 +213,7 @@ PEAK, KEPT = "peak memory, to stock LoRA", "kept for the backward pass, to stock
 
 
 @contextmanager
-def step_work(bench: Bench, model: str) -> Iterator[tuple[step.Work, argparse.Namespace]]:
+def step_work(bench: Bench, model: str) -> Iterator[tuple[step_works.Work, argparse.Namespace]]:
     need_demo(model)
     options = argparse.Namespace(
         device=bench.device,
@@ -228,11 +229,11 @@ def step_work(bench: Bench, model: str) -> Iterator[tuple[step.Work, argparse.Na
         options.batch = bench.batch or {"clip": 256, "llama": 64, "demo": 256}[model]
         options.tokens = 512
     random.seed(0)
-    yield step.prepared(model, options), options
+    yield step_works.prepared(model, options), options
     gc.collect()
 
 
-def rate(work: step.Work, seconds: Mapping[str, Sequence[float]], arms: Mapping[str, str]) -> str:
+def rate(work: step_works.Work, seconds: Mapping[str, Sequence[float]], arms: Mapping[str, str]) -> str:
     """Tokens or pictures a second of every arm."""
     told = ", ".join(f"{name} {work.count / median(seconds[arm]):,.0f}" for arm, name in arms.items())
     return f"{work.unit} a second: {told}"
@@ -261,7 +262,7 @@ def run_step(bench: Bench, model: str) -> list[Row]:
             kept = {}
             for arm in ("lora", "ours"):
                 with step.opened(arm, work):
-                    kept[arm] = step.kept_bytes(work.loss, work.model)
+                    kept[arm] = machine.kept_bytes(work.loss, work.model)
             return pair("step", model, KEPT, [kept["ours"]], [kept["lora"]], **memory)
 
         return [

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from front import told  # the sibling script: this folder is sys.path[0]
+from study_runs import told  # the sibling script: this folder is sys.path[0]
 
 from keeplora.evaluation.stats import mean_interval, paired_difference
 from keeplora.files import atomic_write_json

@@ -26,119 +26,21 @@ import json
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import machine as bench
 import torch
 from peft import LoraConfig, get_peft_model
+from step_works import WORKS, Work, prepared  # the sibling scripts: this folder is sys.path[0]
 from torch import Tensor, nn
 
-from keeplora import KeepLoraConfig
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.environment import collect_environment
 from keeplora.tuner.adapter import TaskAdapter, lora_config, random_factor
-from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import WeightStore
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANKS = {"clip": 16, "llama": 32, "demo": 16}
-
-
-@dataclass
-class Work:
-    """A model, the loss of one batch of it, the linears to adapt, and how many tokens or pictures the batch has."""
-
-    name: str
-    model: nn.Module
-    loss: Callable[[], Tensor]
-    infer: Callable[[], Any]
-    targets: list[Target]
-    count: int = 0
-    unit: str = "pictures"
-
-
-def clip_work(options: argparse.Namespace) -> Work:
-    """CLIP ViT-B/16 at random weights, q, k, v and o of both towers: 8 pictures against 20 prompts of 12 tokens."""
-    from transformers import CLIPConfig, CLIPModel
-
-    blocks = options.layers or 12
-    settings = CLIPConfig(
-        vision_config={"patch_size": 16, "num_hidden_layers": blocks}, projection_dim=512,
-        text_config={"num_hidden_layers": blocks},
-    )  # fmt: skip
-    with options.device:
-        model = CLIPModel(settings).eval()
-    pixels = torch.randn(options.batch or 8, 3, 224, 224, device=options.device)
-    words = torch.randint(1, 400, (20, 12), device=options.device)
-    words[:, -1] = 49407  # the end token
-    labels = torch.arange(len(pixels), device=options.device) % 20
-
-    def logits() -> Tensor:
-        return model(pixel_values=pixels, input_ids=words, attention_mask=torch.ones_like(words)).logits_per_image
-
-    def loss() -> Tensor:
-        return nn.functional.cross_entropy(logits().float(), labels)
-
-    names = ["q_proj", "k_proj", "v_proj", "out_proj"]
-    return Work("clip", model, loss, logits, targets_of(model, options.rank or RANKS["clip"], names), len(pixels))
-
-
-def llama_work(options: argparse.Namespace) -> Work:
-    """A LLaMA-style decoder of 98 M parameters at random weights, the 7 linears of each block: 4 sequences of 128 tokens.
-
-    options: ``tokens`` in place of 128, where it has that.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = LlamaConfig(
-        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12,
-        num_hidden_layers=options.layers or 12,
-    )  # fmt: skip
-    with options.device:
-        model = LlamaForCausalLM(settings).eval()
-    ids = torch.randint(0, 8000, (options.batch or 4, getattr(options, "tokens", 128)), device=options.device)
-
-    def loss() -> Tensor:
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-    def infer() -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
-
-    targets = targets_of(model, options.rank or RANKS["llama"], LINEARS)
-    return Work("llama", model, loss, infer, targets, ids.numel(), "tokens")
-
-
-def demo_work(options: argparse.Namespace) -> Work:
-    """The demo's model (`keeplora assets fetch`), q, k, v and o of both towers: 16 pictures of 112 pixels, 6 prompts."""
-    from keeplora.models import load_model
-
-    family: Any = load_model("embedded", device=str(options.device))
-    pixels = torch.randn(options.batch or 16, 3, 112, 112, device=options.device)
-    texts = family.tokenize(
-        [f"a photo of the digit {word}." for word in ("zero", "one", "two", "three", "four", "five")]
-    )
-    labels = torch.arange(len(pixels), device=options.device) % len(texts["input_ids"])
-
-    def logits() -> Tensor:
-        return family.logits(family.image_features(pixels), family.text_features(texts))
-
-    def loss() -> Tensor:
-        return nn.functional.cross_entropy(logits(), labels)
-
-    rank = options.rank or RANKS["demo"]
-    targets = targets_of(family.model, rank, family.default_target_modules)
-    return Work("demo", family.model, loss, logits, targets, len(pixels))
-
-
-def targets_of(model: nn.Module, rank: int, names: Sequence[str]) -> list[Target]:
-    return resolve_targets(model, KeepLoraConfig(r=rank, lora_alpha=rank, gamma=1.0, target_modules=list(names)))
-
-
-WORKS: dict[str, Callable[[argparse.Namespace], Work]] = {"clip": clip_work, "llama": llama_work, "demo": demo_work}
-
 
 # ---- the arms --------------------------------------------------------------------------------------------------------
 
@@ -218,33 +120,14 @@ def make_step(work: Work, parameters: Sequence[nn.Parameter]) -> Callable[[], No
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd holds for the backward pass of ``loss()``, each storage once, without the model's own tensors."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            held[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = loss()
-    total = sum(t.untyped_storage().nbytes() for t in held.values())
-    value.backward()
-    return total
-
-
 def clock(device: torch.device, cpu: bool | None = None) -> float:
     """Seconds, once a GPU is done. ``cpu``: of the processor; None: where that says what a step costs.
 
     On a machine that others use as well, CPU time does; with several threads it is no measure.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     if cpu is None:
         cpu = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if cpu else time.perf_counter()
+    return bench.now(cpu=cpu)
 
 
 def times(
@@ -268,31 +151,15 @@ def times(
     return found
 
 
-def _resident(what: str) -> int:
-    """Bytes of this process's memory on Linux: VmRSS, or VmHWM, the peak since it was last forgotten."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(what))
-
-
-def _forget_peak() -> None:
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
 def peak_bytes(work: Work, arm: str, device: torch.device) -> int:
     """What two steps take at most beyond what was held before them."""
     gc.collect()
     with opened(arm, work) as parameters:
         step = make_step(work, parameters)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            _forget_peak()
-            before = _resident("VmRSS")
+        before = bench.begin_peak(device)
         step()
         step()
-        return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")) - before
+        return bench.peak_since(before, device)
 
 
 def peaks(work: Work, arms: Sequence[str], options: argparse.Namespace) -> dict[str, int]:
@@ -367,7 +234,7 @@ def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
     kept = {}
     for arm in arms:
         with opened(arm, work):
-            kept[arm] = kept_bytes(work.loss, work.model)
+            kept[arm] = bench.kept_bytes(work.loss, work.model)
     yield f"\n**{work.name}**: rank {work.targets[0].r}, {len(work.targets)} linears, {options.dtype}\n"
     if options.kept_only:
         yield "| arm | kept, MB | × lora | × floor |\n|---|---|---|---|"
@@ -389,26 +256,6 @@ def table(work: Work, options: argparse.Namespace) -> Iterator[str]:
         yield f"| {arm} | {told} | {memory[0]} | {memory[1]} |"
     served = serving(work, range(options.rounds), options.device)
     yield f"\nforward pass, merged / base: {ratio(served['merged'], served['base'])}"
-
-
-def prepared(name: str, options: argparse.Namespace) -> Work:
-    torch.manual_seed(0)
-    work = WORKS[name](options)
-    if options.dtype == "bf16":
-        work.model.to(torch.bfloat16)
-        loss, infer = work.loss, work.infer  # the pictures follow by autocast; weights are bf16 already
-        work.loss, work.infer = autocast(loss, options.device), autocast(infer, options.device)
-    elif options.dtype == "autocast":
-        work.loss, work.infer = autocast(work.loss, options.device), autocast(work.infer, options.device)
-    return work
-
-
-def autocast(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    def inside() -> Any:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return function()
-
-    return inside
 
 
 def main() -> None:

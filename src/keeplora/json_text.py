@@ -11,6 +11,7 @@ import os
 import re
 from typing import Any
 
+from keeplora.errors import KeepLoraError
 from keeplora.files import read_regular
 
 MAX_BYTES = 1 << 28
@@ -58,3 +59,27 @@ def parse_json(text: str) -> Any:
 def read_json(path: str | os.PathLike[str], most: int = MAX_BYTES) -> Any:
     """`parse_json` of an ordinary UTF-8 file of at most ``most`` bytes; OSError where it cannot be read."""
     return parse_json(read_regular(path, most).decode("utf-8"))
+
+
+def read_object(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
+    """The object in a JSON file that keeplora wrote; None where there is no file.
+
+    Args:
+        remedy: what to do where it is damaged, the end of the sentence.
+
+    Raises:
+        KeepLoraError: it cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise KeepLoraError(f"{path} is damaged: it is not readable JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise KeepLoraError(
+            f"{path} is damaged: it holds a {type(value).__name__} where an object is expected; {remedy}"
+        )
+    return value

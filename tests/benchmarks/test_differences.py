@@ -6,9 +6,12 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from keeplora.report.study_data import StudyCell
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., Any]
@@ -97,3 +100,28 @@ def test_what_is_refused(numbers: Path, run: Run, file: str, told: str, capsys: 
     with pytest.raises(SystemExit):
         run(numbers / file)
     assert told in capsys.readouterr().err
+
+
+def test_a_folder_and_the_file_that_is_written_of_it_tell_the_same(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variants as the plan has them, whichever finished first; runs that have not finished are left out."""
+    study_runs = importlib.import_module("study_runs")
+
+    def cell(method: str, seed: int, last: float, state: str = "finished") -> StudyCell:
+        made: Any = SimpleNamespace(metrics={"last": last, "transfer": 1.0, "probe": None, "forgetting": 2.0})
+        return StudyCell(method, "1", seed, state, tmp_path, made)
+
+    cells = [cell("plain", 0, 50.0), cell("better", 1, 61.0), cell("plain", 1, 51.0), cell("better", 0, 9.0, "running")]
+    store = SimpleNamespace(plan_values=lambda: {"methods": {"better": {}, "plain": {}, "never": {}}})
+    monkeypatch.setattr(study_runs, "StudyStore", lambda path: SimpleNamespace(load=lambda: store))
+    monkeypatch.setattr(study_runs, "study_cells", lambda found: cells)
+    found = study_runs.read([tmp_path], ("variant",), lambda cell: (cell.method,))
+    told = {"last": 50.0, "transfer": 1.0}
+    assert found == {
+        ("better",): {"1 1": {**told, "last": 61.0}},
+        ("plain",): {"0 1": told, "1 1": {**told, "last": 51.0}},
+    }
+    assert list(found) == [("better",), ("plain",)]
+    study_runs.write(tmp_path / "all.json", ("variant",), found)
+    assert study_runs.read([tmp_path / "all.json"], ("variant",), lambda cell: (cell.method,)) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from keeplora.math import layer_scales
 from keeplora.study.analyze.execute import STOP_AFTER
 from keeplora.yaml_text import dump_yaml, read_yaml
 from tests.cli.tiny_world import results_of
@@ -130,6 +132,27 @@ def test_the_suggestion_is_of_the_tuners_own_keys(looked_at):
     assert set(values["evidence"]) >= {"gamma", "r", "energy_features", "energy_weights.vision_model"}
 
 
+def test_a_suggested_gamma_stands_in_the_file_with_its_rate(looked_at, cli, tmp_path, monkeypatch):
+    from keeplora.analysis import suggest
+    from keeplora.study.analyze import outcome
+
+    config, whole = looked_at
+    folder = tmp_path / "a"
+    shutil.copytree(whole, folder)
+    found = suggest.Suggestion(1.0, "because")
+    monkeypatch.setattr(outcome.suggest, "gamma", lambda *args: found)
+    answer = cli("analyze", "inter", config, "--tasks", "1", "--output", folder, "--quiet")
+    assert answer.code == 0, answer.err
+    values, _ = read_yaml(folder / "suggestion.yaml")
+    assert values["tuner"]["gamma"] == 1.0
+    blocks = (3, 2)  # of the tiny CLIP's towers, four targets each
+    squares = sum(4 * sum(s * s for s in layer_scales(L, 0.2)) for L in blocks) / (4 * sum(blocks))
+    assert values["training"]["learning_rate"] == pytest.approx(0.01 * squares**0.5, rel=5e-3)
+    assert "leaves that as it was" in values["evidence"]["learning_rate"]
+    assert "learning rate" in Page(folder / "analysis.html").text
+    assert any("in place of 0.01" in line for line in results_of(folder)["words"]["summary"])
+
+
 def test_the_page_is_whole_and_holds_every_figure(looked_at):
     page = Page(looked_at[1] / "analysis.html")
     assert page.open == []
@@ -149,6 +172,7 @@ def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
     monkeypatch.setenv(STOP_AFTER, "3")
     answer = cli(*words)
     assert answer.code == 130
+    assert f"Analysis in {tmp_path / 'a'}: 17 points to measure" in answer.err
     assert f"what was measured is in {tmp_path / 'a'}; repeat the command to go on" in answer.err
     assert len(points_of(tmp_path / "a")) == 3
     partial = results_of(tmp_path / "a")
@@ -163,6 +187,23 @@ def test_stopped_it_goes_on_where_it_was(looked_at, cli, tmp_path, monkeypatch):
     mine, theirs = points_of(tmp_path / "a"), points_of(whole)
     assert len(mine) > 3
     assert mine == {name: theirs[name] for name in mine}
+
+
+def test_a_dry_run_says_how_much_there_is_to_do(looked_at, cli, tmp_path):
+    config, folder = looked_at
+    answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", tmp_path / "a")
+    assert answer.code == 0, answer.err
+    # Per tower 0, 0.5, 0.9, 1 and its own ε_w kept, and 0.5, 0.9 and 1 dropped.
+    assert answer.out == "17 points to measure (1 untouched, 16 intra): how long it takes is told after the first\n"
+    assert not (tmp_path / "a").exists()
+    answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", folder)
+    assert answer.out == "all 17 points are measured already\n"
+    before = sorted(folder.rglob("*"))
+    answer = cli("analyze", "intra", config, "--shares", "0.5,0.6", "--dry-run", "--output", folder)
+    assert re.fullmatch(r"4 points to measure \(4 intra\); 13 are there already: about 0:\d\d\n", answer.out)
+    assert sorted(folder.rglob("*")) == before
+    answer = cli("analyze", "intra", config, "--limit", "5", "--dry-run", "--output", folder)
+    assert "the analysis of another model, other data or other options: limit 200 (now 5)" in answer.err
 
 
 @pytest.mark.slow
@@ -317,7 +358,7 @@ def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch)
 
     def told(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
-        suggesting(found.folder, config, gamma=0.5, r=2, energy_features=0.95)
+        suggesting(found.folder, config, gamma=0.5, r=2, energy_features=0.95, learning_rate=0.005)
         return found._replace(results=results_of(found.folder))
 
     monkeypatch.setattr(auto, "analyze", told)
@@ -325,6 +366,8 @@ def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch)
     assert answer.code == 0, answer.err
     assert "gamma: 0.5 from the analysis (was 0.2)" in answer.err
     assert "r: 4, as your configuration says" in answer.err
+    # The world's configuration names a rate, which stays; without it the γ brings its own.
+    assert "learning_rate: as your configuration says, though another γ moves all layers by more or less" in answer.err
     assert "energy_features: 0.9, as your configuration says" in answer.err
     values, _ = read_yaml(tmp_path / "run/config.yaml")
     assert (values["tuner"]["gamma"], values["tuner"]["r"], values["tuner"]["energy_features"]) == (0.5, 4, 0.9)
@@ -336,7 +379,8 @@ def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch)
     scales = {row["layer"]: row["scale"] for row in results_of(tmp_path / "run")["layers"]}
     assert min(scales.values()) == pytest.approx(0.5)
 
-    # The same again: nothing is measured, and the command says another --output.
+    # The same again, from a folder of another name with the same hash: nothing is measured.
+    folder = folder.rename(folder.with_name(f"analysis-another-name-{folder.name.rsplit('-', 1)[1]}"))
     again = cli("run", config, "--auto", "--output", tmp_path / "run2", "--quiet")
     assert again.code == 0
     assert "[1/" not in again.err.split("Settings after")[0]
@@ -362,6 +406,28 @@ def test_the_scale_stays_where_the_rank_changes(world, cli, tmp_path, monkeypatc
     assert "tuner.gamma" not in taken.overrides
     assert "lora_alpha" not in str(take(Analysis(results, tmp_path), config, own=["lora_alpha"]).overrides)
     assert "tuner.r" not in take(Analysis(results, tmp_path), config, own=["r"]).overrides
+
+
+def test_a_gamma_brings_the_rate_at_which_the_layers_move_as_far(world, tmp_path):
+    from keeplora.experiment import load_config
+    from keeplora.experiment.own_settings import own_settings
+    from keeplora.study.analyze.auto import take
+    from keeplora.study.analyze.run import Analysis
+
+    config = load_config(world.config())
+    results = {
+        "suggestion": {
+            "energy_weights": None, "energy_features": None, "gamma": 1.0, "r": None, "learning_rate": {"paint": 0.002},
+            "evidence": {},
+        },
+        "note": "",
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text("{}")
+    assert take(Analysis(results, tmp_path), config, []).overrides["training.learning_rate"] == {"paint": 0.002}
+    own = own_settings(world.config())
+    assert own == ["learning_rate", "r"]
+    assert list(take(Analysis(results, tmp_path), config, own).overrides) == ["tuner.gamma"]
+    assert not take(Analysis(results, tmp_path), config, ["gamma"]).overrides  # no γ, no rate
 
 
 def test_auto_is_for_the_methods_that_read_its_settings(world, cli, tmp_path, monkeypatch):

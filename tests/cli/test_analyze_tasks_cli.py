@@ -7,6 +7,7 @@ import json
 import pytest
 
 from keeplora.cli import main  # noqa: F401  the command line before transformers
+from tests.cli.tiny_world import results_of
 
 ORDER = ["paint", "stripes", "dots"]
 
@@ -65,6 +66,7 @@ def test_similarity_of_runs(run, lora, cli, tmp_path):
     }
     # Three pairs a run say nothing by themselves.
     assert found["associations"][run.name]["overlap"]["verdict"] == "cannot be told"
+    assert "gradient" not in found["associations"][run.name]  # it must be asked for
     text = cli("analyze", "similarity", run, lora, "--plot", tmp_path / "s.png")
     assert text.code == 0
     assert "cannot be told" in text.out
@@ -72,12 +74,32 @@ def test_similarity_of_runs(run, lora, cli, tmp_path):
     assert (tmp_path / "s.png").stat().st_size > 5000
 
 
+def test_similarity_takes_gradients_of_runs_by_any_method(run, lora, cli, tmp_path):
+    """Each run's own: the first pair's gradients were taken where both runs stood on other weights."""
+    answer = cli("analyze", "similarity", run, lora, "--gradients", "--limit", "8", "--json")
+    found = told(answer)
+    shares = {(p["run"], p["earlier"], p["later"]): p["predicted"]["gradient"] for p in found["pairs"]}
+    assert len(shares) == 6
+    assert all(0 < share < 1 for share in shares.values())
+    assert shares[run.name, "paint", "stripes"] != shares[lora.name, "paint", "stripes"]
+    assert f"{lora.name}: gradient of dots" in answer.err
+    assert list(found["associations"][run.name]) == ["overlap", "energy", "gradient", "update", "size"]
+    # The analysis of the run takes the same ones.
+    assert cli("analyze", "inter", run, "--what", "layers", "--limit", "8", "--output", tmp_path / "a").code == 0
+    page = results_of(tmp_path / "a")
+    kept = {(i, row["task_name"]): share for row in page["layers"] for i, share in row["inside"].items()}
+    assert kept == pytest.approx({(i, j): v for (name, i, j), v in shares.items() if name == run.name}, rel=1e-4)
+    assert [p["predicted"]["gradient"] for p in page["interference"]["pairs"]] == pytest.approx(list(kept.values()))
+    assert "cannot be told" in " ".join(page["words"]["interference"])
+    assert '<h2 id="h-interference">' in (tmp_path / "a/analysis.html").read_text(encoding="utf-8")
+
+
 def test_boundaries_of_a_run(run, cli, tmp_path):
     words = ("--warmup", "16", "--batch-size", "4", "--alarm-rate", "0.01")
     found = told(cli("analyze", "boundary", run, *words, "--json"))
     assert found["tasks"] == ORDER
-    assert found["samples"] == sum((10 + 6) * n for n in (3, 2, 2))
-    assert [at for at, _ in found["boundaries"]] == [48, 80]
+    assert found["samples"] == sum(10 * n for n in (3, 2, 2))  # every training picture, and no test picture
+    assert [at for at, _ in found["boundaries"]] == [30, 50]
     assert len(found["positions"]) == len(found["values"]) == len(found["statistics"]) > 0
     assert found["positions"] == sorted(set(found["positions"]))
     # What is learned of a task is not judged; what was judged since its onset is learned of the next.
@@ -102,12 +124,13 @@ def test_boundaries_of_a_run(run, cli, tmp_path):
         (("drift", "/nowhere"), "/nowhere is not a folder"),
         (("similarity", "LORA"), "keeps no subspaces"),
         (("similarity", "RUN", "RUN"), "same folder name"),
+        (("similarity", "RUN", "--gradients", "--limit", "-1"), "--limit is a number of samples, or 0 for all, got -1"),
         (("boundary", "RUN", "--alarm-rate", "1"), "--alarm-rate is the number of false alarms per sample"),
         (("boundary", "RUN", "--stream", "sudden"), "--stream is one of abrupt, gradual, shuffled"),
         (("boundary", "RUN", "--alarm-rate", "-1"), "--alarm-rate is the number"),
         (("boundary", "RUN", "--warmup", "8"), "--warmup is 16 at least (two batches of --batch-size 8), got 8"),
-        (("boundary", "RUN", "--warmup", "112"), "--warmup 112 takes the whole stream of 112 samples"),
-        (("boundary", "RUN", "--warmup", "105"), "--warmup 105 takes the whole stream of 112 samples"),
+        (("boundary", "RUN", "--warmup", "70"), "--warmup 70 takes the whole stream of 70 samples"),
+        (("boundary", "RUN", "--warmup", "65"), "--warmup 65 takes the whole stream of 70 samples"),
         (("boundary", "RUN", "--batch-size", "0"), "--batch-size is 1 at least, got 0"),
         (("boundary", "RUN", "--ramp", "0"), "--ramp is 1 at least, got 0"),
         (("boundary", "RUN", "--plot", "nowhere/b.png"), "there is no folder nowhere"),

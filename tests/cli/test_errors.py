@@ -11,6 +11,7 @@ from PIL import Image
 
 from keeplora.errors import KeepLoraError
 from keeplora.experiment import Experiment
+from keeplora.experiment.run_directory import RunDirectory
 from tests.cli.tiny_world import TASKS, status_of
 
 
@@ -177,9 +178,9 @@ def test_output_below_a_file(world, cli, tmp_path):
     file = world.yaml(tmp_path / "e.yaml", method="zero-shot")
     refusal(
         cli("run", file, "--output", tmp_path / "notes.txt" / "run"),
-        "notes.txt/run cannot be made: Not a directory; choose another `output:`",
+        "notes.txt/run cannot be made: Not a directory; choose another --output",
     )
-    refusal(cli("run", file, "--output", tmp_path / "notes.txt"), "notes.txt is a file; choose another `output:`")
+    refusal(cli("run", file, "--output", tmp_path / "notes.txt"), "notes.txt is a file; choose another --output")
     answer = cli("export", world.run()[0], "--format", "peft", "--output", tmp_path / "notes.txt" / "adapter")
     assert answer.code == 1
     assert re.fullmatch(r"Error: .*notes.txt.*(exists|Not a directory).*\n", answer.err), answer.err
@@ -195,7 +196,7 @@ def test_read_only_output(world, tmp_path):
     if user == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(KeepLoraError, match=r"run cannot be made: Permission denied; choose another `output:`"):
+        with pytest.raises(KeepLoraError, match=r"run cannot be made: Permission denied; choose another --output"):
             experiment.run()
     finally:
         os.seteuid(user)
@@ -236,3 +237,49 @@ def test_a_loss_that_is_not_a_number_is_one_sentence(world, cli, tmp_path, monke
     assert last.startswith("Error: task 'stripes', epoch 1, step 1: the loss is nan (samples ")
     assert last.count(".png") == 3
     assert [p.name for p in sorted((path / "ledger").glob("0*"))] == [f"0001-{TASKS[0]}"]
+
+
+@pytest.mark.parametrize(
+    ("tuner", "sentence"),
+    [
+        ({"energy_weights": {"visoin": 0.9}}, r"energy_weights: no tower is named 'visoin'; did you mean 'vision'\?"),
+        ({"target_modules": ["q_porj"]}, r"no module is named 'q_porj'; did you mean 'q_proj'"),
+        ({"r": {"vision": 4}}, r"r gives no value for the tower 'text_model'"),
+        ({"max_basis_bytes": 1}, r"max_basis_bytes is 1, but the bases of the pretrained weights alone take"),
+    ],
+)  # fmt: skip
+def test_what_the_learner_refuses_leaves_no_folder(world, cli, tmp_path, tuner, sentence):
+    file = world.yaml(tmp_path / "e.yaml", tuner=tuner)
+    refusal(cli("run", file, "--output", tmp_path / "run"), sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_is_taken_is_refused_before_the_model_is_loaded(world, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("keeplora.experiment.setup.open_model", lambda *_: pytest.fail("the model was loaded"))
+    file = world.yaml(tmp_path / "e.yaml")
+    (tmp_path / "notes.txt").write_text("x")
+    for taken, sentence in (
+        (world.run()[0], r"\(finished, 3 tasks done\); see it by `keeplora report .* or choose another --output"),
+        (tmp_path, r"is not empty \(e.yaml, notes.txt\)"),
+        (tmp_path / "notes.txt", r"notes.txt is a file"),
+    ):
+        refusal(cli("run", file, "--output", taken), sentence)
+
+
+def test_a_run_that_was_killed_is_gone_on_with(world, cli, tmp_path):
+    path = world.copied(world.run()[0], tmp_path / "run")
+    with RunDirectory.open_existing(path) as run:
+        run.set_status(state="running", tasks_done=1)
+    answer = cli("run", world.yaml(tmp_path / "e.yaml"), "--output", path)
+    refusal(answer, rf"\(running, 1 task done\); go on with it by `keeplora resume {path}`, or choose another --output")
+
+
+@pytest.mark.parametrize("words", [("capacity",), ("ledger", "log")])
+def test_a_folder_above_runs_is_no_damaged_ledger(world, cli, tmp_path, words):
+    refusal(
+        cli(*words, tmp_path), rf"{tmp_path} holds no run and no ledger; give the folder that a run or save_pretrained"
+    )
+    world.copied(world.run()[0], tmp_path / "runs" / "a")
+    refusal(cli(*words, tmp_path / "runs"), r"give one of the runs in it, such as .*/runs/a$")
+    (tmp_path / "runs" / "a" / "ledger" / "ledger.json").unlink()
+    refusal(cli(*words, tmp_path / "runs" / "a"), r"ledger.json is missing: the ledger is not complete|holds no run")

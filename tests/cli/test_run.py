@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -162,14 +163,38 @@ def test_dry_run_trains_nothing(world):
     torch.testing.assert_close(before, dict(after))
 
 
+@pytest.mark.parametrize(
+    ("changes", "gradients", "features"),
+    [
+        ({}, 1, 1),
+        ({"memory": "gradients"}, 2, 0),
+        ({"memory": "gradients", "gradient_samples": 5, "feature_samples": 3}, 2, 0),
+        ({"gradient_samples": 5, "feature_samples": 3, "statistics_tolerance": 0.5}, 1, 1),
+    ],
+)
+def test_the_plan_counts_every_pass_over_the_data(
+    world, cli, tmp_path, monkeypatch, changes: dict[str, Any], gradients: int, features: int
+):
+    """Of G before each task, and after it of C, or of G again; with a tolerance that is the most it may be."""
+    monkeypatch.setattr("keeplora.experiment.plan._time_one_batch", lambda setup, targets: (1.0, 1000.0, None))
+    changed = {f"tuner.{key}": value for key, value in changes.items()}
+    plan = make_plan(Experiment(world.config(), changed, quiet=True).setup)
+    sizes = [row["train"] for row in plan.tasks]
+    of_g, of_c = (sum(min(n, changes.get(key, n)) for n in sizes) for key in ("gradient_samples", "feature_samples"))
+    assert plan.seconds["statistics"] == 1000 * gradients * of_g + features * of_c
+    options = [word for key, value in changed.items() for word in ("-o", f"{key}={value}")]
+    answer = cli("run", world.yaml(tmp_path / "e.yaml"), "--dry-run", *options)
+    assert ("statistics at most " in answer.out) == ("statistics_tolerance" in changes), answer.err
+
+
 def test_second_run_into_the_directory_is_refused(world, cli, tmp_path):
     path, _ = world.run()
     before = files_below(path)
     answer = cli("run", world.yaml(tmp_path / "e.yaml"), "--output", path)
     assert (answer.code, answer.out) == (1, "")
     assert answer.err == (
-        f"Error: {path} already holds a run (finished, 3 tasks done); go on with it by `keeplora resume {path}`, or choose "
-        "another `output:`\n"
+        f"Error: {path} already holds a run (finished, 3 tasks done); see it by `keeplora report {path}`, use it by `keeplora "
+        f"predict {path}`, or choose another --output (`output:` in the file)\n"
     )
     assert files_below(path) == before
 

@@ -16,7 +16,7 @@ from stream_files import NAMES, parquet, questions, tar
 from keeplora.data import load_task
 from keeplora.data import streams as streams_module
 from keeplora.data.sets import Entry
-from keeplora.data.streams import ROWS, Reader, SampleStream, SpanBytes, ranks
+from keeplora.data.streams import ROWS, Reader, SampleStream, SpanBytes
 from keeplora.errors import ConfigError, DataError
 
 
@@ -92,15 +92,6 @@ def test_ranks_have_shards_of_their_own(animals: Path) -> None:
     assert all(len({n // ROWS for n in part}) == 1 for part in parts)
     with pytest.raises(DataError, match=r"3 shard\(s\) for 4 ranks.*split_by: samples"):
         stream.reader(5, part=(0, 4))
-
-
-def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ranks() == (0, 1)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ConfigError, match="RANK=1 and WORLD_SIZE=1"):
-        ranks()
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ranks() == (1, 4)
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:

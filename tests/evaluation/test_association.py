@@ -20,6 +20,9 @@ def test_one_group_is_scipys():
     assert found.rho == pytest.approx(wanted.statistic)
     assert found.p == pytest.approx(wanted.pvalue, abs=0.03)
     assert found.low <= found.rho <= found.high
+    assert found.least == pytest.approx(
+        0.576, abs=0.03
+    )  # of 12 pairs, two-sided 0.05: Zar's table has 0.587, by t 0.576
 
 
 def test_levels_of_groups_do_not_count():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from keeplora.experiment.boundary import BoundaryTrace, FoundBoundary
+from random import Random
+
+import pytest
+
+from keeplora.experiment.boundary import KINDS, BoundaryTrace, FoundBoundary, _order
 
 
 def trace(boundaries, warmups, alarms):
@@ -28,3 +32,11 @@ def test_a_boundary_inside_a_warm_up_is_not_noticed_by_what_comes_later():
 
 def test_a_warm_up_that_ends_or_begins_at_a_boundary_swallows_nothing():
     assert trace(((16, "b"),), ((0, 16),), ((20, 16),)).delays() == [("b", 4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_is_streamed_once(kind):
+    lengths = [9, 20, 7]
+    order, starts = _order(lengths, kind, 6, Random(0))
+    assert sorted(order) == list(range(36))
+    assert starts == {"abrupt": [9, 29], "gradual": [6, 26], "shuffled": []}[kind]

@@ -80,6 +80,7 @@ CASES: list[tuple[str, dict[str, Any], int, str]] = [
         PAINT + 5,
         "kill",
     ),
+    ("keeplora++", {"tuner": {"energy_general": 0.5}}, PAINT + 5, "kill"),
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "kill"),  # a step before A's second half
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 5, "kill"),  # behind it
     ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "term"),  # at it
@@ -394,3 +395,21 @@ def test_a_gradient_that_is_not_finite_leaves_the_checkpoint_to_go_on_from(world
         Experiment.resume(path, {"training.learning_rate": 0.001}, quiet=True)
     assert taken[0] == ("stripes", 2, 2)
     assert status_of(path)["state"] == "finished"
+
+
+def test_a_task_without_a_checkpoint_is_told_to_start_anew_by_a_resume_alone(world, tmp_path, capsys):
+    path = tmp_path / "run"
+    changes = settings("lora", training={"checkpoint_steps": None})
+    dies(world.config(**changes), path, 3, "kill")
+    capsys.readouterr()
+    Experiment.resume(path, quiet=True)
+    told = capsys.readouterr().err
+    assert told.count("no checkpoint of task") == 1
+    assert "no checkpoint of task 'paint' yet: it starts from its beginning (training.checkpoint_minutes" in told
+    Experiment(world.config(**changes, output=str(tmp_path / "other")), quiet=True).run()
+    assert "no checkpoint" not in capsys.readouterr().err
+
+
+def test_a_rank_that_is_too_large_is_told_once_and_in_the_results(world):
+    _, results = world.run(**settings("lora", tuner={"r": 5000}))
+    assert len([w for w in results["warnings"] if "r is 5000, but the widest target of " in w]) == 1

@@ -133,7 +133,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     with RunDirectory.create(path) as run:
         run.write_config({"a": 1})
         run.set_status(state="finished", tasks_done=5)
-    with pytest.raises(KeepLoraError, match=r"holds a run \(finished, 5 tasks done\).*keeplora resume .*run"):
+    with pytest.raises(KeepLoraError, match=r"holds a run \(finished, 5 tasks done\).*keeplora report .*run"):
         RunDirectory.create(path)
 
 

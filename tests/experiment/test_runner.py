@@ -239,7 +239,9 @@ def test_another_seed_is_another_run(world, method):
 def test_a_second_run_into_the_same_directory_is_refused(world):
     path, _ = world.run(method="zero-shot")
     before = (path / "results.json").read_bytes()
-    with pytest.raises(KeepLoraError, match=r"already holds a run \(finished, 3 tasks done\).*keeplora resume"):
+    with pytest.raises(
+        KeepLoraError, match=r"already holds a run \(finished, 3 tasks done\).*keeplora report.*--output"
+    ):
         Experiment(world.config(method="zero-shot", output=str(path)), quiet=True).run()
     assert (path / "results.json").read_bytes() == before
 
@@ -467,7 +469,7 @@ def test_a_full_residual_space_lets_tasks_sit_out(world):
 
 def test_output_that_cannot_be_made_is_a_sentence(world, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(KeepLoraError, match=r"file/run cannot be made: Not a directory; choose another `output:`"):
+    with pytest.raises(KeepLoraError, match=r"file/run cannot be made: Not a directory; choose another --output"):
         Experiment(world.config(method="zero-shot", output=str(tmp_path / "file" / "run")), quiet=True).run()
 
 

@@ -19,6 +19,7 @@ from keeplora.experiment import Experiment
 from keeplora.experiment import runner as runner_module
 from keeplora.experiment.order import ShuffledBatches
 from keeplora.experiment.plan import make_plan
+from keeplora.experiment.several import place
 from keeplora.experiment.streams import StreamOrder
 from tests.cli.tiny_world import ledger_tensors, record_of, results_of, same_tensors
 from tests.experiment.deaths import dies
@@ -51,6 +52,15 @@ def parquet(world: Any, name: str, folder: Path, shards: tuple[int, ...], mixed:
             part = datasets.Dataset.from_list(rows[start : start + count], features=features)
             part.to_parquet(folder / f"{split}-{n}.parquet")
             start += count
+
+
+def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="RANK=1 and WORLD_SIZE=1"):
+        place()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert place() == (1, 4)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ def check_close(found: dict[str, Any], wanted: dict[str, Any], tolerance: float 
         (2, "accelerate", {"gradient_samples": 5, "feature_samples": 5}),
         (2, "loader", {"rank_allocation": "gain", "energy_allocation": "pooled"}),
         (3, "loader", {"refresh_factor": True}),
+        (3, "loader", {"energy_general": 0.5}),
     ],
 )
 def test_equal_to_one_process(size: int, feed: str, settings: dict[str, Any], tmp_path: Path) -> None:

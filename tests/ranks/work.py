@@ -77,7 +77,8 @@ def two_tasks(folder: str, feed: str = "loader", **settings: Any) -> dict[str, A
     for task, n in enumerate(SIZES):
         data = Samples(n, seed=task)
         batches = feeding(feed, data)
-        with learner.task(f"task {task}", batches, per_sample if task else loss_fn) as model:
+        general = DataLoader(Samples(13, seed=9), batch_size=BATCH) if settings.get("energy_general") else None
+        with learner.task(f"task {task}", batches, per_sample if task else loss_fn, general_batches=general) as model:
             train_whole(model, data, learner=learner)
     return told(learner)
 

@@ -56,4 +56,4 @@ def test_words_tell_apart_what_the_intervals_do():
 def test_what_is_not_told_is_said_so():
     summary = read_out(results())["summary"]
     assert "Suggested for this model: γ = 0.5." in summary
-    assert "Not told by these figures, so that the preset's value stays: rank." in summary
+    assert "Left as configured, for these figures show no fault in it: rank." in summary

@@ -39,11 +39,11 @@ window.parent.document.title = JSON.stringify(found);
 </script>"""
 
 
-def browse(page: str, tmp_path: Path, *, width: int, dark: bool = False) -> tuple[dict, str]:
+def browse(page: str, tmp_path: Path, *, width: int, dark: bool = False, measure: str = MEASURE) -> tuple[dict, str]:
     """Show ``page`` in a frame ``width`` pixels wide (a headless window cannot be that narrow); measurements and console."""
     frame = tmp_path / "frame.html"
     inner = html.escape(
-        re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", MEASURE + "</body>")
+        re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", measure + "</body>")
     )
     frame.write_text(
         f'<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{inner}"></iframe>', encoding="utf-8"

@@ -8,11 +8,13 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_answers import make_answers
 from fake_runs import make_run
 from test_browser import BROWSER, browse
 from test_html import VOID, Page
@@ -119,7 +121,7 @@ def test_what_is_not_finished_or_not_whole_says_so(folder: Path) -> None:
     assert states["killed"] == "running, or killed1 of 5 tasks"
     assert states["broken"] == f"failed1 of 5 tasksthe disk is full {EVIL}"
     assert states["torn"].startswith("damaged")
-    assert "results.json is not readable JSON" in states["torn"]
+    assert "results.json is damaged: it is not readable JSON" in states["torn"]
     assert states["young"] == "unknown"
     assert states["a study"] == "failed1 of 3 cells1 of its cells failed"
     young, study = page.row("young"), page.row("a study")
@@ -223,8 +225,10 @@ def test_a_report_that_may_not_be_looked_at_is_none(tmp_path: Path) -> None:
 
 def test_a_study_whose_file_is_damaged_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/study.json").write_text("[]")
+    (tmp_path / "s/study.json").write_text("{}")
     assert "is no study's plan" in rendered(tmp_path).row("s")["state"]
+    (tmp_path / "s/study.json").write_text("[]")
+    assert "holds a list where an object is expected" in rendered(tmp_path).row("s")["state"]
 
 
 # What a person would do, then what they would see: the names in the order in which they stand, hidden ones left out.
@@ -305,3 +309,56 @@ def test_without_its_script_it_is_a_plain_table(folder: Path, tmp_path: Path) ->
     assert console == ""
     assert found["scroll"] <= 390, found["wide"]
     assert 'id="tools" hidden' in source
+
+
+@pytest.fixture
+def suites(tmp_path: Path) -> Path:
+    """Runs of pictures and of questions, with long names, paths and models."""
+    root = tmp_path / "many"
+    make_run(root, "demo-small-keeplora++-seed0")
+    long = make_run(root, "mtil-order-II-keeplora++-cls-seed42", "keeplora++-cls", variant="cls")
+    change(long / "results.json", suite="mtil", model="openai/clip-vit-base-patch16", order="2")
+    own = make_run(root, "photos of a long name and more", "lora")
+    change(own / "results.json", suite="/home/somebody/photos/experiment-of-june.yaml", order="shuffle-1234")
+    make_run(root, "broken", done=1, state="failed", error="the disk is full " * 9)
+    models = {"ucit": "llava-hf/llava-1.5-7b-hf", "cl-vista": "LanguageBind/Video-LLaVA-7B-hf"}
+    for name, suite, model in (("ucit-seed1", "ucit", models["ucit"]), ("videos", "cl-vista", models["cl-vista"])):
+        change(make_answers(root, name) / "results.json", suite=suite, model=model)
+    return root
+
+
+WIDE = """<script>
+const box = document.querySelector('.scroll');
+window.parent.document.title = JSON.stringify({scroll: document.documentElement.scrollWidth, inner: innerWidth,
+  table: box.scrollWidth, room: box.clientWidth});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+@pytest.mark.parametrize("width", [1000, 1400])
+def test_the_page_never_scrolls_sideways(suites: Path, tmp_path: Path, width: int) -> None:
+    """Of many kinds of runs the table may scroll in its own box; the page does not."""
+    page = render_index(suites).read_text(encoding="utf-8").replace("</body>", WIDE + "</body>")
+    found, console = browse(page, tmp_path, width=width, measure="")
+    assert console == ""
+    assert found["inner"] == width
+    assert found["scroll"] <= width
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+def test_runs_of_one_kind_fit_a_wide_window(suites: Path, tmp_path: Path) -> None:
+    """Their numbers are what the page is for: at 1,400 pixels none is out of sight."""
+    for name in ("ucit-seed1", "videos"):
+        shutil.rmtree(suites / name)
+    page = render_index(suites).read_text(encoding="utf-8").replace("</body>", WIDE + "</body>")
+    found, _ = browse(page, tmp_path, width=1400, measure="")
+    assert found["table"] <= found["room"] <= 1400
+
+
+def test_columns_that_tell_nothing_are_left_out(suites: Path, tmp_path: Path) -> None:
+    page = rendered(suites)
+    assert "kind" not in page.rows[0]  # all are runs
+    assert page.row("photos")["suite"] == "experiment-of-june"
+    assert page.row("photos")["order"] == "shuffle-1234"
+    make_run(tmp_path / "one", "run")
+    assert "order" not in rendered(tmp_path / "one").rows[0]

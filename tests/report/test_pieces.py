@@ -177,7 +177,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         runs.load_run(path)
     (path / "results.json").write_text(json.dumps(good))
     (path / "status.json").write_text('{"state": ')
-    with pytest.raises(KeepLoraError, match=r"status\.json is not readable JSON"):
+    with pytest.raises(KeepLoraError, match=r"status\.json is damaged: it is not readable JSON"):
         runs.load_run(path)
 
 

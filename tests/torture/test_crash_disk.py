@@ -178,7 +178,7 @@ def test_a_sample_on_a_failing_disk(one, file):
 def test_a_new_run_where_nothing_can_be_written(one, code, words):
     run = one.new()
     told = sentence(one.go(run, Fault(at=1, how="fail", error=code)))
-    assert told == f"Error: {run} cannot be made: {words}; choose another `output:`"
+    assert told == f"Error: {run} cannot be made: {words}; choose another --output (`output:` in the file)"
     assert not run.exists()
 
 

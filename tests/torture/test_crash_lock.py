@@ -41,9 +41,10 @@ def test_a_second_writer_is_told_the_first_ones_process(stopped, two):
         told = sentence(two.server("resume", stopped, root=stopped))
         again = sentence(two.server("run", two.config, "--output", stopped, root=stopped))
     assert told == (
-        f"Error: process {os.getpid()} is writing to {stopped}; wait until it ends or stop it, or choose another `output:`"
+        f"Error: process {os.getpid()} is writing to {stopped}; wait until it ends or stop it, or choose another "
+        "--output (`output:` in the file)"
     )
-    assert f"{stopped} already holds a run (running, 1 tasks done)" in again
+    assert f"{stopped} already holds a run (running, 1 task done)" in again
     assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file() and p.name != ".lock"} == before
     two.end(stopped, finished_tasks(stopped), Tally())
 

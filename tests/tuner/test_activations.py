@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.activations import QuickGELUActivation
 
-from benchmarks.step import kept_bytes
+from benchmarks.machine import kept_bytes
 from keeplora import ContinualLearner
 from keeplora.tuner.activations import lean_activations, quick_gelu
 from tests.tuner.blocks import config, hooks

@@ -56,6 +56,13 @@ def test_tower_key_without_tower_is_refused_with_a_hint(key, hint):
         ContinualLearner(make_towers(), config(gamma={key: 0.5, "default": 1.0}))
 
 
+def test_the_short_name_of_a_tower_is_offered():
+    with pytest.raises(
+        ConfigError, match=r"'visoin'; did you mean 'vision'\? \(one of: default, text, text_model, vision, "
+    ):
+        ContinualLearner(make_towers(), config(gamma={"visoin": 0.5, "default": 1.0}))
+
+
 @pytest.mark.parametrize("key", ["vision", "text", "language", "default"])
 def test_role_keys_may_name_a_tower_that_is_not_there(key):
     assert ContinualLearner(make_net(), config(gamma={key: 0.5, "default": 1.0})).targets

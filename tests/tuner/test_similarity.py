@@ -9,13 +9,15 @@ import torch
 
 from keeplora import ContinualLearner
 from keeplora.errors import KeepLoraError
+from keeplora.math import Subspace
 from keeplora.methods import get_method
 from keeplora.tuner import Ledger
 from keeplora.tuner.similarity import (
-    Spectrum,
+    Directions,
     TaskFeatures,
     disturbance,
     energy_inside,
+    gradient_inside,
     ledger_features,
     overlap_matrix,
     pairs_of,
@@ -63,16 +65,27 @@ def test_the_ledgers_columns_say_the_same_of_earlier_tasks(tmp_path):
 
 
 def test_an_own_subspace_is_the_fewest_columns():
-    s = Spectrum(torch.eye(4), torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64))
+    s = Directions(torch.eye(4), torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64))
     assert [s.own(e).shape[1] for e in (0.5, 0.79, 0.95, 1.0)] == [1, 2, 3, 4]
-    assert Spectrum(torch.eye(2), torch.zeros(2).double()).own(0.9).shape == (2, 0)
+    assert Directions(torch.eye(2), torch.zeros(2).double()).own(0.9).shape == (2, 0)
+
+
+def test_a_gradient_is_inside_what_the_features_span():
+    """By hand: U₀ = e₁, i's own subspace = e₂; of a gradient's rows what lies along e₁ does not count."""
+    start = {"l": Subspace.of(torch.eye(4)[:, :1]), "m": Subspace.of(torch.eye(4)[:, :1])}
+    beyond = {name: Directions(torch.eye(4)[:, 1:2], torch.ones(1, dtype=torch.float64)) for name in ("l", "m")}
+    one = TaskFeatures("i", beyond=beyond, start=start)
+    G = {"l": torch.tensor([[9.0, 3.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]), "m": torch.tensor([[5.0, 0.0, 0.0, 6.0]])}
+    assert gradient_inside(G, one) == pytest.approx(9 / (9 + 1 + 36))
+    assert gradient_inside({"l": G["l"], "elsewhere": G["m"]}, one) == pytest.approx(0.9)
+    assert gradient_inside({"l": torch.tensor([[7.0, 0.0, 0.0, 0.0]])}, one) is None  # nothing beyond U₀
 
 
 def test_disturbance_is_the_energy_that_an_update_adds():
     X = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).double()
     D = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
     w, Q = torch.linalg.eigh(X.T @ X / float(X.square().sum()))
-    one = TaskFeatures("t", whole={"l": Spectrum(Q, w), "m": Spectrum(Q, w)})
+    one = TaskFeatures("t", whole={"l": Directions(Q, w), "m": Directions(Q, w)})
     wanted = float((X @ D.double().T).square().sum() / X.square().sum())
     assert disturbance({"l": D}, one) == pytest.approx(wanted / 2)  # the other layer is left alone
 
@@ -82,7 +95,10 @@ def test_pairs_and_drops(tmp_path):
     accuracy = [[10.0, 11.0, 12.0], [90.0, 13.0, 14.0], [80.0, 91.0, 15.0], [75.0, 91.5, 92.0]]
     pairs = pairs_of("run", ["t0", "t1", "t2"], accuracy, updates_of(found.records()), ledger_features(found))
     assert [(p.earlier, p.later, p.drop) for p in pairs] == [("t0", "t1", 10.0), ("t0", "t2", 5.0), ("t1", "t2", -0.5)]
-    assert all(v is not None and v >= 0 for p in pairs for v in p.predicted.values())
+    assert all(v is not None and v >= 0 for p in pairs for k, v in p.predicted.items() if k != "gradient")
+    assert {p.predicted["gradient"] for p in pairs} == {None}  # a ledger has no gradients
+    given = pairs_of("run", ["t0", "t1", "t2"], accuracy, {}, ledger_features(found), gradients={"t2": {"t0": 0.25}})
+    assert [p.predicted["gradient"] for p in given] == [None, 0.25, None]
     unfinished = pairs_of("run", ["t0", "t1", "t2"], accuracy[:3], {}, ledger_features(found))
     assert [p.drop for p in unfinished] == [10.0, None, None]
     assert unfinished[0].predicted["update"] is None

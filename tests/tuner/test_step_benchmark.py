@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks.step import Work, kept_bytes, make_step, opened, serving, targets_of
+from benchmarks.machine import kept_bytes
 from tests.tuner.blocks import hooks, same, weights
 from tests.tuner.llama import SUFFIXES, batches, load, mean_loss
 
+SCRIPTS = str(Path(__file__).parents[2] / "benchmarks")
+sys.path.insert(0, SCRIPTS)  # as Python does for a script
+step, step_works = importlib.import_module("step"), importlib.import_module("step_works")
+sys.path.remove(SCRIPTS)
+
 
 @pytest.fixture
-def work() -> Work:
+def work() -> Any:
     model, batch = load(), batches(size=4)[0]
 
     def infer() -> torch.Tensor:
         return model(input_ids=batch["input_ids"], use_cache=False).logits
 
-    return Work("tiny", model, lambda: mean_loss(model, batch), infer, targets_of(model, 3, SUFFIXES))
+    return step_works.Work(
+        "tiny", model, lambda: mean_loss(model, batch), infer, step_works.targets_of(model, 3, SUFFIXES)
+    )
 
 
-def gradients(work: Work, arm: str) -> tuple[float, dict[str, torch.Tensor]]:
-    with opened(arm, work) as parameters:
+def gradients(work: Any, arm: str) -> tuple[float, dict[str, torch.Tensor]]:
+    with step.opened(arm, work) as parameters:
         for p in parameters:
             with torch.no_grad():
                 if p.shape[0] > p.shape[1]:  # B, which starts at zero
@@ -49,7 +61,7 @@ def test_arms_do_the_same_work_and_give_the_model_back(work):
 def test_a_frozen_A_keeps_h_alone(work):
     kept = {}
     for arm in ("floor", "lora", "ours", "fused"):
-        with opened(arm, work):
+        with step.opened(arm, work):
             kept[arm] = kept_bytes(work.loss, work.model)
     rows = 4 * 9
     h = len(work.targets) * rows * 3 * 4
@@ -61,10 +73,10 @@ def test_a_frozen_A_keeps_h_alone(work):
 
 def test_serving_is_measured_on_a_model_that_moved_and_comes_back(work):
     before = weights(work.model)
-    with opened("ours", work) as parameters:
-        make_step(work, parameters)()
+    with step.opened("ours", work) as parameters:
+        step.make_step(work, parameters)()
         assert any(p.abs().max() > 0 for p in parameters)
-    found = serving(work, range(2), torch.device("cpu"))
+    found = step.serving(work, range(2), torch.device("cpu"))
     assert {state: len(seconds) for state, seconds in found.items()} == {"base": 2, "merged": 2, "lora": 2}
     assert all(s > 0 for seconds in found.values() for s in seconds)
     assert same(weights(work.model), before)

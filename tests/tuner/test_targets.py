@@ -10,7 +10,7 @@ from torch import nn
 
 from keeplora.errors import TargetError
 from keeplora.models import load_model
-from keeplora.tuner.targets import resolve_targets
+from keeplora.tuner.targets import rank_too_large, resolve_targets
 from tests.models import tiny
 from tests.tuner.blocks import WIDTH, Block, Net, config, make_net, make_towers
 
@@ -152,3 +152,16 @@ def test_sequential_blocks_are_blocks():
     model.trunk = nn.Sequential(*[Net(1) for _ in range(3)])
     targets = resolve_targets(model, config(target_modules=["head"]))
     assert [(t.tower, t.depth, t.blocks) for t in targets] == [("trunk", i, 3) for i in range(3)]
+
+
+def test_a_rank_that_no_target_of_a_tower_can_take_is_told():
+    net, towers = make_net(), make_towers()
+    assert rank_too_large(resolve_targets(net, config(r=WIDTH))) is None  # q takes it, and k and v shrink
+    told = rank_too_large(resolve_targets(net, config(r=5000, lora_alpha=16.0)))
+    assert (
+        told
+        == f"r is 5000, but the widest target takes a rank of at most {WIDTH}, and s = lora_alpha / r = 0.0032; lower r"
+    )
+    told = rank_too_large(resolve_targets(towers, config(r={"vision": 2, "text": 99})))
+    assert told is not None
+    assert told.startswith("r is 99, but the widest target of text_model ")

@@ -55,7 +55,8 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def read_out(results: Results) -> dict[str, list[str]]:
-    """Sentences by section of the page: "summary", "intra", "thirds", "windows", "spectra", "layers", "undo"."""
+    """Sentences by section of the page: "summary", "intra", "thirds", "windows", "spectra", "layers", "undo",
+    "interference"."""
     makers = {
         "intra": _intra,
         "thirds": _thirds,
@@ -63,6 +64,7 @@ def read_out(results: Results) -> dict[str, list[str]]:
         "spectra": _spectra,
         "layers": _layers,
         "undo": _undo,
+        "interference": lambda results: interference(results["interference"]),
     }
     words = {key: make(results) for key, make in makers.items() if results.get(key)}
     return {"summary": _summary(results), **words}
@@ -86,6 +88,9 @@ def _summary(results: Results) -> list[str]:
     if made:
         as_it_was = results.get("as_it_was") or []
         given = [f"{KNOWN[k]} = {_value(v, as_it_was)}" for k, v in made.items() if k in KNOWN and v is not None]
+        if made.get("learning_rate") is not None:
+            rates = [_value(rate, []) for rate in (made["learning_rate"], results["learning_rate"])]
+            given.append(f"learning rate {rates[0]} in place of {rates[1]}")
         why = made["evidence"]
         silent = [k for k, v in made.items() if k in KNOWN and v is None]
         unmeasured = [KNOWN[k] for k in silent if str(why.get(k, "")).startswith(NOT_MEASURED)]
@@ -93,7 +98,7 @@ def _summary(results: Results) -> list[str]:
         if given:
             said.append(f"Suggested for this model: {', '.join(given)}.")
         if not_told:
-            said.append(f"Not told by these figures, so that the preset's value stays: {', '.join(not_told)}.")
+            said.append(f"Left as configured, for these figures show no fault in it: {', '.join(not_told)}.")
         if unmeasured:
             said.append(f"Not measured by this analysis: {', '.join(unmeasured)}.")
     return said
@@ -294,4 +299,44 @@ def _undo(results: Results) -> list[str]:
             said.append(f"What the tasks learned sits more in the {where} layers.")
         else:
             said.append("Where what the tasks learned sits cannot be told from these two: their intervals overlap.")
+    return said
+
+
+MEANT = {
+    "overlap": "the overlap of two tasks' feature subspaces", "energy": "the share of the later task's feature energy inside the "
+    "earlier one's", "gradient": "the share of the later task's residual gradient inside the earlier one's features",
+    "update": "what the update does to the earlier task's features", "size": "the size of the update alone (the control)",
+}  # fmt: skip
+
+
+def interference(found: Mapping[str, Any]) -> list[str]:
+    """What `keeplora.experiment.similarity` found, in words, of its first set of pairs: all runs, or the only one."""
+    if not found["associations"]:
+        return ["There are no accuracies of two tasks, so there is nothing to check a prediction against."]
+    by = next(iter(found["associations"].values()))
+    counted = max(by.values(), key=lambda one: one["n"])
+    if not counted["n"]:
+        return [
+            "Too few pairs of tasks were measured, or all fell alike: whether anything predicts that cannot be told."
+        ]
+    runs = f" of {counted['groups']} runs" if counted["groups"] > 1 else ""
+    said = [
+        f"{counted['n']} pairs of tasks{runs}: a rank correlation with the points that the earlier task fell while the later was "
+        f"learned would have to pass ±{counted['least']:.2f} to be told from chance."
+    ]
+    for name, one in by.items():
+        if one["rho"] is None:
+            said.append(f"{name}, {MEANT[name]}: too few pairs are known, it cannot be told.")
+            continue
+        says = {
+            "cannot be told": "whether it goes with forgetting cannot be told",
+            "goes with it": "the larger, the more is forgotten",
+            "goes against it": "the larger, the less is forgotten",
+        }[one["verdict"]]  # fmt: skip
+        told = f"ρ = {one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}], p = {one['p']:.2g}".replace("-", "−")
+        said.append(f"{name}, {MEANT[name]}: {says} ({told}).")
+    said.append(
+        "Pairs that share a task are not independent, so these intervals are rather too narrow, and one in twenty such "
+        "correlations passes by chance."
+    )
     return said

@@ -12,16 +12,16 @@ from keeplora.cli.plot_place import check_plot
 
 def boundary(
     directory: Annotated[
-        Path, typer.Argument(help="The run directory whose tasks (training and test samples) are laid end to end.")
+        Path, typer.Argument(help="The run directory whose tasks (their training samples) are laid end to end.")
     ],
     kind: Annotated[
         str,
         typer.Option("--stream", help="abrupt; gradual: tasks mix over --ramp samples; shuffled: no boundary at all."),
     ] = "abrupt",
     alarm_rate: Annotated[float, typer.Option(help="False alarms per sample, above 0 and below 0.5.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Samples that each task is told from; none is judged there.")] = 64,
+    warmup: Annotated[int, typer.Option(help="Samples that each task is told from; none is judged there.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Samples that arrive at once.")] = 8,
-    ramp: Annotated[int, typer.Option(help="With --stream gradual: samples over which one task gives way.")] = 100,
+    ramp: Annotated[int, typer.Option(help="With --stream gradual: samples over which one task gives way.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the order within each task.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Every sample as JSON.")] = False,
     plot: Annotated[
@@ -30,7 +30,7 @@ def boundary(
 ) -> None:
     """Print where a stream of a run's tasks, without their labels, is seen to go over to a new one.
 
-    Each task's training and test samples are streamed together, in random order. The base model is loaded.
+    Each task's training samples are streamed once, in random order. The base model is loaded.
     """
     import json
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,10 @@ import typer
 from keeplora.cli.plot_place import check_plot
 
 if TYPE_CHECKING:
-    from keeplora.experiment.similarity import Similarity
+    from collections.abc import Mapping
+
+    from keeplora.experiment.similarity import Gradients, Similarity
+    from keeplora.tuner.similarity import TaskFeatures
 
 SHOWN = 30
 
@@ -26,6 +30,14 @@ def similarity(
     energy: Annotated[
         float, typer.Option(help="Share of a task's energy that its own subspace holds, above 0 to 1.")
     ] = 0.99,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Also take every task's gradient at the weights it started from: opens each run's model and data.",
+        ),
+    ] = False,
+    limit: Annotated[int, typer.Option(help="With --gradients, most training samples of each task; 0: all.")] = 200,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a file that ends in .png, .svg or .pdf.")] = None,
 ) -> None:
@@ -39,7 +51,18 @@ def similarity(
         raise KeepLoraError(f"--energy is a share above 0 and at most 1, got {energy}")
     if plot is not None:
         check_plot(plot)
-    found = task_similarity(runs, energy, subspaces=subspaces)
+    if limit < 0:
+        raise KeepLoraError(f"--limit is a number of samples, or 0 for all, got {limit}")
+
+    def take(name: str, path: Path, features: Mapping[str, TaskFeatures]) -> Gradients:
+        from keeplora.experiment.gradients import gradients_inside
+
+        def told(task: str) -> None:
+            print(f"{name}: gradient of {task}", file=sys.stderr, flush=True)
+
+        return gradients_inside(path, features, energy, limit=limit or None, on_task=told)
+
+    found = task_similarity(runs, energy, subspaces=subspaces, gradients=take if gradients else None)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), allow_nan=False))
     else:
@@ -55,7 +78,6 @@ def _show(found: Similarity) -> None:
     from rich.table import Table
 
     from keeplora.cli.console import wide_console
-    from keeplora.tuner.similarity import PREDICTORS
 
     console = wide_console()
 
@@ -83,27 +105,28 @@ def _show(found: Similarity) -> None:
     if not measured:
         say("No run among them has accuracies of two tasks, so there is nothing to check the prediction against.")
         return
+    used = list(next(iter(found.associations.values())))
     ranked = sorted(measured, key=lambda pair: -(pair.drop or 0.0))
     table(
         "Measured: points that the earlier task fell while the later was learned",
-        ["run", "earlier", "later", "drop", *PREDICTORS],
-        [[p.run, p.earlier, p.later, f"{p.drop:+.1f}", *(_number(p.predicted[k]) for k in PREDICTORS)] for p in ranked[:SHOWN]],
+        ["run", "earlier", "later", "drop", *used],
+        [[p.run, p.earlier, p.later, f"{p.drop:+.1f}", *(_number(p.predicted[k]) for k in used)] for p in ranked[:SHOWN]],
     )  # fmt: skip
     if len(ranked) > SHOWN:
         say(f"{len(ranked) - SHOWN} pairs that fell less are not shown (--json has them).\n")
     rows = [
         [key, name, _number(one.rho), "–" if one.low is None else f"[{one.low:+.2f}, {one.high:+.2f}]", _number(one.p),
-         str(one.n), one.verdict]
+         str(one.n), "–" if one.least is None else f"±{one.least:.2f}", one.verdict]
         for key, by in found.associations.items() for name, one in by.items()
     ]  # fmt: skip
     table(
         "Does the prediction go with the drop? Spearman's ρ within runs",
-        ["runs", "predictor", "ρ", "95 %", "p", "pairs", ""],
+        ["runs", "predictor", "ρ", "95 %", "p", "pairs", "told from", ""],
         rows,
     )
     say(
-        "Interval: bootstrap over pairs; p: values shuffled within runs. Pairs that share a task are not independent, so with "
-        "few tasks both are too sure."
+        "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that 5 % of the shuffles reach. "
+        "Pairs that share a task are not independent, so with few tasks all three are too sure."
     )
 
 

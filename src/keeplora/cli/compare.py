@@ -36,8 +36,7 @@ def compare(
     name: Annotated[str | None, typer.Option(help="What the report is called; default the suite's name.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the benchmark's data.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("-o", "--set", metavar="KEY=VALUE",
-                                        help="Any key, for every run: -o training.epochs=2. Repeatable.")
+        list[str] | None, typer.Option("-o", "--set", metavar="KEY=VALUE", help="Any key, for every run. Repeatable.")
     ] = None,
     per_method: Annotated[
         Path | None, typer.Option(help="YAML with `per_method:`, each method's own settings (`keeplora tune` writes one).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def print_plan(experiment: Any, assumed: Sequence[str]) -> None:
             console.print(f"sizes of the tasks are assumed: {footprint.missing}", highlight=False)
         _print_targets(console, footprint.targets, footprint.settings.trained)
         console.print(f"the weights of {config.model.name} are not here: what follows is arithmetic on its config.json")
-        _print_footprint(console, footprint)
+        _print_footprint(console, config, footprint)
     else:
         setup = experiment.setup
         plan = make_plan(setup)
@@ -65,7 +65,7 @@ def print_plan(experiment: Any, assumed: Sequence[str]) -> None:
         _print_measured(console, setup, plan)
         if setup.kind.name == "generation":
             given = {pair.partition("=")[0] for pair in assumed}
-            _print_footprint(console, make_footprint(config, assume_measured(assume, plan, given), setup))
+            _print_footprint(console, config, make_footprint(config, assume_measured(assume, plan, given), setup))
     for item in config.overridden:
         console.print(f"differs from preset {config.preset}: {item}", highlight=False)
 
@@ -96,11 +96,19 @@ def _print_measured(console: Console, setup: Any, plan: Plan) -> None:
 
     console.print(f"precision: {setup.precision.name} on {setup.precision.device}")
     console.print(f"memory: about {plan.memory_bytes / 2**30:.1f} GiB (measured on one trained batch)")
-    parts = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in plan.seconds.items())
+    parts = _phases_told(setup.config, plan.seconds)
     console.print(f"time: about {duration(plan.total_seconds)} ({parts}; scaled up from one timed batch)")
 
 
-def _print_footprint(console: Console, plan: Footprint) -> None:
+def _phases_told(config: Any, seconds: Mapping[str, float]) -> str:
+    """A pass that ``statistics_tolerance`` may end is told as what it takes at most."""
+    from keeplora.experiment.progress import duration
+
+    ends = {"statistics": "at most "} if config.tuner.statistics_tolerance is not None else {}
+    return ", ".join(f"{phase} {ends.get(phase, '')}{duration(value)}" for phase, value in seconds.items())
+
+
+def _print_footprint(console: Console, config: Any, plan: Footprint) -> None:
     from rich.table import Table
 
     from keeplora.experiment.footprint import BASES, subspace_bytes
@@ -137,7 +145,7 @@ def _print_footprint(console: Console, plan: Footprint) -> None:
         + (", and U once in all" if settings.protects else ""), highlight=False,
     )  # fmt: skip
     seconds = plan.seconds[plan.base]
-    parts = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items())
+    parts = _phases_told(config, seconds)
     console.print(
         f"time at {assume.tflops:g} TFLOP/s: about {duration(sum(seconds.values()))} ({parts}; from operation counts, nothing "
         "was timed)", highlight=False,

@@ -107,7 +107,7 @@ def with_suggestions(experiment: Experiment, source: Any, overrides: dict[str, A
         stopped.add_note("repeat the command to go on with the analysis")
         raise
     taken = take(found, experiment.config, own_settings(source, overrides))
-    print(f"Settings after the analysis in {found.folder}:", file=sys.stderr)
+    print(f"Settings after the analysis (its figures: {found.page}):", file=sys.stderr)
     for line in taken.said:
         print(f"  {line}", file=sys.stderr, flush=True)
     return Experiment(source, {**overrides, **taken.overrides, "auto": taken.record}, quiet=experiment.quiet)

@@ -172,6 +172,7 @@ def _tell(checks: list[TaskCheck], suite: dict[str, Any], base: Path) -> None:
     from rich.table import Table
 
     from keeplora.data.doctor import summary
+    from keeplora.report.tables import size
 
     table = Table(title=f"{suite['name']}, data in {base}")
     for header in ("name", "classes", "train", "test", "size", "smallest", "largest", ""):
@@ -182,7 +183,7 @@ def _tell(checks: list[TaskCheck], suite: dict[str, Any], base: Path) -> None:
         sides = (f"{side[0]} × {side[1]}" if side else "" for side in (check.smallest, check.largest))
         problems = f"{len(check.problems)} problem{'s' if len(check.problems) > 1 else ''}"
         state = "[green]ok[/]" if check.ok else "[bold red]missing[/]" if check.fetch else f"[bold red]{problems}[/]"
-        table.add_row(check.name, *counts, _bytes(check.bytes), *sides, state)
+        table.add_row(check.name, *counts, size(check.bytes) if check.bytes else "", *sides, state)
     console = _console()
     console.print(table)
     if not base.is_dir():
@@ -207,12 +208,3 @@ def _count(found: int | None, wanted: int | None) -> str:
     if found is None:
         return f"– of {wanted:,}" if wanted else "–"
     return f"{found:,}" if wanted in (None, found) else f"[bold red]{found:,} of {wanted:,}[/]"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if count else ""
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,24 +32,6 @@ ROWS = 1 << 32
 """A sample's number is shard · ROWS + row."""
 LOOK_AFTER = 1_000
 """Samples of a pass before the share of unusable ones is judged."""
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, number of ranks) of this process, as launchers tell it in RANK and WORLD_SIZE; (0, 1) where nothing is told.
-
-    Raises:
-        ConfigError: the two do not fit each other.
-    """
-    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        rank, world = map(int, told)
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise ConfigError(
-            f"RANK={told[0]} and WORLD_SIZE={told[1]} in the environment do not fit each other; unset both"
-        )
-    return rank, world
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,4 +297,4 @@ def read_split(
     return kept
 
 
-__all__ = ["Position", "Reader", "Sample", "SampleStream", "SpanBytes", "Spool", "ranks", "read_split", "spooled"]
+__all__ = ["Position", "Reader", "Sample", "SampleStream", "SpanBytes", "Spool", "read_split", "spooled"]

@@ -29,6 +29,7 @@ class Association:
     p: float | None
     n: int
     groups: int
+    least: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -91,4 +92,4 @@ def spearman_within(groups: Sequence[tuple[Sequence[float], Sequence[float]]], *
         drawn += share * correlations(x[chosen], y[chosen])
     p = float((np.sum(np.abs(shuffled) >= abs(rho) - 1e-12) + 1) / (DRAWS + 1))
     low, high = (float(v) for v in np.quantile(drawn, [0.025, 0.975]))
-    return Association(round(rho, 12), low, high, p, n, len(kept))
+    return Association(round(rho, 12), low, high, p, n, len(kept), float(np.quantile(np.abs(shuffled), 0.95)))

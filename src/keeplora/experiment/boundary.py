@@ -83,12 +83,13 @@ class BoundaryTrace:
 
 
 def watch_run(
-    path: str | os.PathLike[str], *, kind: str = "abrupt", alarm_rate: float = DEFAULT_RATE, warmup: int = 64, size: int = 8,
-    ramp: int = 100, seed: int = 0, device: str = "cpu",
+    path: str | os.PathLike[str], *, kind: str = "abrupt", alarm_rate: float = DEFAULT_RATE, warmup: int = 32, size: int = 8,
+    ramp: int = 40, seed: int = 0, device: str = "cpu",
 ) -> BoundaryTrace:  # fmt: skip
     """Put a run's tasks one after another, hide where they begin, and watch them through the untouched base model.
 
-    A task's training and test samples are streamed together: the demo's training pictures alone are few beside a warm-up.
+    What is streamed is what a training run would see: every training sample once, those of a warm-up are not judged, and no
+    held-out or test sample.
 
     Args:
         path: a run directory. kind: "abrupt"; "gradual": each task gives way to the next over ``ramp`` samples; "shuffled":
@@ -118,7 +119,7 @@ def watch_run(
             f"task {odd[0]!r} is read as a stream and cannot be shuffled here; give a run with data at hand"
         )
     learner = setup.method.learner(setup.family.model, setup.tuner_config())
-    parts = [ConcatDataset([setup.sets[t.name].train, setup.sets[t.name].test]) for t in setup.tasks]
+    parts = [setup.sets[t.name].train for t in setup.tasks]
     lengths, random = [len(part) for part in parts], Random(seed)
     if -(-warmup // size) * size >= sum(lengths):  # whole batches
         raise KeepLoraError(

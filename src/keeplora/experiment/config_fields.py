@@ -84,6 +84,29 @@ def _validation(value: Any) -> Any:
     return value
 
 
+# A task's name becomes part of file names on every system, and a key on the command line.
+_SAFE_NAME = re.compile(r"\w(?:[\w .+-]{0,62}[\w+-])?")
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def _data_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    for key in ("name", "source"):
+        if key not in spec:
+            near = did_you_mean(key, [str(k) for k in spec]) if spec else ""
+            raise ValueError(f"has no `{key}:`{near.split(' (')[0] if 'mean' in near else ''}")
+        if not isinstance(spec[key], str) or not spec[key]:
+            raise ValueError(f"has `{key}: {spec[key]!r}`, which must be a word")
+    name = spec["name"]
+    if not _SAFE_NAME.fullmatch(name) or name.casefold().split(".")[0] in _DEVICE_NAMES:
+        raise ValueError(
+            f"has the name {name!r}, which is not safe as a file name; use at most 64 letters, digits, spaces or "
+            "any of '-', '_', '.', '+', beginning with a letter or digit"
+        )
+    if name == DEFAULT_KEY:
+        raise ValueError(f"is called {name!r}, a word that stands for all other tasks; choose another name")
+    return spec
+
+
 Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -92,6 +115,7 @@ Samples = Annotated[Any, BeforeValidator(_samples)]
 _LayerSchedule = Annotated[Any, BeforeValidator(_layer_schedule)]
 _Validation = Annotated[Any, BeforeValidator(_validation)]
 Modules = Annotated[Any, BeforeValidator(_modules)]
+DataSpec = Annotated[dict[str, Any], AfterValidator(_data_spec)]
 _Each = Discriminator(_one_or_each)
 CountPer = Annotated[Annotated[Count, Tag("one")] | Annotated[dict[str, Count], _NotEmpty, Tag("each")], _Each]
 SharePer = Annotated[Annotated[_Share, Tag("one")] | Annotated[dict[str, _Share], _NotEmpty, Tag("each")], _Each]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from keeplora.errors import did_you_mean
+from keeplora.experiment.config_checks import config_problems
 from keeplora.experiment.config_fields import (
     DEFAULT_KEY,
     Bytes,
     Count,
     CountPer,
+    DataSpec,
     Modules,
     Positive,
     PositivePer,
@@ -75,9 +75,9 @@ class TunerConfig(Section):
     lora_alpha: Positive = Field(description="s = layer_scale * lora_alpha / r")
     energy_weights: SharePer = Field(description="energy of W to protect (M1), 0 to 1")
     energy_features: SharePer = Field(description="energy of the features to protect (M8), 0 to 1")
-    energy_before: SharePer = Field(
+    energy_general: SharePer = Field(
         default=0.0,
-        description="energy of a task's own features before it is learned that its update leaves alone, 0 to 1",
+        description="energy of the features of drawn pictures that a task's update leaves alone, 0 to 1; picture towers alone",
     )
     trim_tolerance: float | None = Field(
         default=None, ge=0, lt=1,
@@ -212,32 +212,6 @@ class Overridden(NamedTuple):
         return f"{self.key}: {self.value} (preset: {self.preset})"
 
 
-# A task's name becomes part of file names on every system, and a key on the command line.
-_SAFE_NAME = re.compile(r"\w(?:[\w .+-]{0,62}[\w+-])?")
-_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
-
-
-def _check_spec(spec: dict[str, Any]) -> dict[str, Any]:
-    for key in ("name", "source"):
-        if key not in spec:
-            near = did_you_mean(key, [str(k) for k in spec]) if spec else ""
-            raise ValueError(f"has no `{key}:`{near.split(' (')[0] if 'mean' in near else ''}")
-        if not isinstance(spec[key], str) or not spec[key]:
-            raise ValueError(f"has `{key}: {spec[key]!r}`, which must be a word")
-    name = spec["name"]
-    if not _SAFE_NAME.fullmatch(name) or name.casefold().split(".")[0] in _DEVICE_NAMES:
-        raise ValueError(
-            f"has the name {name!r}, which is not safe as a file name; use at most 64 letters, digits, spaces or "
-            "any of '-', '_', '.', '+', beginning with a letter or digit"
-        )
-    if name == DEFAULT_KEY:
-        raise ValueError(f"is called {name!r}, a word that stands for all other tasks; choose another name")
-    return spec
-
-
-DataSpec = Annotated[dict[str, Any], AfterValidator(_check_spec)]
-
-
 class ExperimentConfig(Section):
     """A complete experiment: what to learn, in which order, with which method and settings.
 
@@ -299,82 +273,11 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
-        problems = [*self._name_problems(), *self._mapping_problems(), *self._validation_problems()]
-        if problems:
+        if problems := config_problems(self):
             # One exception carries them all; config_errors takes it apart again.
             summary = "; ".join(f"{key} {sentence}" for key, sentence in problems)
             raise PydanticCustomError("problems", "{summary}", {"summary": summary, "problems": problems})
         return self
-
-    def _name_problems(self) -> list[tuple[str, str]]:
-        if not self.tasks:
-            return [("tasks", "is empty; give at least one task")]
-        problems, seen = [], {}
-        for place, specs in (("tasks", self.tasks), ("probes", self.probes)):
-            for index, spec in enumerate(specs):
-                plain = unicodedata.normalize("NFC", spec["name"]).casefold()
-                if plain in seen:
-                    problems.append(
-                        (f"{place}.{index}", f"has the name {spec['name']!r}, which {seen[plain]} has already")
-                    )
-                seen.setdefault(plain, f"{place}.{index}")
-        if self.first_tasks is not None and self.first_tasks > len(self.tasks):
-            problems.append(("first_tasks", f"is {self.first_tasks}, but there are {len(self.tasks)} tasks"))
-        if self.candidates != "own" and self.variant == "cls":
-            told = "needs `candidates: own`: its heads are chosen by the task, so it must be told which task it is"
-            problems.append(("method", f"{self.method!r} {told}"))
-        if self.order is not None:
-            for name in dict.fromkeys(self.order):
-                if name not in self.task_names:
-                    problems.append(("order", f"names an unknown task {name!r}{did_you_mean(name, self.task_names)}"))
-                elif self.order.count(name) > 1:
-                    problems.append(("order", f"names task {name!r} more than once"))
-            missing = [name for name in self.task_names if name not in self.order]
-            if missing and not problems:
-                problems.append(("order", f"leaves out {', '.join(map(repr, missing))}; name every task once"))
-        return problems
-
-    def _mapping_problems(self) -> list[tuple[str, str]]:
-        problems = []
-        per_task = {"training.epochs": self.training.epochs, "training.learning_rate": self.training.learning_rate}
-        for key, value in {**per_task, "validation": self.validation}.items():
-            if not isinstance(value, Mapping):
-                continue
-            for name in value:
-                if name not in (*self.task_names, DEFAULT_KEY):
-                    choices = [*self.task_names, DEFAULT_KEY]
-                    problems.append((f"{key}.{name}", f"names an unknown task {name!r}{did_you_mean(name, choices)}"))
-            missing = [name for name in self.task_names if name not in value]
-            if missing and DEFAULT_KEY not in value and key in per_task:
-                hint = f"gives no value for task {missing[0]!r}; add it, or `{DEFAULT_KEY}:` for all others"
-                problems.append((key, hint))
-        return problems
-
-    def _validation_problems(self) -> list[tuple[str, str]]:
-        missing = [spec["name"] for spec in self.ordered_tasks if self.validation_for(spec["name"]) is None]
-        if not missing:
-            return []
-        wants = {
-            "evaluate_on": self.evaluate_on == "validation",
-            "early_stopping": self.early_stopping is not None,
-            "best_epoch": self.best_epoch,
-            "accept": self.accept is not None,
-        }
-        what = {
-            "evaluate_on": "what is measured",
-            "early_stopping": "when training stops",
-            "best_epoch": "which epoch is kept",
-            "accept": "whether a task is kept",
-        }
-        return [
-            (
-                key,
-                f"needs validation data, and task {missing[0]!r} has none: test data may not decide {what[key]}; "
-                "add for example `validation: 0.1`",
-            )
-            for key in wants
-            if wants[key]
-        ]
 
     @property
     def task_names(self) -> list[str]:

@@ -16,8 +16,8 @@ from keeplora.experiment.runner import Run
 from keeplora.experiment.setup import Setup, prepare
 from keeplora.experiment.several import joined, open_directory
 from keeplora.methods import method_names
-from keeplora.transfer import refuse_address
-from keeplora.tuner import ranks
+from keeplora.tuner import ContinualLearner, ranks
+from keeplora.tuner.protect import check_budget
 
 
 class Experiment:
@@ -51,16 +51,18 @@ class Experiment:
 
         Under a launcher (``torchrun``, ``accelerate launch``) every process calls this, and together they are one run.
         """
-        refuse_address(self.config.output_path, "a run directory")  # before model and data are loaded
         with joined(self.config.device):
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        path = self.config.output_path
+        ranks.first("looking at the run directory", lambda: RunDirectory.check_new(path))  # before minutes of loading
         with ranks.together("loading model and data"):
             setup = self.setup
-        with open_directory(RunDirectory.create, self.config.output_path) as directory:
+        learner = _new_learner(setup)  # what the learner refuses leaves no folder behind
+        with open_directory(RunDirectory.create, path) as directory:
             directory.write_config(self.config.resolved())  # first: from here on the run can be resumed
-            return _begin(setup, directory, self.quiet).go()
+            return _begin(setup, learner, directory, self.quiet).go()
 
     @classmethod
     def resume(
@@ -98,18 +100,32 @@ class Experiment:
             if overrides:
                 directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
-                return _begin(setup, directory, quiet).go()
+                return _begin(setup, _new_learner(setup), directory, quiet, resumed=True).go()
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             check_infos([*learner.records, *learner.removed], path, setup.kind.name)
-            return Run(setup, directory, learner, quiet).go()
+            return Run(setup, directory, learner, quiet, resumed=True).go()
 
 
-def _begin(setup: Setup, directory: RunDirectory, quiet: bool | None) -> Run:
+def _new_learner(setup: Setup) -> ContinualLearner:
+    """The method's learner, which has learned nothing and has no ledger yet.
+
+    Raises:
+        KeepLoraError: the settings do not fit the model: a tower, a target, a bound that the weights alone exceed.
+    """
+    learner = setup.method.learner(
+        setup.family.model, setup.tuner_config(), base_name=setup.config.model.name,
+        base_revision=setup.config.model.revision,
+    )  # fmt: skip
+    if learner.config.max_basis_bytes is not None:
+        check_budget(learner.U, learner.config)
+    return learner
+
+
+def _begin(
+    setup: Setup, learner: ContinualLearner, directory: RunDirectory, quiet: bool | None, *, resumed: bool = False
+) -> Run:
     """A run from its very start: what it runs on, its data, an empty ledger."""
     directory.write_environment(collect_environment())
     directory.write_data(data_entries(setup.tasks, setup.probes))
-    learner = setup.method.learner(
-        setup.family.model, setup.tuner_config(), ledger=directory.ledger_path, base_name=setup.config.model.name,
-        base_revision=setup.config.model.revision,
-    )  # fmt: skip
-    return Run(setup, directory, learner, quiet)
+    learner.keep_in(directory.ledger_path)
+    return Run(setup, directory, learner, quiet, resumed=resumed)

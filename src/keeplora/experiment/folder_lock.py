@@ -80,7 +80,8 @@ class FolderLock:
     def _refusal(self, holder: list[str]) -> KeepLoraError:
         who = f"process {holder[0]}" if holder and holder[0].isdigit() else "another process"
         return KeepLoraError(
-            f"{who} is writing to {self.path.parent}; wait until it ends or stop it, or choose another `output:`"
+            f"{who} is writing to {self.path.parent}; wait until it ends or stop it, or choose another --output (`output:` "
+            "in the file)"
         )
 
     def _look_up(self, holder: list[str]) -> None:

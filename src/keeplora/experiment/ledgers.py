@@ -27,6 +27,7 @@ from keeplora.tuner.audit import FACTOR_LIMIT
 from keeplora.tuner.chain import State
 from keeplora.tuner.export import choose_records, write_adapter
 from keeplora.tuner.ledger_check import Check
+from keeplora.tuner.ledger_files import no_ledger
 from keeplora.tuner.persistence import ADAPTERS_FOLDER, LEDGER_FOLDER, all_updates, free_weights
 
 OPERATIONS = ("rollback", "remove", "restore", "purge")
@@ -63,9 +64,7 @@ class LedgerPlace:
             )
             root = above if whole else path
         else:
-            raise LedgerError(
-                f"{path} holds no ledger: give a run directory, a saved learner, or a ledger's own folder"
-            )
+            raise LedgerError(no_ledger(path))
         return cls(root, Ledger.open(folder), root != folder and (root / "config.yaml").is_file())
 
     def method(self) -> Method | None:

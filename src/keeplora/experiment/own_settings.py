@@ -1,4 +1,4 @@
-"""Which of the tuner's settings a user chose, apart from what a preset or a suite brings."""
+"""Which settings a user chose, apart from what a preset or a suite brings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keeplora.experiment.config import _merge, _nested, _per_method, _read
 def own_settings(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Keys of ``tuner:`` that the file (its ``per_method`` entry too) or the overrides hold, in order.
+    """Keys of ``tuner:`` that the file (its ``per_method`` entry too) or the overrides hold, in order, and ``learning_rate``.
 
     >>> own_settings({"suite": "demo", "tuner": {"r": 8}}, {"tuner.gamma.text": 1.0})
     ['gamma', 'r']
@@ -21,6 +21,7 @@ def own_settings(
     values = _merge(values, _nested(overrides or {}, values))
     found: set[str] = set()
     for layer in (values, _per_method(values, values.get("method"))):
-        tuner = layer.get("tuner")
+        tuner, training = layer.get("tuner"), layer.get("training")
         found |= set(tuner) if isinstance(tuner, Mapping) else set()
+        found |= {"learning_rate"} & set(training) if isinstance(training, Mapping) else set()
     return sorted(found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from keeplora.data import PictureSet, TaskData
+from keeplora.data.synthetic import all_dead_leaves, drifting
 from keeplora.data.video import FrameCache, Sampling
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.order import BatchOrder, ShuffledBatches
@@ -117,6 +118,27 @@ class PictureTensors(Dataset[dict[str, Any]]):
         for index, pixels in zip(batch["index"].tolist(), batch["pixel_values"], strict=True):
             if index not in self._kept:
                 self._keep(index, pixels.clone())
+
+
+class DrawnPictures(Dataset[dict[str, Any]]):
+    """Items as those of `PictureTensors`, of pictures that belong to no task (`energy_general`); of a model of videos, clips."""
+
+    COUNT: ClassVar[int] = 256
+
+    def __init__(self, family: DualEncoder) -> None:
+        self._family = family
+
+    def __len__(self) -> int:
+        return self.COUNT
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture, frames = all_dead_leaves(self.COUNT)[index], self._family.clip_frames
+        pixels = (
+            self._family.preprocess(picture)
+            if frames is None
+            else self._family.preprocess_clip(drifting(picture, frames))
+        )
+        return {"pixel_values": pixels, "labels": 0, "index": index}
 
 
 class Collate:

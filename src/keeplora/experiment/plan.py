@@ -15,9 +15,11 @@ from keeplora.experiment.assumptions import Assumptions
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.device import Precision
 from keeplora.experiment.footprint import BASES, Linear, Memory, ModelShape, Settings
+from keeplora.experiment.pictures import DrawnPictures
 from keeplora.experiment.results import peak_memory
 from keeplora.experiment.setup import Setup, load_tasks
 from keeplora.methods import get_method
+from keeplora.tuner import KeepLoraConfig
 from keeplora.tuner.adapter import TaskAdapter, random_factor
 from keeplora.tuner.sketching import gradient_mode
 from keeplora.tuner.targets import Target
@@ -34,7 +36,7 @@ class Plan:
         tasks: per task: name, classes (the scorer where answers are generated), train, validation, test, epochs, steps.
         trained_parameters: per task, all towers (a rank may shrink later, which trains fewer).
         memory_bytes: what this process held after one trained batch, an estimate of the run's peak.
-        seconds: per phase, from one timed batch of each kind.
+        seconds: per phase, from one timed batch of each kind; linear algebra is left out.
     """
 
     tasks: list[dict[str, Any]]
@@ -67,27 +69,47 @@ def plan_rows(config: ExperimentConfig, tasks: Sequence[Any]) -> list[dict[str, 
     return rows
 
 
+def statistics_samples(tuners: Sequence[KeepLoraConfig], sizes: Sequence[int]) -> tuple[int, int]:
+    """Samples of all tasks that go forward and backward for G, and forward alone for C; at most, with ``statistics_tolerance``.
+
+    M2 takes G before every task; after it M8 takes C, and M8g takes G again. With ``energy_general``
+    drawn pictures go forward too.
+
+    Args:
+        tuners: the learner's settings of each task. sizes: training samples of each.
+
+    >>> features = KeepLoraConfig(target_modules=["q_proj"], gradient_samples=20)
+    >>> statistics_samples([features], [30]), statistics_samples([replace(features, memory="gradients")], [30])
+    ((20, 30), (40, 0))
+    >>> statistics_samples([replace(features, energy_general=0.99)], [30])
+    (20, 286)
+    """
+    gradients = features = 0
+    for tuner, size in zip(tuners, sizes, strict=True):
+        again = tuner.memory == "gradients"
+        gradients += (1 + again) * min(size, tuner.gradient_samples or size)
+        features += 0 if again else min(size, tuner.feature_samples or size)
+        features += DrawnPictures.COUNT if any(tuner.values_of("energy_general")) else 0
+    return gradients, features
+
+
 def make_plan(setup: Setup) -> Plan:
     """Time one forward and one training batch of the first task and scale them up to the whole run."""
     config = setup.config
     learner = setup.method.learner(setup.family.model, setup.tuner_config())
     targets = learner.targets
-    rows, trained, statistics = plan_rows(config, setup.tasks), 0, 0
-    for task, row in zip(setup.tasks, rows, strict=True):
-        trained += row["epochs"] * len(task.train)
-        tuner = setup.tuner_config(task)
-        statistics += min(len(task.train), tuner.gradient_samples or len(task.train))
+    rows = plan_rows(config, setup.tasks)
+    trained = sum(row["epochs"] * row["train"] for row in rows)
     forward, train, tokens = _time_one_batch(setup, targets)
     evaluations = (len(setup.tasks) + 1) * sum(len(t.test) for t in [*setup.tasks, *setup.probes])
     pictures = sum(len(t.train) for t in setup.tasks)
-    features = sum(
-        min(len(t.train), config.tuner.samples("feature_samples", len(t.train)) or len(t.train)) for t in setup.tasks
-    )
     seconds = {"evaluation": evaluations * forward}
     if setup.method.trains:
         seconds["training"] = trained * train if learner.planned_parameters() else pictures * forward
         if setup.method.learner.protects:
-            seconds["statistics"] = statistics * train + features * forward
+            tuners = [setup.tuner_config(task) for task in setup.tasks]
+            gradients, features = statistics_samples(tuners, [row["train"] for row in rows])
+            seconds["statistics"] = gradients * train + features * forward
     else:
         seconds["evaluation"] = sum(len(t.test) for t in [*setup.tasks, *setup.probes]) * forward
     parameters = learner.planned_parameters() if setup.method.trains else 0

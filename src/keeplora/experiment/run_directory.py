@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,15 +28,17 @@ from keeplora.files import (
     read_regular,
     sweep,
 )
-from keeplora.json_text import MAX_BYTES, parse_json, read_json
+from keeplora.json_text import MAX_BYTES, parse_json, read_object
 from keeplora.report.run_files import check_shape, remedy
 from keeplora.transfer import refuse_address
+from keeplora.tuner.config import without_retired
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
 VERSION = 0
 STATES = ("running", "finished", "failed", "interrupted")
 
+_ANOTHER = "choose another --output (`output:` in the file)"
 _OF_A_RESUME = ("accuracy", "probe_accuracy", "tasks_info", "warnings")
 
 
@@ -55,17 +58,9 @@ def _finite(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise KeepLoraError(f"{path} is damaged ({error}); {remedy(path)}") from None
-    if not isinstance(value, dict):
-        raise KeepLoraError(f"{path} is damaged (it holds no object); {remedy(path)}")
-    check_shape(value, path.name, path)
+    value = read_object(path, remedy(path))
+    if value is not None:
+        check_shape(value, path.name, path)
     return value
 
 
@@ -103,6 +98,19 @@ class RunDirectory:
     ledger_path = property(lambda self: self.path / "ledger")
 
     @classmethod
+    def check_new(cls, path: str | os.PathLike[str]) -> None:
+        """Refuse what `create` would, as far as can be told without making or locking anything."""
+        refuse_address(path, "a run directory")
+        run = cls(path)
+        try:
+            if run.path.is_dir():
+                run._refuse_contents()
+            elif run.path.exists():
+                raise KeepLoraError(f"{run.path} is a file; {_ANOTHER}")
+        except OSError as error:
+            raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; {_ANOTHER}") from None
+
+    @classmethod
     def create(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """Make the folder (or take an empty one), lock it, and write its first status.
 
@@ -116,9 +124,9 @@ class RunDirectory:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise KeepLoraError(f"{run.path} is a file; choose another `output:`") from None
+            raise KeepLoraError(f"{run.path} is a file; {_ANOTHER}") from None
         except OSError as error:
-            raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; choose another `output:`") from None
+            raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; {_ANOTHER}") from None
         # Look before locking, so that no lock file appears in a folder of someone else's; look again under the lock.
         run._refuse_contents()
         run._acquire()
@@ -185,16 +193,24 @@ class RunDirectory:
         names = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
         if self.config_path.is_file() and self.status_path.is_file():
             status = self.read_status()
+            n = status["tasks_done"]
+            name = shlex.quote(str(self.path))
+            to_do = (
+                f"see it by `keeplora report {name}`, use it by `keeplora predict {name}`"
+                if status["state"] == "finished"
+                else f"go on with it by `keeplora resume {name}`"
+            )
             raise KeepLoraError(
-                f"{self.path} already holds a run ({status['state']}, {status['tasks_done']} tasks done); go on with it by "
-                f"`keeplora resume {self.path}`, or choose another `output:`"
+                f"{self.path} already holds a run ({status['state']}, {n} {'task' if n == 1 else 'tasks'} done); {to_do}, or "
+                f"{_ANOTHER}"
             )
         if names == ["status.json"] and self.read_status():
             return  # a run that was killed before it wrote its configuration: nothing is lost
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise KeepLoraError(
-                f"{self.path} is not empty ({shown}) and not a run of keeplora; choose a new or empty folder as `output:`"
+                f"{self.path} is not empty ({shown}) and not a run of keeplora; choose a new or empty folder as "
+                "--output (`output:`)"
             )
 
     def close(self) -> None:
@@ -227,6 +243,8 @@ class RunDirectory:
         value, _ = read_yaml(self.config_path)
         if not isinstance(value, dict):
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
+        if isinstance(tuner := value.get("tuner"), dict):
+            value["tuner"] = without_retired(tuner)
         return value
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:

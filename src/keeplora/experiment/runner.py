@@ -6,8 +6,6 @@ import contextlib
 import os
 import shlex
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from keeplora.errors import CapacityError
 from keeplora.experiment.checkpoint import CheckpointError, Identity, Keeper, Snapshot
 from keeplora.experiment.config import TrainingConfig
 from keeplora.experiment.loggers import Loggers
+from keeplora.experiment.measuring import Measuring
 from keeplora.experiment.pictures import Batches, MixedBatches, ReferenceBatches
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import (
@@ -54,10 +53,13 @@ def _parts_of(saved: Snapshot | None) -> tuple[TaskState | None, dict[str, Any]]
     return TaskState(own, values["learner"]), values["run"]
 
 
-class Run:
+class Run(Measuring):
     """One pass over the tasks that are not learned yet."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None) -> None:
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, learner: ContinualLearner, quiet: bool | None,
+        *, resumed: bool = False,
+    ) -> None:  # fmt: skip
         self.setup = setup
         self.config = setup.config
         self.directory = directory
@@ -80,6 +82,7 @@ class Run:
             for record in (*learner.records, *learner.removed):
                 record.info["seconds"] = {**record.info.get("seconds", {}), **told.get(record.name, {})}
         self.evaluation_seconds = 0.0
+        self._resumed = resumed
         self._joint = learner.schedule == "joint"
         self.loggers = Loggers({}, 0, self._warning)
 
@@ -172,14 +175,6 @@ class Run:
                 f"warning: report.html could not be made ({type(error).__name__}: {error}); the results are kept"
             )
 
-    def _event(self, event: Mapping[str, Any]) -> None:
-        self.directory.append_event(event)
-        self.loggers.event(event)
-
-    def _warning(self, line: str) -> None:
-        self.warnings.append(line)
-        self.progress.line(f"warning: {line}")
-
     def _record(self, i: int) -> TaskRecord:
         """Of task ``i``, from 1."""
         return next(r for r in self.learner.records if r.name == self.setup.tasks[i - 1].name)
@@ -220,57 +215,6 @@ class Run:
         self.directory.write_results(results)
         return results
 
-    @contextlib.contextmanager
-    def _noting_warnings(self) -> Iterator[None]:
-        """Warnings become lines of the log and of the report."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            yield
-        for entry in caught:
-            if issubclass(entry.category, UserWarning) and "keeplora" in entry.filename:
-                self._warning(str(entry.message))
-
-    def _score(self, task: Any, data: Any, **more: Any) -> float | None:
-        """The model as it is now, on samples of ``task``."""
-        with self._noting_warnings():
-            value = self.setup.kind.score(task, data, self.learner, on_batch=self.progress.advance, **more)
-        for line in self.setup.kind.warnings():
-            if line not in self.warnings:
-                self._warning(line)
-        return value
-
-    def _tell_row(self, after: int, tasks: Sequence[float | None], probes: Sequence[float | None]) -> None:
-        for event in self.columns.events(after, tasks, probes):
-            self._event(event)
-
-    def _evaluate(self, after: int) -> None:
-        """Row ``after`` of the accuracy matrix: every task and probe, whether learned yet or not."""
-        started = time.perf_counter()
-        sets, kind = self.setup.sets, self.setup.kind
-        groups = (("task", self.setup.tasks), ("probe", self.setup.probes))
-        self.progress.phase("evaluation", sum(kind.steps(sets[t.name].test) for _, group in groups for t in group))
-        rows: dict[str, list[float | None]]
-        if self._joint and 0 < after < len(self.setup.tasks):  # not trained yet: there is no such moment
-            rows = {kind: [None] * len(group) for kind, group in groups}
-        elif not self.setup.method.trains and after > 0 and self.config.candidates != "seen":
-            # Nothing moved: the row is the row before.
-            rows = {"task": list(self.scores.tasks[-1]), "probe": list(self.scores.probes[-1])}
-            kind.repeat(after)
-        else:
-            keep = self.directory.path / "predictions" / f"after-{after}"
-            with kind.evaluation(self.learner):
-                rows = {
-                    name: [self._score(t, sets[t.name].test, keep=keep / f"{t.name}.jsonl") for t in group]
-                    for name, group in groups
-                }
-        self._tell_row(after, rows["task"], rows["probe"])
-        known = [value for value in rows["task"] if value is not None]
-        if known:
-            word = "accuracy" if kind.name == "classification" else "score"
-            self.progress.advance(0, **{word: sum(known) / len(known)})
-        self.scores.add(rows["task"], rows["probe"])
-        self.evaluation_seconds = time.perf_counter() - started
-
     def _selection(self, task: Any, objective: Any) -> Selection | None:
         validation = self.setup.sets[task.name].validation
         stopping = self.config.early_stopping
@@ -281,18 +225,6 @@ class Run:
             return self._score(task, validation, head=objective.head.detach() if objective.head is not None else None)
 
         return Selection(validate, self.config.best_epoch, stopping.patience if stopping else None)
-
-    def _guard_scores(self, upto: int) -> dict[str, float]:
-        """What `accept` may look at: validation pictures of earlier tasks, the held-out halves of the probes."""
-        out: dict[str, float | None] = {}
-        kept = {record.name for record in self.learner.records if not record.info.get("undone")}
-        for task in self.setup.tasks[:upto]:
-            validation = self.setup.sets[task.name].validation
-            if validation is not None and task.name in kept:
-                out[task.name] = self._score(task, validation)
-        for probe in self.setup.probes:
-            out[probe.name] = self._score(probe, self.setup.guards[probe.name])
-        return {name: value for name, value in out.items() if value is not None}
 
     def _learn(self, task: Any, index: int) -> None:
         """Teach the task, from its checkpoint where there is one that fits, and delete that when the ledger holds the task."""
@@ -312,8 +244,15 @@ class Run:
             self.progress.line(f"the checkpoint of task {task.name!r} is not used: {error}; the task starts again")
             self.checkpoints.clear()
             self.warnings, saved = warned, None
+            self._resumed = False  # said already
         if saved is None:
+            if self._resumed and setup.method.trains:
+                self.progress.line(
+                    f"no checkpoint of task {task.name!r} yet: it starts from its beginning (training.checkpoint_minutes and "
+                    "checkpoint_steps say how often one is written)"
+                )
             self._learn_from(task, index, identity, None)
+        self._resumed = False  # the tasks after it begin as in any run
         self.checkpoints.clear()
 
     def _learn_from(self, task: Any, index: int, identity: Identity, saved: Snapshot | None) -> None:

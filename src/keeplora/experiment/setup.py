@@ -131,6 +131,11 @@ def prepare(config: ExperimentConfig) -> Setup:
     precision = Precision(config.training.precision, device)
     kind = make_kind(family.kind, config, family, precision, method, tasks, probes)
     setup = Setup(config, method, kind, precision, tasks, probes, {})
+    if family.kind != "classification" and any(setup.tuner_config().values_of("energy_general")):
+        raise ConfigError(
+            "tuner.energy_general keeps tasks off the features of drawn pictures, in models that compare pictures with class "
+            f"prompts; {config.model.name} writes answers: leave it out"
+        )
     if sharded.asked_for():
         sharded.shard_base(family, setup.tuner_config(), device)
     sets = {task.name: kind.sets(task) for task in tasks}

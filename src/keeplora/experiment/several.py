@@ -16,13 +16,33 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from keeplora.errors import RankError
+from keeplora.errors import ConfigError, RankError
 from keeplora.experiment.checkpoint import Checkpoints, Identity, Snapshot
 from keeplora.experiment.order import BatchOrder
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.sharded import check_launcher
 from keeplora.tuner import ranks
 from keeplora.tuner.shares import share
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process, as the process group tells; without one, RANK and WORLD_SIZE; else (0, 1).
+
+    Raises:
+        ConfigError: the two do not fit each other.
+    """
+    if ranks.active():
+        return ranks.rank(), ranks.size()
+    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        rank, world = map(int, told)
+    except ValueError:
+        rank, world = -1, 0
+    if not 0 <= rank < world:
+        raise ConfigError(
+            f"RANK={told[0]} and WORLD_SIZE={told[1]} in the environment do not fit each other; unset both"
+        )
+    return rank, world
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,22 @@ class Similarity:
         }  # fmt: skip
 
 
-def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: Path | None = None) -> Similarity:
+Gradients = Mapping[str, Mapping[str, float | None]]
+"""[later][earlier] `gradient_inside` of a run's tasks."""
+
+
+def task_similarity(
+    paths: Sequence[Path], energy: float = 0.99, *, subspaces: Path | None = None,
+    gradients: Callable[[str, Path, Mapping[str, TaskFeatures]], Gradients] | None = None,
+) -> Similarity:  # fmt: skip
     """Read runs of the same tasks, in whatever orders and by whatever methods, and compare prediction with measurement.
 
     Args:
         paths: run directories; also ledgers without a run around them, which have no accuracies.
         energy: share of a task's energy beyond U₀ that its own subspace holds. subspaces: whose ledger gives the subspaces;
             None: the first that kept covariances, else the first that protects.
+        gradients: called with a run's name and folder and the subspaces; gives what `gradients_inside` does, taken anew or from
+            where it was kept. None: the gradients are not taken, and predict nothing.
 
     Raises:
         KeepLoraError: none of the ledgers protects anything, two are of different base models, or a name is given twice.
@@ -90,7 +99,8 @@ def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: P
         if results:
             titles[name] = _title(results)
             updates = updates_of(place.ledger.records())
-            pairs += pairs_of(name, results["tasks"], results["accuracy"], updates, features, energy)
+            taken = None if gradients is None else gradients(name, place.root, features)
+            pairs += pairs_of(name, results["tasks"], results["accuracy"], updates, features, energy, taken)
     tasks = list(features.values())
     inside = [[energy_inside(j, i, energy) for i in tasks] for j in tasks]
     measured: dict[str, list[Pair]] = {}
@@ -101,9 +111,10 @@ def task_similarity(paths: Sequence[Path], energy: float = 0.99, *, subspaces: P
     # Pooled, the runs' own levels count as well: a method that disturbs less is to forget less.
     sets = {ALL: groups, POOLED: [[pair for group in groups for pair in group]]} if len(groups) > 1 else {}
     sets |= {name: [group] for name, group in measured.items()}
+    predictors = [p for p in PREDICTORS if p != "gradient" or gradients is not None]
     return Similarity(
         source, all(t.exact for t in tasks), tuple(features), overlap_matrix(features, energy), inside, tuple(pairs),
-        {key: {p: _association(groups, p) for p in PREDICTORS} for key, groups in sets.items()},
+        {key: {p: _association(groups, p) for p in predictors} for key, groups in sets.items()},
         _apart(titles),
     )  # fmt: skip
 

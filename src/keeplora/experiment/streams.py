@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from keeplora.data.conversations import Conversation, ConversationSet
 from keeplora.data.sets import Entry, PictureSet
-from keeplora.data.streams import Position, Sample, SampleStream, ranks
+from keeplora.data.streams import Position, Sample, SampleStream
 from keeplora.data.video import Sampling
 from keeplora.errors import DataError
-from keeplora.experiment.several import OrNothing
+from keeplora.experiment.several import OrNothing, place
 from keeplora.models.batching import length_grouped
-from keeplora.tuner import ranks as processes
 
 KEPT_STARTS = 256
 """Blocks whose starts are remembered: more than loader processes run ahead."""
@@ -48,8 +47,7 @@ class StreamOrder(Sampler[list[Sample]]):
         self, stream: SampleStream, batch_size: int, seed: int, *, samples: int | None = None, block: int | None = None,
         grouped: bool = False, rank: int | None = None, world: int | None = None,
     ) -> None:  # fmt: skip
-        told = (processes.rank(), processes.size()) if processes.active() else ranks()
-        found = told if rank is None or world is None else (rank, world)
+        found = place() if rank is None or world is None else (rank, world)
         self.stream, self.seed, self.grouped = stream, seed, grouped
         self.samples = min(samples or len(stream), len(stream))
         self._rank, self._world = found

@@ -42,12 +42,18 @@ SECTIONS = {
         "Updates taken out again",
         "The learned updates are removed layer by layer, from the shallow end and from the deep one.",
     ),
+    "interference": (
+        "What one task does to another",
+        "How alike the tasks’ features are, and how much of what a later task wants to change lies where an earlier one’s "
+        "features live, beside the points that the earlier one fell while the later was learned.",
+    ),
 }
 NAMES = {
     "energy_weights": "ε_w (energy_weights)",
     "energy_features": "ε_f (energy_features)",
     "gamma": "γ (gamma)",
     "r": "rank (r)",
+    "learning_rate": "learning rate",
 }
 
 
@@ -125,7 +131,33 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             for one in results["undo"] for p in one["points"]
         ]  # fmt: skip
         made["undo"] = [_scores(rows, "layers", "row")]
+    if results.get("interference"):
+        found = results["interference"]
+        pairs = sorted((p for p in found["pairs"] if p["drop"] is not None), key=lambda p: -p["drop"])
+        made["interference"] = [
+            _table(
+                "Spearman’s rank correlation of each prediction with the drop",
+                ["prediction", "ρ", "95 %", "p", "pairs", "told from", "verdict"],
+                [[name, *_correlation(one)] for by in list(found["associations"].values())[:1] for name, one in by.items()],
+            ),
+            _table(
+                "Points that the earlier task fell while the later was learned, and what was predicted",
+                ["earlier → later", "drop", *(pairs[0]["predicted"] if pairs else ())],
+                [
+                    [f"{p['earlier']} → {p['later']}", f"{p['drop']:+.1f}".replace("-", "−"),
+                     *("–" if v is None else f"{v:.3g}" for v in p["predicted"].values())]
+                    for p in pairs
+                ],
+            ),
+        ]  # fmt: skip
     return made
+
+
+def _correlation(one: Mapping[str, Any]) -> list[str]:
+    if one["rho"] is None:
+        return ["–", "–", "–", str(one["n"]), "–", one["verdict"]]
+    cells = [f"{one['rho']:+.2f}", f"[{one['low']:+.2f}, {one['high']:+.2f}]", f"{one['p']:.2g}", str(one["n"])]
+    return [*(cell.replace("-", "−") for cell in cells), f"±{one['least']:.2f}", one["verdict"]]
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -155,7 +187,7 @@ def render_analysis(results: Mapping[str, Any], folder: Path) -> Path:
     ]  # fmt: skip
     made: Mapping[str, Any] = results.get("suggestion") or {}
     suggested = [(_setting(key), why) for key, why in made.get("evidence", {}).items()]
-    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if made]
+    values = [(NAMES[key], _value(made[key], results["as_it_was"])) for key in NAMES if key in made]
     page = page_template("analysis.html.j2").render(
         results=results, facts=_facts(results), sections=sections, summary=words["summary"], values=values, evidence=suggested,
         light=palette.css("light"), dark=palette.css("dark"), style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
@@ -175,7 +207,7 @@ def _setting(key: str) -> str:
 
 def _value(value: Any, as_it_was: Sequence[str]) -> str:
     if value is None:
-        return "not told"
+        return "as configured"
     if isinstance(value, Mapping):
         return ", ".join(f"{v:g} {tower}{' (as it was)' if tower in as_it_was else ''}" for tower, v in value.items())
     return f"{value:g}"

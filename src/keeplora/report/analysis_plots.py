@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from keeplora.report.palette import SERIES
 from keeplora.report.plots import INK, LINE, PLOT_MARKERS, SOFT
+from keeplora.report.similarity_plot import similarity_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,7 +214,10 @@ def undo(results: Results) -> Figure:
     return figure
 
 
-MAKERS = {"intra": intra, "thirds": thirds, "windows": windows, "spectra": spectra, "layers": layers, "undo": undo}
+MAKERS = {
+    "intra": intra, "thirds": thirds, "windows": windows, "spectra": spectra, "layers": layers, "undo": undo,
+    "interference": lambda results: similarity_figure(results["interference"]),
+}  # fmt: skip
 
 
 def draw(results: Results) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError, reason
-from keeplora.json_text import read_json
+from keeplora.json_text import read_object
 from keeplora.report.kinds import KINDS, Metric
 from keeplora.report.runs import load_run
 from keeplora.yaml_text import parse_yaml
@@ -122,13 +122,8 @@ def read_run(path: Path) -> Row:
 def read_study(path: Path) -> Row:
     """A study as a row: how many of its cells are finished. Its runs have rows of their own."""
     file = path / STUDY
-    try:
-        value = read_json(file)
-    except OSError as error:
-        raise KeepLoraError(f"{file} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise KeepLoraError(f"{file} is not readable JSON ({error})") from None
-    cells, plan = (value.get("cells"), value.get("plan")) if isinstance(value, dict) else (None, None)
+    value = read_object(file, "this file is written by keeplora alone") or {}
+    cells, plan = value.get("cells"), value.get("plan")
     if not isinstance(cells, list) or not isinstance(plan, dict) or not all(isinstance(cell, dict) for cell in cells):
         raise KeepLoraError(f"{file} is no study's plan: it lacks 'plan' or 'cells'")
     states = [cell.get("state") for cell in cells]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -68,13 +69,34 @@ def _link(row: Row, root: Path) -> str | None:
     return quote(os.fsencode(os.path.relpath(report, root)).replace(os.sep.encode(), b"/"))
 
 
-def _entry(row: Row, root: Path, metrics: list[Metric]) -> dict[str, Any]:
+def _suite(value: str | None) -> Entry:
+    """A suite's own file by its name; the whole address is what it is sorted by."""
+    return (
+        _text(value)._replace(text=_plain(Path(value).stem))
+        if value and value.endswith((".yaml", ".yml"))
+        else _text(value)
+    )
+
+
+COLUMNS: dict[str, Callable[[Row], Entry]] = {
+    "kind": lambda row: _text(row.kind), "suite": lambda row: _suite(row.suite), "method": lambda row: _text(row.method),
+    "model": lambda row: _text(row.model), "order": lambda row: _text(row.order),
+    "seed": lambda row: _number(row.seed, str(row.seed)),
+}  # fmt: skip
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    """Of `COLUMNS` those that tell rows apart: every row a run, or none with an order, needs no column to say so."""
+    needless = {
+        "kind": all(row.kind == "run" for row in rows),
+        "order": all(row.order in (None, "") for row in rows),
+    }
+    return [name for name in COLUMNS if not needless.get(name)]
+
+
+def _entry(row: Row, root: Path, metrics: list[Metric], columns: list[str]) -> dict[str, Any]:
     where = _plain(os.path.relpath(row.path, root))
-    cells = [
-        _text(row.kind),
-        *map(_text, (row.suite, row.method, row.model, row.order)),
-        _number(row.seed, str(row.seed)),
-    ]
+    cells = [COLUMNS[name](row) for name in columns]
     tail = [_number(row.metrics.get(key)) for key, *_ in metrics]
     tail += [_number(row.seconds, tables.duration(row.seconds)), _number(row.size, tables.size(row.size))]
     started = Entry(_plain(tables.moment(row.started)), _plain(row.started)) if row.started else Entry("–", "")
@@ -98,14 +120,9 @@ def _said(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def _context(rows: list[Row], root: Path) -> dict[str, Any]:
-    metrics = metric_columns(rows)
+    metrics, columns = metric_columns(rows), _columns(rows)
     script = (TEMPLATES / "index.js").read_text(encoding="utf-8")
-    heads = [
-        ("name", "", ""),
-        ("state", "", ""),
-        *((name, "", "") for name in ("kind", "suite", "method", "model", "order")),
-    ]
-    heads.append(("seed", "", ""))
+    heads = [(name, "", "") for name in ("name", "state", *columns)]
     heads += [(f"{name} {'↑' if higher else '↓'}", meaning, "num") for _, name, higher, meaning in metrics]
     heads += [
         ("time", "all parts of the run, or of all cells", "num"),
@@ -113,7 +130,8 @@ def _context(rows: list[Row], root: Path) -> dict[str, Any]:
         ("started", "UTC", ""),
     ]
     return {
-        "title": _plain(root.resolve().name or root), "rows": [_entry(row, root, metrics) for row in rows], "heads": heads,
+        "title": _plain(root.resolve().name or root), "heads": heads,
+        "rows": [_entry(row, root, metrics, columns) for row in rows],
         "said": _said(rows), "meanings": [(name, meaning) for _, name, _, meaning in metrics],
         "light": palette.css("light"), "dark": palette.css("dark"), "script": script,
         "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),

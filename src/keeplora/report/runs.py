@@ -13,7 +13,7 @@ from typing import Any
 
 from keeplora.errors import KeepLoraError
 from keeplora.files import read_regular, real_path
-from keeplora.json_text import MAX_BYTES, parse_json, read_json
+from keeplora.json_text import MAX_BYTES, parse_json, read_object
 from keeplora.report.kinds import GENERATION, Kind, kind_named
 from keeplora.report.run_files import check_shape, remedy
 from keeplora.yaml_text import parse_yaml
@@ -184,16 +184,9 @@ def method_label(method: str, variant: str | None = None) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
+    value = read_object(path, remedy(path))
+    if value is None:
         return {}
-    except OSError as error:
-        raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}; {remedy(path)}") from None
-    except ValueError as error:
-        raise KeepLoraError(f"{path} is not readable JSON ({error}); {remedy(path)}") from error
-    if not isinstance(value, dict):
-        raise KeepLoraError(f"{path} holds a {type(value).__name__} where an object is expected")
     check_shape(value, path.name, path)
     return value
 

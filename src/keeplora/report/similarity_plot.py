@@ -7,12 +7,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keeplora.errors import KeepLoraError
 from keeplora.files import atomic_write_bytes
 from keeplora.report.audit_plot import INK, LINE, NONE, SOFT, check_plot_name
 from keeplora.report.palette import HEAT, SERIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MARKS = "osv^D<>P"
 COLOURS = (0, 1, 3, 5, 4, 6, 2, 7)
@@ -20,6 +23,7 @@ COLOURS = (0, 1, 3, 5, 4, 6, 2, 7)
 AXES = {
     "overlap": "overlap of the two subspaces, share",
     "energy": "energy of the later task inside\nthe earlier one's subspace, share",
+    "gradient": "energy of the later gradient inside\nthe earlier subspace, share",
     "update": "later update on the earlier task's\nfeatures, ‖ΔW x‖² per ‖x‖²",
     "size": "size of the later update, ‖ΔW‖²",
 }
@@ -34,15 +38,27 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
     Raises:
         KeepLoraError: another ending than ``.png``, ``.svg`` or ``.pdf``, or no task.
     """
+    target = check_plot_name(path)
+    if not found["tasks"]:
+        raise KeepLoraError(f"{target}: there is no task to draw; learn one first")
+    buffer = io.BytesIO()
+    kind = target.suffix[1:].lower()
+    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    similarity_figure(found).savefig(
+        buffer, format=kind, dpi=dpi, metadata=metadata, bbox_inches="tight", pad_inches=0.1
+    )
+    return atomic_write_bytes(target, buffer.getvalue())
+
+
+def similarity_figure(found: Mapping[str, Any]) -> Figure:
+    """The picture that `plot_similarity` writes."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    target = check_plot_name(path)
     tasks = found["tasks"]
-    if not tasks:
-        raise KeepLoraError(f"{target}: there is no task to draw; learn one first")
     measured = [pair for pair in found["pairs"] if pair["drop"] is not None]
-    predictors = list(measured[0]["predicted"]) if measured else []
+    known = {name for pair in measured for name, value in pair["predicted"].items() if value is not None}
+    predictors = [name for name in (measured[0]["predicted"] if measured else ()) if name in known]
     figure = Figure(figsize=(4.6 + 2.6 * len(predictors), 4.2), facecolor="white", layout="constrained")
     widths = [1.5, *[1.0] * len(predictors)]
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -64,9 +80,16 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
         for k, run in enumerate(runs):
             points = [(p["predicted"][predictor], p["drop"]) for p in measured if p["run"] == run]
             points = [(x, y) for x, y in points if x is not None]
-            axes.scatter([x for x, _ in points], [y for _, y in points], s=26, alpha=0.85, linewidths=0,
-                         label=titles.get(run, run),
-                         color=SERIES["light"][COLOURS[k % 8]], marker=MARKS[k % len(MARKS)])  # fmt: skip
+            axes.scatter(
+                [x for x, _ in points],
+                [y for _, y in points],
+                s=26,
+                alpha=0.85,
+                linewidths=0,
+                label=titles.get(run, run),
+                color=SERIES["light"][COLOURS[k % 8]],
+                marker=MARKS[k % len(MARKS)],
+            )
         if predictor == "update":
             axes.set_xscale("log")
         axes.set_title(predictor, loc="left", fontsize=10, color=INK)
@@ -79,8 +102,4 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
     if predictors:
         panels[1].set_ylabel("points the earlier task fell", fontsize=8, color=INK)
         panels[-1].legend(frameon=False, fontsize=8, labelcolor=SOFT)
-    buffer = io.BytesIO()
-    kind = target.suffix[1:].lower()
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata, bbox_inches="tight", pad_inches=0.1)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return figure

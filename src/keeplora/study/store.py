@@ -14,7 +14,7 @@ from keeplora.errors import KeepLoraError, reason
 from keeplora.experiment.folder_lock import FolderLock
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.files import atomic_write_json, sweep
-from keeplora.json_text import read_json
+from keeplora.json_text import read_object
 from keeplora.study.plan import CellKey, StudyPlan
 
 FORMAT = "keeplora-study"
@@ -148,15 +148,10 @@ class StudyStore:
 
     def load(self) -> StudyStore:
         """Read study.json; a folder without one stays an empty study."""
-        try:
-            value = read_json(self.file)
-        except FileNotFoundError:
+        value = read_object(self.file, "this file is written by keeplora alone")
+        if value is None:
             return self
-        except OSError as error:
-            raise KeepLoraError(f"{self.file} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
-            raise KeepLoraError(f"{self.file} is damaged ({error}); this file is written by keeplora alone") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
+        if value.get("format") != FORMAT:
             raise KeepLoraError(f"{self.file} is not a study of keeplora: its format is not {FORMAT!r}")
         if value.get("version") != VERSION:
             raise KeepLoraError(

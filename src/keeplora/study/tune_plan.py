@@ -12,7 +12,7 @@ from typing import Any
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import ExperimentConfig, load_config, parse_overrides
 from keeplora.files import atomic_write_json
-from keeplora.json_text import read_json
+from keeplora.json_text import read_object
 from keeplora.methods import get_method, method_names
 from keeplora.study.search import DESIGN, Axis, make_space, parse_ranges
 
@@ -82,15 +82,10 @@ class TunePlan:
 def read_record(folder: Path) -> dict[str, Any]:
     """tune.json of a search; empty where there is none."""
     file = folder / FILE
-    try:
-        value = read_json(file)
-    except FileNotFoundError:
+    value = read_object(file, "this file is written by keeplora alone")
+    if value is None:
         return {}
-    except OSError as error:
-        raise KeepLoraError(f"{file} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise KeepLoraError(f"{file} is damaged ({error}); this file is written by keeplora alone") from None
-    if not isinstance(value, dict) or (value.get("format"), value.get("version")) != (FORMAT, VERSION):
+    if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
         raise KeepLoraError(f"{file} is not a search that this keeplora knows; choose another --output")
     return value
 

@@ -23,6 +23,9 @@ CHOICES = (
 )
 """Fields that take one of a few words: the field, what such a word is called, and the words."""
 
+RETIRED = {"energy_before": 0.0}
+"""Fields that there are no more, with the value under which they changed nothing."""
+
 SKETCH_NEEDS_FEATURES = (
     "residual_gradient: sketch never holds a whole gradient, which memory: gradients (M8g) protects; set memory: features "
     "(the presets that end in -features), or residual_gradient: auto"
@@ -71,9 +74,9 @@ class KeepLoraConfig:
     energy_features: float | Mapping[str, float] = _help(
         "ε_f, per tower: share of a finished task's feature energy that joins the protected subspace (M8).", 0.99
     )
-    energy_before: float | Mapping[str, float] = _help(
-        "ε_b, per tower: share of a new task's feature energy, as the model stands before it, that the task's own update is "
-        "kept off (not in the paper); 0: none of it.",
+    energy_general: float | Mapping[str, float] = _help(
+        "ε_g, per tower: share of the feature energy of general samples (start_task's general_batches), as the model stands "
+        "before a task, that the task's update is kept off (not in the paper); 0: none of it.",
         0.0,
     )
     trim_tolerance: float | None = _help(
@@ -158,7 +161,7 @@ class KeepLoraConfig:
         self._check(
             "r", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "be an integer of at least 1"
         )
-        for name in ("energy_weights", "energy_features", "energy_before", "gamma"):
+        for name in ("energy_weights", "energy_features", "energy_general", "gamma"):
             self._check(name, lambda v: _is_number(v) and 0 <= v <= 1, "lie between 0 and 1")
         self._check("lora_alpha", lambda v: _is_number(v) and 0 < v < float("inf"), "be a finite number above 0")
         for name in ("gradient_samples", "feature_samples"):
@@ -182,7 +185,7 @@ class KeepLoraConfig:
             raise ConfigError(
                 "keep_covariance keeps the exact covariances, which covariance_sketch does not make: turn one of them off"
             )
-        for value in self._values("schedule"):
+        for value in self.values_of("schedule"):
             if isinstance(value, str) and value not in (known := (*SCHEDULES, MEASURED)):
                 raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, known)}")
         for name, kind, known in CHOICES:
@@ -190,9 +193,9 @@ class KeepLoraConfig:
                 raise ConfigError(f"{name}: unknown {kind} {value!r}{did_you_mean(str(value), known)}")
         if not isinstance(self.refresh_factor, bool):
             raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
-        if self.refresh_factor and any(value > 0 for value in self._values("energy_before")):
+        if self.refresh_factor and any(value > 0 for value in self.values_of("energy_general")):
             raise ConfigError(
-                "refresh_factor takes directions in the middle of a task that energy_before would have to be measured for anew: "
+                "refresh_factor takes directions in the middle of a task that energy_general would have to be measured for anew: "
                 "turn one of them off"
             )
         if self.residual_gradient == "sketch" and self.memory == "gradients":
@@ -212,7 +215,8 @@ class KeepLoraConfig:
                     raise ConfigError(f"{name} must be a string or a list of module names, got {value!r}")
                 setattr(self, name, list(value))
 
-    def _values(self, name: str) -> list[Any]:
+    def values_of(self, name: str) -> list[Any]:
+        """What a field holds, for any tower."""
         value = getattr(self, name)
         if isinstance(value, Mapping):
             if not value:
@@ -221,7 +225,7 @@ class KeepLoraConfig:
         return [value]
 
     def _check(self, name: str, valid: Any, rule: str) -> None:
-        for value in self._values(name):
+        for value in self.values_of(name):
             if not valid(value):
                 raise ConfigError(f"{name} must {rule}, got {value!r}")
 
@@ -246,17 +250,31 @@ class KeepLoraConfig:
 
     def check_towers(self, towers: Sequence[str]) -> None:
         """Refuse a key that names no tower of the model: it is a typing error, not a setting."""
+        choices = {
+            *towers,
+            *(role for role in ROLE_KEYS if any(tower_matches(role, tower) for tower in towers)),
+            "default",
+        }
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "options" or not isinstance(value, Mapping):
                 continue
             for key in value:
                 if key not in ROLE_KEYS and not any(tower_matches(key, tower) for tower in towers):
-                    raise ConfigError(f"{item.name}: no tower is named {key!r}{did_you_mean(key, towers)}")
+                    raise ConfigError(f"{item.name}: no tower is named {key!r}{did_you_mean(key, choices)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `KeepLoraConfig(**d)` gives the same config back."""
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(self).items()}
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings without the fields that there are no more and that changed nothing: ledgers and runs that have them open.
+
+    >>> without_retired({"r": 8, "energy_before": 0.0}), without_retired({"energy_before": 0.5})
+    ({'r': 8}, {'energy_before': 0.5})
+    """
+    return {key: value for key, value in values.items() if key not in RETIRED or value != RETIRED[key]}
 
 
 def _is_number(value: Any) -> bool:

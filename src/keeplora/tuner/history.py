@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from keeplora.math import Subspace
 from keeplora.tuner import ranks
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.chain import REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
+from keeplora.tuner.hooks import MethodHooks
 from keeplora.tuner.ledger import Ledger, TaskRecord, now
 from keeplora.tuner.persistence import all_updates, versions
 from keeplora.tuner.stored import StoredFactors, StoredStart, StoredTensors
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
     from keeplora.tuner.task import OpenTask
 
 
-class TaskHistory:
+class TaskHistory(MethodHooks):
     """The part of a learner that knows its tasks; everything here is the same for all methods."""
 
-    protects: ClassVar[bool]
-    accumulates: ClassVar[bool]
-    irremovable: ClassVar[str]
     config: KeepLoraConfig
     targets: list[Target]
     store: WeightStore
@@ -48,8 +46,6 @@ class TaskHistory:
 
         @property
         def U(self) -> Bases: ...
-
-        def _recall(self, records: Sequence[TaskRecord]) -> None: ...
 
     @property
     def history(self) -> list[TaskRecord]:
@@ -179,6 +175,15 @@ class TaskHistory:
             if record.basis:
                 record.basis = StoredTensors(folder / "tensors.safetensors", "basis")
 
+    def _require_open(self) -> OpenTask:
+        if self._open is None:
+            raise KeepLoraError("no task is open: call start_task() first")
+        return self._open
+
+    def _require_none_open(self) -> None:
+        if self._open is not None:
+            raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
+
     def _about(self, kind: str, k: int) -> Step:
         return Step(kind, self._chain.steps[k - 1].name, k)
 
@@ -218,8 +223,7 @@ class TaskHistory:
 
     def _apply(self, step: Step) -> None:
         """An operation: on the weights, on U, then in the ledger; all of it or nothing."""
-        if self._open is not None:
-            raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
+        self._require_none_open()
         state = self._chain.after(step)
         self._check_selection(state, "the learner")
         shelf = {i: self._task(i) for i in state.history}
@@ -244,11 +248,3 @@ class TaskHistory:
         if self._ledger is not None:
             self._check_in_step(self._ledger)
             self._ledger.enter(step)
-
-    def _told(self) -> dict[str, Any]:
-        """What a ledger says of the method, for those who read it without one."""
-        told: Any = type(self)
-        return {
-            "class": told.__name__, "protects": told.protects, "trains_a": told.trains_A,
-            "accumulates": told.accumulates, "irremovable": told.irremovable, "unmergeable": told.unmergeable,
-        }  # fmt: skip

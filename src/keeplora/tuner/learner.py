@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -18,34 +19,33 @@ from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
 from keeplora.tuner.allocation import pooled_weight_energies
-from keeplora.tuner.audit import Audit, audit_learner, summary_table
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.basis_cache import weight_subspace
-from keeplora.tuner.capacity import Capacity, frozen_targets, gauge, warn_before_full
+from keeplora.tuner.capacity import frozen_targets, warn_before_full
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.free import FreeModules
-from keeplora.tuner.history import TaskHistory
+from keeplora.tuner.inspection import Inspection
 from keeplora.tuner.joining import join
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.linear_algebra import LinearAlgebra
 from keeplora.tuner.objective import Objective
 from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
-from keeplora.tuner.options import NoOptions, make_options
-from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger, save_learner
+from keeplora.tuner.options import make_options
+from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger
 from keeplora.tuner.protect import check_budget, protect, same_update
 from keeplora.tuner.refresh import leading_half, refresh, without_free_rows
 from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
-from keeplora.tuner.targets import Target, resolve_targets
+from keeplora.tuner.targets import Target, rank_too_large, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.trim import trim
 from keeplora.tuner.unlabelled import TaskStream
-from keeplora.tuner.weights import ServingCost, Snapshot, WeightStore
+from keeplora.tuner.weights import Snapshot, WeightStore
 from keeplora.tuner.wrapping import unwrap, wrapping_of
 
 
-class ContinualLearner(TaskHistory):
+class ContinualLearner(Inspection):
     """Teach ``model`` one task after another (KeepLoRA++, arXiv 2606.16256).
 
     Args:
@@ -69,30 +69,6 @@ class ContinualLearner(TaskHistory):
     ['first']
     """
 
-    trains_A: ClassVar[bool] = False
-    """Whether A trains as well (plain LoRA)."""
-    protects: ClassVar[bool] = True
-    """Whether the method keeps protected subspaces at all."""
-    accumulates: ClassVar[bool] = True
-    """Whether updates add up in the model. False: it stays at W₀, and `serving` puts a task's update in."""
-    schedule: ClassVar[str] = "sequential"
-    """"sequential", or "joint": one training on the data of all tasks, after the last has come."""
-    needs_reference: ClassVar[bool] = False
-    """Whether `start_task` must be given a reference set."""
-    unmergeable: ClassVar[str] = ""
-    """Why no single model holds what was learned, as words that follow the method's name; empty where one does."""
-    penalty_of_batch: ClassVar[bool] = False
-    """Whether `penalty` is made of the batch that it is given, so that a batch in parts needs it for each of them."""
-    irremovable: ClassVar[str] = ""
-    """Why no single task can be taken out, as words that follow the method's name; empty where what a method holds is a
-    function of `records`, in any selection. `rollback` works for every method."""
-    single_process: ClassVar[str] = ""
-    """Why the method cannot learn in several processes, as words that follow its name; empty where it can."""
-    shards_B: bool = True
-    """Whether B is sharded where the base is, and its gradient averaged by FSDP2; False: whoever trains adds gradients up."""
-    Options: ClassVar[type[Any]] = NoOptions
-    """A frozen dataclass of the method's own settings; `options` is an instance of it, from ``config.options``."""
-
     def __init__(
         self, model: nn.Module, config: KeepLoraConfig, *, ledger: str | Path | None = None, base_name: str = "",
         base_revision: str | None = None,
@@ -111,15 +87,19 @@ class ContinualLearner(TaskHistory):
         self.algebra = LinearAlgebra(config.linear_algebra)
         join(self)
         if ledger is not None:
-            check_budget(self.U, config)
-            ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
+            self.keep_in(ledger)
+
+    def keep_in(self, ledger: str | Path) -> None:
+        """Make a new ledger in the folder ``ledger``, and write every task into it from here on."""
+        check_budget(self.U, self.config)
+        ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
 
     def _check_choice_of_A(self) -> None:
         """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
         if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
             return
-        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_before", 0.0)):
-            if getattr(self.config, name) != default:
+        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_general", 0.0)):
+            if any(value != default for value in self.config.values_of(name)):
                 raise ConfigError(
                     f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
                     f"{type(self).__name__} has another; leave it at {default}"
@@ -147,11 +127,6 @@ class ContinualLearner(TaskHistory):
             )
         return self._U
 
-    def feature_energy(self, name: str, field: str = "energy_features") -> float:
-        """ε_f of a target, or what another field of shares says of its tower."""
-        tower = next(t.tower for t in self.targets if t.name == name)
-        return float(self.config.for_tower(field, tower))
-
     # ---- tasks -------------------------------------------------------------------------------------------------
 
     def start_task(
@@ -170,6 +145,7 @@ class ContinualLearner(TaskHistory):
         objective: Objective | None = None,
         reference: Iterable[Any] | None = None,
         single_batches: Iterable[Any] | None = None,
+        general_batches: Iterable[Any] | None = None,
         saved: TaskState | None = None,
     ) -> PeftModel | nn.Module:
         """Take the statistics of a new task and return the model to train.
@@ -191,14 +167,15 @@ class ContinualLearner(TaskHistory):
             reference: batches of other pictures and texts, for the methods that ask for them (zscl).
             single_batches: the data as batches of one sample, re-iterable, for the methods that need samples one by one
                 where a batch cannot be cut by itself (ewc, replay on generative models).
+            general_batches: samples of no task, as ``forward_fn`` takes them, for ``energy_general`` (ε_g): drawn pictures, or
+                unlabelled ones of your own. They may feed some towers alone.
             saved: what `task_state` gave while this task was open in another process: it is opened again without taking
                 its statistics anew. Trained parameters are the caller's to put back.
 
         Returns:
             A stock `peft.PeftModel` around the same model: A set and frozen, B = 0, an alpha per layer.
         """
-        if self._open is not None:
-            raise KeepLoraError(f"task {self._open.name!r} is still open: finish_task() or abort_task() first")
+        self._require_none_open()
         if any(record.name == name for record in self.records):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
         if self.config.max_basis_bytes is not None:
@@ -211,7 +188,7 @@ class ContinualLearner(TaskHistory):
             acceptance.before = ranks.agreed("what `evaluate` returned", acceptance.before)
         task = OpenTask(
             name, batches, loss_fn, labels, feature_batches, forward_fn, mask_fn or attention_masks, acceptance,
-            objective, reference, single_batches, frozen=frozen, info=dict(info or {}), saved=saved,
+            objective, reference, single_batches, general_batches, frozen=frozen, info=dict(info or {}), saved=saved,
         )  # fmt: skip
         try:
             if ranks.active():
@@ -311,11 +288,6 @@ class ContinualLearner(TaskHistory):
         self._U = self.U.extended(record)  # adds nothing, but U counts tasks
         return record
 
-    def _require_open(self) -> OpenTask:
-        if self._open is None:
-            raise KeepLoraError("no task is open: call start_task() first")
-        return self._open
-
     def _undo(self, snapshot: Snapshot, U: Bases | None) -> None:
         task, self._open = self._open, None
         if task is not None:
@@ -332,16 +304,6 @@ class ContinualLearner(TaskHistory):
 
     # ---- what a training loop and whoever serves the model call ---------------------------------------------------
 
-    def penalty(self, batch: Any, logits: Tensor | None) -> Tensor | None:
-        """What the method adds to the task's loss of a training batch: a scalar, or None.
-
-        A training loop calls it between the forward pass and ``backward()``: ``loss = task_loss + (penalty or 0)``.
-        """
-        return None
-
-    def after_step(self) -> None:
-        """What the method does to the weights after each optimiser step; a training loop calls it there."""
-
     def midway(self) -> list[nn.Parameter]:
         """What the method does at a task's half; a training loop calls it after half of its steps (`refresh_factor`).
 
@@ -350,11 +312,6 @@ class ContinualLearner(TaskHistory):
         """
         task = self._require_open()
         return refresh(self, task) if self.config.refresh_factor and task.adapter is not None else []
-
-    def largest_update(self) -> tuple[str, float] | None:
-        """(layer, ‖s B A‖_F / ‖W₀‖_F) of the open task where that is largest; None where no LoRA trains."""
-        adapter = self._require_open().adapter
-        return None if adapter is None else adapter.largest_update(self.store, self._require_open().base_norms)
 
     def task_state(self) -> TaskState:
         """What the open task has that neither the ledger nor the trained parameters hold (`start_task(saved=...)`).
@@ -374,47 +331,11 @@ class ContinualLearner(TaskHistory):
         task.info |= saved.values["info"]
         task.statistics_seconds = saved.values["statistics_seconds"]
 
-    def readout(self, image_features: Tensor, logits: Tensor, classes: Sequence[str]) -> Tensor:
-        """The final logits [N, C] of pictures against the candidate ``classes``: the model's own unless a method changes them.
-
-        Args:
-            image_features: [N, D], unit norm. logits: [N, C], the model's own.
-        """
-        return logits
-
-    @contextlib.contextmanager
-    def serving(self, task: str | None) -> Iterator[None]:
-        """The model as it answers for ``task``; only methods that are told the task at test time differ by it."""
-        yield
-
-    def planned_parameters(self) -> int:
-        """Entries that a task trains if no rank shrinks; `TaskRecord.info["trained_parameters"]` is what one did train."""
-        ranks = {t.name: min(t.r, t.n_in, t.n_out) for t in self.targets}
-        low_rank = sum(ranks[t.name] * (t.n_out + (t.n_in if self.trains_A else 0)) for t in self.targets)
-        return low_rank + self.free.numel()
-
-    def state_bytes(self) -> int:
-        """Bytes that go from task to task beside the model itself: U by its smaller side, factors that are not merged, and
-        what records keep."""
-        tensors = [t for r in self.records for t in r.tensors.values()]
-        kept = sum(t.numel() * t.element_size() for t in tensors) + (self._U.bytes if self._U is not None else 0)
-        return kept + self.store.serving_cost().bytes
-
-    def serving_cost(self) -> ServingCost:
-        """What the learned tasks cost at inference: nothing where they are merged, an adapter beside a quantised base."""
-        return self.store.serving_cost()
-
     # ---- what a method decides: overridden by the baselines ------------------------------------------------------
 
     def _make_store(self) -> WeightStore:
         """The weights that the method moves: those of the targets, and the free modules'."""
         return make_store(self.model, [t.name for t in self.targets], self.free.parameters)
-
-    def _remember(self, task: OpenTask, record: TaskRecord) -> None:
-        """After the merge: put into ``record.tensors`` what must outlive the task beside its update."""
-
-    def _recall(self, records: Sequence[TaskRecord]) -> None:
-        """After loading: rebuild whatever the method derives from its records."""
 
     def _initial_A(self, task: OpenTask) -> dict[str, Tensor]:
         """A per target: the top directions of the residual gradient (M2–M4)."""
@@ -422,11 +343,13 @@ class ContinualLearner(TaskHistory):
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
         least = None if self.config.rank_allocation == "uniform" else 1
-        remedy = "lower energy_features, energy_weights or energy_before, or add targets"
+        remedy = "lower energy_features, energy_weights or energy_general, or add targets"
         report_capacity(task, self.targets, A, remedy, least=least)
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
+        if not self.records and task.saved is None and (told := rank_too_large(self.targets)):
+            warnings.warn(told, stacklevel=3)
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         if self.config.refresh_factor and task.saved is None:
             A = leading_half(A)
@@ -452,26 +375,7 @@ class ContinualLearner(TaskHistory):
             features = task_features(self, task)
             protect(self, record, features.C, features.leader)
 
-    # ---- looking and keeping -------------------------------------------------------------------------------------
-
-    def summary(self) -> str:
-        """Targets by tower and depth with scales, ranks and dimensions used; shown as a table in an interactive session."""
-        return summary_table(self)
-
-    def capacity(self) -> Capacity:
-        """Dimensions used and left per target and task, and how many more tasks fit; `KeepLoraError` if nothing is protected."""
-        return gauge(self)
-
-    def audit(self, detail: str = "quick", saved: str | Path | None = None) -> Audit:
-        """Leaks per layer and task, factors and weights (METHOD.md point 6); `KeepLoraError` if nothing is protected.
-
-        ``detail`` and ``saved`` ask for more, see `keeplora.tuner.audit.audit_learner`.
-        """
-        return audit_learner(self, detail, saved)
-
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the ledger and one stock PEFT adapter per task into ``directory`` (new or empty)."""
-        return ranks.first("saving", lambda: save_learner(self, directory))
+    # ---- keeping -------------------------------------------------------------------------------------------------
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Publish what was learned as a repository on the hub; ``options`` are `keeplora.publish`'s."""

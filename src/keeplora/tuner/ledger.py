@@ -19,9 +19,7 @@ file's ``seal`` is the SHA-256 of its other keys. `keeplora.tuner.chain` says wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,8 @@ from torch import Tensor
 from keeplora.errors import LedgerError
 from keeplora.files import atomic_dir, sha256_file
 from keeplora.math import Subspace
-from keeplora.tuner.chain import KINDS, PURGE, REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
+from keeplora.tuner.chain import PURGE, REMOVE, RESTORE, ROLLBACK, TASK, Chain, State, Step
+from keeplora.tuner.ledger_entries import Entry, entry_folders, read_entries
 from keeplora.tuner.ledger_files import (
     FORMAT,
     VERSION,
@@ -41,10 +40,9 @@ from keeplora.tuner.ledger_files import (
     need,
     read_sealed,
     read_tensors,
-    refuse_link,
     write_sealed,
 )
-from keeplora.tuner.records import TaskRecord, check_layers, group, read_record, slug
+from keeplora.tuner.records import TaskRecord, group, read_record, slug
 
 __all__ = ["FORMAT", "VERSION", "Entry", "Ledger", "TaskRecord", "now", "slug"]
 
@@ -52,46 +50,6 @@ __all__ = ["FORMAT", "VERSION", "Entry", "Ledger", "TaskRecord", "now", "slug"]
 def now() -> str:
     """UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry as its record.json tells of it; its tensors are not read.
-
-    Attributes:
-        index: from 1. step: what it does. folder: where it is. value: all of record.json. hash: of that file.
-    """
-
-    index: int
-    step: Step
-    folder: Path
-    value: dict[str, Any]
-    hash: str
-
-    @property
-    def kind(self) -> str:
-        return self.step.kind
-
-    @property
-    def name(self) -> str:
-        """Of the task that it enters or speaks of; empty for a rollback to the start."""
-        return self.step.name
-
-    @property
-    def time(self) -> str | None:
-        """UTC; None where version 0 wrote it."""
-        return self.value.get("time")
-
-    def metrics(self) -> dict[str, Any] | None:
-        """What was measured after the task, or None; `LedgerError` if the file was changed or belongs to another record."""
-        file = self.folder / "metrics.json"
-        if not file.exists() and not file.is_symlink():
-            return None
-        value = read_sealed(file)
-        need(value, file, record=str, metrics=dict)
-        if value["record"] != self.hash:
-            raise LedgerError(f"{file} belongs to another record than the one beside it; restore it from a copy")
-        return value["metrics"]
 
 
 class Ledger:
@@ -186,87 +144,33 @@ class Ledger:
 
     def folders(self) -> list[Path]:
         """Entries' folders in order."""
-        found = sorted(p for p in self.path.iterdir() if re.match(r"\d{4,}-", p.name))
-        found.sort(key=lambda p: int(p.name.partition("-")[0]))
-        for i, folder in enumerate(found, 1):
-            refuse_link(folder)
-            if int(folder.name.partition("-")[0]) != i:
-                raise LedgerError(f"{self.path}: record {i:04d} is missing before {folder.name}")
-        return found
+        return entry_folders(self.path)
 
     def entries(self) -> list[Entry]:
         """All entries in order, with seals, the chain of parent hashes and its end checked; no tensor is read."""
-        return self._read()[0]
+        return read_entries(self.path, self.head)[0]
 
     def chain(self) -> Chain:
         """What the entries add up to."""
-        return self._read()[1]
+        return read_entries(self.path, self.head)[1]
 
     def state(self) -> State:
         """Which tasks are in force now."""
         return self.chain().state
 
-    def _read(self) -> tuple[list[Entry], Chain]:
-        entries: list[Entry] = []
-        chain = Chain()
-        parent = file_hash(self.path / "ledger.json")
-        for i, folder in enumerate(self.folders(), 1):
-            file = folder / "record.json"
-            value = read_sealed(file)
-            need(value, file, index=int, parent=str, base_hash=str)
-            if value["index"] != i or value["parent"] != parent:
-                raise LedgerError(
-                    f"{file} does not follow the record before it: the ledger was reordered or changed by hand"
-                )
-            if value["base_hash"] != self.head["base"]["hash"]:
-                raise LedgerError(f"{file} belongs to another base model than {self.path / 'ledger.json'}")
-            parent = file_hash(file)
-            step = _step(value, file)
-            try:
-                chain.add(step)
-            except LedgerError as error:
-                raise LedgerError(f"{file} does not fit the entries before it: {error}") from None
-            entries.append(Entry(i, step, folder, value, parent))
-        self._check_end(entries)
-        return entries, chain
-
-    def _check_end(self, entries: list[Entry]) -> None:
-        """HEAD.json: one entry more than it names is a crash between two writes; fewer are a loss."""
-        file = self.path / "HEAD.json"
-        if not file.exists() and not file.is_symlink():
-            if self.head["version"] >= 1 or any(entry.value["version"] >= 1 for entry in entries):
-                raise LedgerError(f"{file} is missing: it says where the ledger ends; copy the whole folder again")
-            return
-        end = read_sealed(file)
-        need(end, file, entries=int, last=str)
-        count = end["entries"]
-        if count > len(entries):
-            raise LedgerError(
-                f"{self.path} ends with record {len(entries):04d}, but {file.name} names {count} entries: record "
-                f"{len(entries) + 1:04d} and what follows were deleted; restore them from a copy (to go back to an "
-                "earlier task, use `keeplora ledger rollback`)"
-            )
-        if not len(entries) - 1 <= count <= len(entries):
-            raise LedgerError(
-                f"{file} names {count} entries and there are {len(entries)}: it is not of this ledger; restore it"
-            )
-        last = entries[count - 1].hash if count else file_hash(self.path / "ledger.json")
-        if end["last"] != last:
-            raise LedgerError(f"{file} names another record {count:04d} than is there: the ledger was changed by hand")
-
     def record(self, index: int) -> TaskRecord:
         """A task with its tensors; of a purged one the directions alone."""
-        entries, chain = self._read()
+        entries, chain = read_entries(self.path, self.head)
         return self._record(entries, chain, index)
 
     def records(self) -> list[TaskRecord]:
         """The active tasks in order; `LedgerError` names the first bad file."""
-        entries, chain = self._read()
+        entries, chain = read_entries(self.path, self.head)
         return [self._record(entries, chain, i) for i in chain.state.active]
 
     def history(self) -> list[TaskRecord]:
         """The tasks whose directions are in U, in order; the chain is read once, and not for each of them."""
-        entries, chain = self._read()
+        entries, chain = read_entries(self.path, self.head)
         return [self._record(entries, chain, i) for i in chain.state.history]
 
     def _record(self, entries: list[Entry], chain: Chain, index: int) -> TaskRecord:
@@ -342,7 +246,7 @@ class Ledger:
 
     def enter(self, step: Step) -> State:
         """Add the entry of an operation; `LedgerError`, and nothing written, where the state does not allow it."""
-        entries, chain = self._read()
+        entries, chain = read_entries(self.path, self.head)
         chain.after(step)
         value: dict[str, Any] = {"kind": step.kind, "name": step.name, "subject": step.subject, "time": now()}
         tensors: dict[str, Tensor] | None = None
@@ -398,20 +302,3 @@ class Ledger:
 
 def _write_end(folder: Path, entries: int, last: str) -> None:
     write_sealed(folder / "HEAD.json", {"format": FORMAT, "version": VERSION, "entries": entries, "last": last})
-
-
-def _step(value: Mapping[str, Any], file: Path) -> Step:
-    """What a record.json enters, its keys checked."""
-    kind = value.get("kind", TASK) if value["version"] >= 1 else TASK
-    if kind not in KINDS:
-        raise LedgerError(f"{file} is an entry of kind {kind!r}, which this keeplora does not know: upgrade keeplora")
-    need(value, file, name=str)
-    for key, wanted in (("time", str), ("versions", dict), ("config", dict)):  # version 0 has none of them
-        if value.get(key) is not None:
-            need(value, file, **{key: wanted})
-    if kind == TASK:
-        need(value, file, layers=dict, info=dict, tensors_sha256=str)
-        check_layers(value["layers"], file)
-        return replace(Step(TASK, value["name"]), purged=bool(value.get("purged", False)))
-    need(value, file, subject=int)
-    return Step(kind, value["name"], value["subject"])

@@ -25,6 +25,13 @@ _LARGE = 1 << 30
 _COPY = "the ledger is not complete; copy the whole folder again"
 
 
+def no_ledger(path: Path) -> str:
+    """What to say of a folder that holds nothing of a ledger, whichever command was given it."""
+    runs = sorted(p for p in path.iterdir() if (p / "ledger" / "ledger.json").is_file())
+    hint = f"one of the runs in it, such as {runs[0]}" if runs else "the folder that a run or save_pretrained wrote"
+    return f"{path} holds no run and no ledger; give {hint}"
+
+
 def refuse_link(path: Path) -> None:
     """A ledger's own files are files: a link could lead out of the folder, and would be followed by whoever writes."""
     if path.is_symlink():

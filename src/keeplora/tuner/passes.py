@@ -105,9 +105,10 @@ def _end(batches: Any) -> bool:
 def collect_features(
     model: nn.Module, targets: Sequence[Target], store: WeightStore, batches: Iterable[Any],
     forward_fn: Callable[[nn.Module, Any], Any], mask_fn: MaskFn = attention_masks, enough: Enough | None = None,
-    sketch: int | None = None,
+    sketch: int | None = None, *, all_fire: bool = True,
 ) -> FeatureObserver:  # fmt: skip
-    """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired.
+    """C of every target at the merged weights (M8). Batches may each feed one tower only; in the end all must have fired,
+    unless ``all_fire`` is off.
 
     With ``enough`` the pass may end before the last batch; ``sketch`` is `FeatureObserver`'s. Where a GPU's memory does not
     hold a batch, the pass is taken again with smaller ones. With several processes each goes through its own share, and the
@@ -121,7 +122,8 @@ def collect_features(
             lambda b: _collect_features(model, targets, store, b, forward_fn, mask_fn, enough, sketch),
         )
     observer.join_ranks(what)
-    observer.require_all_fired("input")
+    if all_fire:
+        observer.require_all_fired("input")
     return observer
 
 

@@ -21,8 +21,9 @@ from keeplora.math import Subspace
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.basis import check_values, in_force
 from keeplora.tuner.chain import TASK
-from keeplora.tuner.config import KeepLoraConfig
+from keeplora.tuner.config import KeepLoraConfig, without_retired
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
+from keeplora.tuner.ledger_files import no_ledger
 from keeplora.tuner.quantised import quantisation
 from keeplora.tuner.weights import Snapshot, WeightStore
 
@@ -205,13 +206,15 @@ def open_ledger(directory: str | os.PathLike[str], revision: str | None = None, 
         raise LedgerError(f"{name} is on the hub: to append to it, save_pretrained() it into a folder first")
     if not directory.is_dir():
         raise LedgerError(f"{directory} is not a folder: give the folder that save_pretrained or a run wrote")
+    if not any((directory / name).exists() for name in (LEDGER_FOLDER, "ledger.json", "base.safetensors")):
+        raise LedgerError(no_ledger(directory))
     return Ledger.open(directory / LEDGER_FOLDER if (directory / LEDGER_FOLDER).is_dir() else directory)
 
 
 def ledger_config(ledger: Ledger) -> KeepLoraConfig:
     """The config that the learner was made with."""
     try:
-        return KeepLoraConfig(**ledger.head["config"])
+        return KeepLoraConfig(**without_retired(ledger.head["config"]))
     except TypeError as error:
         raise LedgerError(
             f"{ledger.path / 'ledger.json'}: its 'config' is not one of this keeplora ({error}); upgrade keeplora"

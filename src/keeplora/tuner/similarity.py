@@ -9,6 +9,8 @@ Predictors of what learning j does to i:
 
     overlap   tr(U_iᵀ U_j U_jᵀ U_i) / min(d_i, d_j): symmetric; mean over layers by weights √(Σw_i Σw_j)
     energy    the share of j's energy beyond U₀ that lies inside U_i: a ratio of two sums over layers
+    gradient  Σ ‖Ĝ_j U_i‖_F² / Σ ‖Ĝ_j‖_F² over layers, Ĝ_j = G_j (I − P₀) with G_j the gradient (M2) at the weights that j started
+              from: how much of what j wants to change lies where i's features live. It is in no ledger and must be given
     update    tr(ΔW_j C_i ΔW_jᵀ) / tr C_i: what j's update does to i's features, plain mean over layers
     size      ‖ΔW_j‖_F², summed over layers: the update alone, whatever i is. One that does no better has learned nothing of i
 """
@@ -30,13 +32,13 @@ from keeplora.tuner.basis import Bases
 from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.records import TaskRecord
 
-PREDICTORS = ("overlap", "energy", "update", "size")
+PREDICTORS = ("overlap", "energy", "gradient", "update", "size")
 TAIL = 1e-5
 """Share of the energy whose smallest directions are not held."""
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Directions:
     """Q (in, m) float32 and w (m,) float64, falling: C / tr C ≈ Q diag(w) Qᵀ."""
 
     Q: Tensor
@@ -58,13 +60,15 @@ class TaskFeatures:
     Attributes:
         beyond: beyond U₀. whole: all of it, where the covariance was kept, else ``beyond``. exact: whether it was.
         after: the names of the tasks whose columns ``beyond`` knows of; None: of all directions.
+        start: U₀ per layer.
     """
 
     name: str
-    beyond: dict[str, Spectrum] = field(default_factory=dict)
-    whole: dict[str, Spectrum] = field(default_factory=dict)
+    beyond: dict[str, Directions] = field(default_factory=dict)
+    whole: dict[str, Directions] = field(default_factory=dict)
     exact: bool = False
     after: tuple[str, ...] | None = None
+    start: Mapping[str, Subspace] = field(default_factory=dict)
 
     def knows(self, other: str) -> bool:
         """Whether its energy inside the other's subspace can be told."""
@@ -95,8 +99,9 @@ def ledger_features(ledger: Ledger) -> dict[str, TaskFeatures]:
                 "learn it again"
             )
         exact = bool(record.covariance)
-        one = TaskFeatures(record.name, exact=exact, after=None if exact else tuple(r.name for r in history[: t + 1]))
-        last: tuple[Tensor, Tensor, Spectrum, Spectrum] | None = None
+        known = None if exact else tuple(r.name for r in history[: t + 1])
+        one = TaskFeatures(record.name, exact=exact, after=known, start=start)
+        last: tuple[Tensor, Tensor, Directions, Directions] | None = None
         for layer, S in start.items():
             if exact and layer in record.covariance:
                 C = record.covariance[layer]
@@ -111,24 +116,24 @@ def ledger_features(ledger: Ledger) -> dict[str, TaskFeatures]:
     return found
 
 
-def _from_covariance(C: Tensor, S: Subspace) -> tuple[Spectrum, Spectrum]:
+def _from_covariance(C: Tensor, S: Subspace) -> tuple[Directions, Directions]:
     C64 = C.to(torch.float64)
     C64 = (C64 + C64.T) / (2 * max(float(C64.diagonal().sum()), 1e-300))
     left = S.project_out(S.project_out(C64).T)
-    return _spectrum((left + left.T) / 2), _spectrum(C64)
+    return _directions((left + left.T) / 2), _directions(C64)
 
 
-def _spectrum(C: Tensor) -> Spectrum:
+def _directions(C: Tensor) -> Directions:
     w, Q = torch.linalg.eigh(C)
     w, Q = w.flip(0).clamp(min=0), Q.flip(1)
     total = float(w.sum())
     kept = int((torch.cumsum(w, 0) < (1 - TAIL) * total).sum()) + 1 if total > 0 else 0
-    return Spectrum(Q[:, :kept].to(torch.float32).contiguous(), w[:kept])
+    return Directions(Q[:, :kept].to(torch.float32).contiguous(), w[:kept])
 
 
-def _from_columns(columns: Tensor, values: Tensor) -> Spectrum:
+def _from_columns(columns: Tensor, values: Tensor) -> Directions:
     w, order = values.to(torch.float64).clamp(min=0).sort(descending=True, stable=True)
-    return Spectrum(columns[:, : len(values)][:, order], w)
+    return Directions(columns[:, : len(values)][:, order], w)
 
 
 def updates_of(records: Sequence[TaskRecord]) -> dict[str, dict[str, Tensor]]:
@@ -169,6 +174,21 @@ def energy_inside(of: TaskFeatures, other: TaskFeatures, energy: float = 0.99) -
     return inside / total if total > 0 else None
 
 
+def gradient_inside(G: Mapping[str, Tensor], other: TaskFeatures, energy: float = 0.99) -> float | None:
+    """The share of a residual gradient's energy that lies inside the own subspace of ``other``; None where there is none.
+
+    Args:
+        G: per layer (out, in), of any task, at whatever weights; layers that ``other`` says nothing of do not count.
+    """
+    inside = total = 0.0
+    for layer, s in other.beyond.items():
+        if layer in G:
+            residual = other.start[layer].project_out(G[layer].to("cpu", torch.float64))
+            inside += float((residual @ s.own(energy).to(torch.float64)).square().sum())
+            total += float(residual.square().sum())
+    return inside / total if total > 0 else None
+
+
 def disturbance(delta: Mapping[str, Tensor], features: TaskFeatures) -> float | None:
     """tr(ΔW C ΔWᵀ) / tr C, mean over the layers of ``features``; a layer that ΔW leaves alone counts as 0."""
     found = []
@@ -197,13 +217,14 @@ class Pair:
 
 def pairs_of(
     run: str, order: Sequence[str], accuracy: Sequence[Sequence[float | None]], updates: Mapping[str, Mapping[str, Tensor]],
-    features: Mapping[str, TaskFeatures], energy: float = 0.99,
+    features: Mapping[str, TaskFeatures], energy: float = 0.99, gradients: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> list[Pair]:  # fmt: skip
     """Every pair of tasks of a run, earlier before later, with what is predicted and what was measured.
 
     Args:
         order: the tasks as the run learned them. accuracy: row 0 before the first, row t after t tasks; a column per task.
         updates: `updates_of` the run's records. features: `ledger_features` of this run or of another with the same tasks.
+        gradients: [later][earlier], `gradient_inside` of the later task's gradient in this run; None: not taken.
     """
     names = list(features)
     matrix = overlap_matrix(features, energy)
@@ -217,6 +238,7 @@ def pairs_of(
             predicted: dict[str, Any] = {
                 "overlap": matrix[names.index(earlier)][names.index(later)],
                 "energy": energy_inside(features[later], features[earlier], energy),
+                "gradient": (gradients or {}).get(later, {}).get(earlier),
                 "update": None if delta is None else disturbance(delta, features[earlier]), "size": size,
             }  # fmt: skip
             before, after = (accuracy[j][i], accuracy[j + 1][i]) if j + 1 < len(accuracy) else (None, None)

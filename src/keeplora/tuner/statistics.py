@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from keeplora.errors import CapacityError
+from keeplora.errors import CapacityError, ConfigError
 from keeplora.math import Subspace, residual_factor
 from keeplora.tuner import ranks
 from keeplora.tuner.allocation import allotted, most_rank, worth
@@ -26,26 +26,21 @@ if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner, OpenTask
 
 
-def task_features(
-    learner: ContinualLearner, task: OpenTask, *, exact: bool = False, field: str = "energy_features"
-) -> FeatureObserver:
+def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = False) -> FeatureObserver:
     """C of every target over the task's data at the model's present weights (M8); the adapter must be out.
 
-    ``exact``: C itself also where the config asks for a sketch. ``field``: which share of C it is taken for.
+    ``exact``: C itself also where the config asks for a sketch.
     """
     config = learner.config
     tolerance, enough = config.statistics_tolerance, None
     batches = feature_batches(learner, task, endable=tolerance is not None)
     if tolerance is not None:
-        change = BasisChange(
-            learner.U.subspace, lambda name: learner.feature_energy(name, field), algebra=learner.algebra
-        )
-        enough = Enough(tolerance, change)
+        enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, algebra=learner.algebra))
     found = collect_features(
         learner.model, learner.targets, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn, enough,
         None if exact else config.covariance_sketch,
     )  # fmt: skip
-    _note(task, "features" if field == "energy_features" else "features before", enough)
+    _note(task, "features", enough)
     return found
 
 
@@ -60,24 +55,34 @@ def feature_batches(learner: ContinualLearner, task: OpenTask, *, endable: bool 
 
 
 def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subspace]:
-    """Per target, what the task's A is kept off: U, and beside it what ``energy_before`` (ε_b) takes of the task's own features.
+    """Per target, what the task's A is kept off: U, and beside it what ``energy_general`` (ε_g) takes of the general samples.
 
-    With C = Σ x xᵀ over the task's data at the weights before it, the leading eigenvectors of (I − P) C (I − P) join U for this
-    task alone until they and U explain ε_b · tr C (M8, before the task in place of after it). The update then moves what the
-    model makes of these very inputs by at most s² ‖B‖₂² (1 − ε_b) tr C per layer: it is the backward bound with the
-    task's own update in it, which M8 leaves out. Nothing is carried to the next task but through A.
+    With C_g = Σ x xᵀ over ``general_batches`` at the weights before the task, the leading eigenvectors of (I − P) C_g (I − P)
+    join U for this task alone until they and U explain ε_g · tr C_g. What the model makes of those samples then moves by at
+    most Σ_x ‖sBAx‖² ≤ s² ‖B‖₂² (1 − ε_g) tr C_g per layer: the backward bound, for samples of no task. A target that they do
+    not reach is left to U. Nothing is carried to the next task but through A.
     """
     U = learner.U
-    share = {t.name: learner.feature_energy(t.name, "energy_before") for t in learner.targets}
-    names = [t.name for t in learner.targets if t.name not in task.frozen and share[t.name] > 0]
-    if not names:
+    share = {t.name: learner.feature_energy(t.name, "energy_general") for t in learner.targets}
+    asked = [t for t in learner.targets if t.name not in task.frozen and share[t.name] > 0]
+    if not asked:
         return U.subspace
-    C = task_features(learner, task, field="energy_before").C
+    if task.general_batches is None:
+        raise ConfigError(
+            f"task {task.name!r}: energy_general keeps a task off the features of general samples, and there are none: give "
+            "start_task general_batches, or set energy_general to 0"
+        )
+    batches = statistics_batches(task.general_batches, None, learner.config.seed)
+    found = collect_features(
+        learner.model, asked, learner.store, batches, task.forward_fn or task.loss_fn, task.mask_fn,
+        sketch=learner.config.covariance_sketch, all_fire=False,
+    )  # fmt: skip
+    names = [t.name for t in asked if t.name in found.fired]
 
     def leading(name: str, device: torch.device) -> Tensor:
-        return growth(U.subspace(name).to(device), C(name).to(device), share[name]).V.cpu()
+        return growth(U.subspace(name).to(device), found.C(name).to(device), share[name]).V.cpu()
 
-    V = learner.algebra.spread("the features before the task", names, leading, lambda name: C(name).device)
+    V = learner.algebra.spread("the features of general samples", names, leading, lambda name: found.C(name).device)
     grown = {name: U.subspace(name).extended(v) for name, v in V.items()}
     return lambda name: grown[name] if name in grown else U.subspace(name)
 

@@ -161,6 +161,26 @@ def resolve_targets(model: nn.Module, config: KeepLoraConfig) -> list[Target]:
     return targets
 
 
+def rank_too_large(targets: Sequence[Target]) -> str | None:
+    """A sentence where a tower's rank exceeds what every one of its targets can take, min(in, out); else None.
+
+    The scale stays s = lora_alpha / r with the configured r, so such a rank makes the steps small and gives nothing for it.
+
+    >>> rank_too_large([Target("q", "", 0, 1, 32, 24, 1.0, 5000, 16.0)])
+    'r is 5000, but the widest target takes a rank of at most 24, and s = lora_alpha / r = 0.0032; lower r'
+    """
+    for tower in dict.fromkeys(t.tower for t in targets):
+        mine = [t for t in targets if t.tower == tower]
+        most, r = max(min(t.n_in, t.n_out) for t in mine), mine[0].r
+        if r > most:
+            of = f" of {tower}" if tower else ""
+            return (
+                f"r is {r}, but the widest target{of} takes a rank of at most {most}, and s = lora_alpha / r = "
+                f"{mine[0].lora_alpha / r:g}; lower r"
+            )
+    return None
+
+
 def resolve_free(model: nn.Module, config: KeepLoraConfig, targets: Sequence[Target]) -> list[str]:
     """Names of the linears that ``config.free_modules`` asks to train in full; empty where it is None.
 

@@ -47,6 +47,8 @@ class OpenTask:
     reference: Iterable[Any] | None = None
     single_batches: Iterable[Any] | None = None
     """The task's data as batches of one sample, re-iterable, where a batch cannot be cut into samples by itself."""
+    general_batches: Iterable[Any] | None = None
+    """Samples of no task, for ``energy_general``."""
     frozen: frozenset[str] = frozenset()
     """Targets that are not adapted, by the policy for full layers."""
     adapter: TaskAdapter | None = None

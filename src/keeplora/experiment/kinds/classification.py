@@ -22,6 +22,7 @@ from keeplora.experiment.objective import TaskObjective, accuracy, initial_head,
 from keeplora.experiment.order import ShuffledBatches
 from keeplora.experiment.pictures import (
     Collate,
+    DrawnPictures,
     PictureTensors,
     TaskBatches,
     TensorCache,
@@ -135,12 +136,14 @@ class Classification:
         fewer = data.sampled(self.sampling(statistics=True))
         source = data if self.method.learns_from_batches else fewer
         pictures = loader(fewer, training.eval_batch_size, Collate(), workers=training.workers, pin=self._pin)
+        general = loader(DrawnPictures(self.family), training.eval_batch_size, Collate(), pin=self._pin)
         endable = config.statistics_tolerance is not None
         pictures = statistics_batches(pictures, config.feature_samples, config.seed, data.labels, endable=endable)
         return {
             "batches": loader(source, training.batch_size, objective.collate, workers=training.workers, pin=self._pin),
             "loss_fn": objective.loss, "labels": data.labels, "objective": objective, "mask_fn": objective.masks,
             "feature_batches": objective.feature_batches(pictures), "forward_fn": objective.forward,
+            "general_batches": general,
         }  # fmt: skip
 
     def batches(

@@ -15,6 +15,7 @@ from keeplora.methods import get_method
 from keeplora.study.analyze.plan import LIMIT, SHARES, AnalysisPlan, Point, inter_points, intra_points
 from keeplora.study.analyze.run import Analysis, analyze
 from keeplora.study.analyze.world import World
+from keeplora.study.plan_values import safe
 from keeplora.tuner import ContinualLearner
 
 SETTINGS = ("energy_weights", "energy_features", "gamma", "r")
@@ -58,29 +59,26 @@ def analysis_for(
     plan = AnalysisPlan(source, Path(), limit=limit, seed=config.seed)
     world = World(plan)
     key = hashlib.sha256(json.dumps(world.identity(), sort_keys=True).encode()).hexdigest()[:10]
-    plan = AnalysisPlan(
-        source, folder or Path("runs") / f"analysis-{_safe(config.label)}-{key}", limit=limit, seed=config.seed
-    )
+    # By the key alone: what is in a folder of another name is the same analysis.
+    there = sorted(Path("runs").glob(f"analysis-*-{key}"))
+    place = folder or (there[0] if there else Path("runs") / f"analysis-{safe(config.label)}-{key}")
+    plan = AnalysisPlan(source, place, limit=limit, seed=config.seed)
 
     def points(world: World) -> Iterator[Point]:
-        yield from intra_points(world.targets, SHARES)
+        yield from intra_points(world.targets, SHARES, configured=world.configured_energies)
         yield from inter_points(world.targets, WHAT, min(plan.tasks, len(world.setup.tasks)))
 
     return analyze(plan, lambda w: list(points(w)), jobs=jobs, quiet=quiet, world=world)
-
-
-def _safe(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in label)
 
 
 def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Taken:
     """Which suggestions the run takes.
 
     Args:
-        own: dotted keys that the user set (`keeplora.experiment.own_settings.own_settings`).
+        own: keys that the user set (`keeplora.experiment.own_settings.own_settings`).
 
-    The scale s = layer_scale · lora_alpha / r is kept where the rank changes (lora_alpha changes with it), so that a rank does
-    not come with another learning speed.
+    Neither a rank nor a γ comes with another learning speed: with a rank lora_alpha changes, so that lora_alpha / r stays, and
+    with a γ the learning rate, so that the mean square of layer_scale · learning rate over the targets stays.
     """
     made = analysis.results["suggestion"]
     where = str(analysis.folder)
@@ -104,6 +102,13 @@ def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Ta
     if "tuner.r" in overrides and "lora_alpha" not in own:
         overrides["tuner.lora_alpha"] = config.tuner.lora_alpha * overrides["tuner.r"] / int(config.tuner.r)  # type: ignore[arg-type]
         said.append(f"lora_alpha: {overrides['tuner.lora_alpha']:g}, so that lora_alpha / r stays")
+    rate = made.get("learning_rate")
+    if "tuner.gamma" in overrides and rate is not None:
+        if "learning_rate" in own:
+            said.append("learning_rate: as your configuration says, though another γ moves all layers by more or less")
+        else:
+            overrides["training.learning_rate"] = rate
+            said.append(f"learning_rate: {_text(rate)}, so that all layers together move as far as before")
     results = analysis.folder / "results.json"
     record = {
         "analysis": where, "results_sha256": sha256_file(results), "settings": settings, "evidence": made["evidence"],
@@ -117,7 +122,7 @@ def _kept(name: str, value: Any, config: ExperimentConfig, own: Sequence[str]) -
     if name in own:
         return "as your configuration says"
     if value is None:
-        return "for the figures do not tell"
+        return "for the figures give no reason to change it"
     if name == "gamma" and (config.tuner.schedule != "linear" or "schedule" in own):
         return "for the schedule is not the linear one that γ belongs to"
     if name == "gamma" and config.method.removesuffix("-cls") == "keeplora":

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from statistics import fmean
@@ -38,14 +39,48 @@ Measured = tuple[Point, dict[str, Any], float]
 _world: World | None = None  # of a worker process
 
 
-class AnalysisProgress:
-    """Points done and the time left, from the mean of the points of the same kind; plain lines where no terminal is."""
+def time_left(points: Sequence[Point], took: Mapping[str, Sequence[float]], jobs: int = 1) -> float | None:
+    """Seconds that points will take by the mean of those of their kind, else of all that were measured; None where none was.
 
-    def __init__(self, total: int, jobs: int, quiet: bool | None = None, stream: IO[str] | None = None) -> None:
+    >>> time_left([Point("intra"), Point("window")], {"intra": [2.0, 4.0]})
+    6.0
+    """
+    known = [seconds for times in took.values() for seconds in times]
+    if not known:
+        return None
+    means = {kind: fmean(times) for kind, times in took.items()}
+    return sum(means.get(point.kind, fmean(known)) for point in points) / jobs
+
+
+def outline(points: Sequence[Point], store: AnalysisStore, jobs: int = 1) -> str:
+    """How many points of which kind are to be measured, and how long that will take where the folder's points tell."""
+    unique = list({point.name: point for point in points}.values())
+    todo = [point for point in unique if not store.has(point)]
+    if not todo:
+        return f"all {len(unique)} points are measured already"
+    kinds = Counter(point.kind for point in todo)
+    there = f"; {len(unique) - len(todo)} are there already" if len(todo) < len(unique) else ""
+    left = time_left(todo, store.seconds(), jobs)
+    told = "how long it takes is told after the first" if left is None else f"about {duration(left)}"
+    each = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return f"{len(todo)} point{'s' if len(todo) > 1 else ''} to measure ({each}){there}: {told}"
+
+
+class AnalysisProgress:
+    """Points done and the time left (`time_left`); plain lines where no terminal is.
+
+    Args:
+        took: seconds of points that were measured before, by kind.
+    """
+
+    def __init__(
+        self, total: int, jobs: int, quiet: bool | None = None, stream: IO[str] | None = None,
+        took: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:  # fmt: skip
         self.stream = stream if stream is not None else sys.stderr
         self.quiet = is_quiet(self.stream) if quiet is None else quiet
         self.total, self.jobs, self.done = total, jobs, 0
-        self._times: dict[str, list[float]] = {}
+        self._times = {kind: list(times) for kind, times in (took or {}).items()}
         self._bars: Bars | None = None
         self._bar: Any = None
 
@@ -64,18 +99,10 @@ class AnalysisProgress:
             self._bars.stop()
             self._bars = None
 
-    def left(self, waiting: Sequence[Point]) -> float | None:
-        """Seconds left; None while nothing is measured."""
-        if not self._times:
-            return None
-        overall = fmean(t for times in self._times.values() for t in times)
-        means = {kind: fmean(times) for kind, times in self._times.items()}
-        return sum(means.get(point.kind, overall) for point in waiting) / self.jobs
-
     def ended(self, point: Point, seconds: float, waiting: Sequence[Point]) -> None:
         self.done += 1
         self._times.setdefault(point.kind, []).append(seconds)
-        left = self.left(waiting)
+        left = time_left(waiting, self._times, self.jobs)
         told = "" if left is None or not waiting else f"about {duration(left)} left"
         if self._bars is not None:
             self._bars.update(self._bar, completed=self.done, note=told)
@@ -101,7 +128,8 @@ def run_points(
         return
     jobs = min(jobs or 1, len(todo))
     stop = int(os.environ.get(STOP_AFTER) or 0)
-    with terminate_as_interrupt(), AnalysisProgress(len(todo), jobs, quiet) as progress:
+    print(f"Analysis in {store.path}: {outline(points, store, jobs)}", file=sys.stderr, flush=True)
+    with terminate_as_interrupt(), AnalysisProgress(len(todo), jobs, quiet, took=store.seconds()) as progress:
         made = _here(world or World(plan), todo) if jobs == 1 else _in_processes(plan, todo, jobs)
         del world
         gc.collect()

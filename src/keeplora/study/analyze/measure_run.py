@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keeplora.analysis.likeness import linear_cka
+from keeplora.experiment.gradients import starting_gradient, weights_after
 from keeplora.study.analyze.plan import STEPS
 from keeplora.study.analyze.world import World
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.observers import quiet_model
 from keeplora.tuner.persistence import all_updates
 from keeplora.tuner.sampling import batch_size, to_device
-from keeplora.tuner.statistics import task_gradients
+from keeplora.tuner.similarity import gradient_inside
 from keeplora.tuner.targets import Target
-from keeplora.tuner.task import OpenTask
 
 CKA_BATCH = 32
 
@@ -27,24 +26,31 @@ def layers(world: World, task: int) -> dict[str, Any]:
     """Every layer after task ``task`` (from 1): size of its update, feature drift, and the energy of the residual gradient.
 
     ‖ΔW‖/‖W₀‖ of the task and of all up to it; linear CKA between the layer's inputs in the untouched model and now, on the
-    general sets; ‖G (I − P)‖²/‖G‖² of the task's gradient at the weights it found, with what its own A took of that.
+    general sets; ‖G (I − P)‖²/‖G‖² of the task's gradient at the weights it found, with what its own A took of that, and the
+    share of it that lies inside each earlier task's features (`gradient_inside`), where the ledger knows them.
     """
     learner, name = world.learner, world.learner.records[task - 1].name
     records = learner.records[:task]
     sizes = _sizes(world, task)
-    with _weights_of(world, 0):
+    with weights_after(learner, 0):
         start = _pooled(world)
-    with _weights_of(world, task):
+    with weights_after(learner, task):
         now = _pooled(world)
     drift = {t: linear_cka(start[t], now[t]) for t in start}
-    gradient = _residual(world, task) if learner.protects and records[-1].factors else {}
+    taken = learner.protects and records[-1].factors
+    if taken or world.features:
+        data = next(t for t in world.setup.tasks if t.name == name)
+        G = starting_gradient(world.setup, learner, task, world.training_data(data))
+    gradient = _residual(world, task, G) if taken else {}
+    inside = {r.name: gradient_inside(G, world.features[r.name]) for r in records[:-1] if r.name in world.features}
     rows = []
     for t in world.targets:
         rows.append({
             "layer": t.name, "tower": t.tower, "depth": t.depth, "blocks": t.blocks, **sizes[t.name], "cka": drift.get(t.name),
             **gradient.get(t.name, {}),
         })  # fmt: skip
-    return {"task_name": name, "rows": rows, "samples": {name: len(rows) for name, rows in start.items()}}
+    samples = {layer: len(found) for layer, found in start.items()}
+    return {"task_name": name, "rows": rows, "inside": inside, "samples": samples}
 
 
 def undo(world: World, first: str, steps: int) -> dict[str, Any]:
@@ -88,18 +94,6 @@ def _sizes(world: World, task: int) -> dict[str, dict[str, float]]:
                 own = float(delta.norm())
         found[t.name] = {"update": own / base, "total": float(total.norm()) / base if total is not None else 0.0}
     return found
-
-
-@contextlib.contextmanager
-def _weights_of(world: World, task: int) -> Iterator[None]:
-    """The model as it was after so many tasks."""
-    learner = world.learner
-    before = learner.store.snapshot()
-    try:
-        learner.store.restore(all_updates(learner.records[:task]))
-        yield
-    finally:
-        learner.store.restore(before)
 
 
 @torch.no_grad()
@@ -160,18 +154,10 @@ def _batches(world: World) -> Iterator[tuple[Any, Any]]:
                 yield objective, dict(world.family.tokenize(prompts[start : start + CKA_BATCH]))
 
 
-def _residual(world: World, task: int) -> dict[str, dict[str, float]]:
+def _residual(world: World, task: int, G: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Per target: share of the task's gradient energy outside U as the task found it, and what of that its A took."""
-    learner, setup = world.learner, world.setup
+    learner = world.learner
     record = learner.records[task - 1]
-    data = next(t for t in setup.tasks if t.name == record.name)
-    training = setup.config.training.for_task(data.name)
-    objective = world.kind.objective(data)
-    samples = world.training_data(data)
-    world.kind.prepare_head(objective, samples, training)
-    arguments = world.kind.statistics(objective, samples, training, learner.config, setup.config.seed)
-    with _weights_of(world, task - 1):
-        G = task_gradients(learner, OpenTask(data.name, **arguments))
     place = next(i for i, r in enumerate(learner.history) if r is record or r.entry == record.entry)
     found: dict[str, dict[str, float]] = {}
     for t in world.targets:

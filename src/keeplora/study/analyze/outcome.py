@@ -13,6 +13,7 @@ import numpy as np
 from keeplora.analysis import suggest
 from keeplora.analysis.intervals import REPEATS, Resamples, Spread, ends
 from keeplora.analysis.words import read_out
+from keeplora.experiment.similarity import task_similarity
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
 from keeplora.study.analyze.plan import STEPS, AnalysisPlan, Point, label_of, window_name
@@ -41,6 +42,12 @@ def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
             name: {tower: config.for_tower(name, tower) for tower in towers}
             for name in ("energy_weights", "energy_features", "gamma", "r")
         },
+        "learning_rate": world.config.training.learning_rate,
+        "depth": {
+            tower: {"blocks": inside[0].blocks, "targets": len(inside)}
+            for tower in towers
+            if (inside := [t for t in world.targets if t.tower == tower and t.depth is not None])
+        } if config.schedule == "linear" else {},
     }  # fmt: skip
 
 
@@ -66,9 +73,10 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any], wanted: Sequence[Poi
     results["spectra"] = _spectra(found["spectra"])
     results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
     results["undo"] = _undo(found["undo"])
+    results["interference"] = _interference(told["run"], results["layers"])
     results["suggestion"], results["as_it_was"] = None, []
     if told["run"] is None and not missing:
-        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found["spectra"])
+        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found)
     results["seconds"] = round(sum(p["result"].get("seconds", 0.0) for ps in found.values() for p in ps), 1)
     results["words"] = read_out(results)
     atomic_write_json(store.path / "results.json", results)
@@ -138,7 +146,8 @@ def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
                 draws.append(sign * (mine[1] - theirs[1]))
         name = window_name(index)
         gain, loss = np.stack(gain_draws, axis=1), np.stack(loss_draws, axis=1)
-        windows.append(suggest.Window(name, fmean(gains), fmean(losses), gain.mean(1), loss.mean(1)))
+        more, less = (np.take_along_axis(draws, picks, axis=1).mean(1) for draws in (gain, loss))
+        windows.append(suggest.Window(name, fmean(gains), fmean(losses), more, less, len(shared)))
         result = learned[index][shared[0]]
         rows.append({
             "window": index, "name": name, "tasks": [learned[index][t]["task_name"] for t in shared],
@@ -200,30 +209,35 @@ def _spectra(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+# ---- interference ----------------------------------------------------------------------------------------------------
+
+
+def _interference(run: str | None, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`task_similarity` of a run, with the gradients' shares that its points hold; None where they hold none."""
+    inside = {row["task_name"]: row["inside"] for row in layers if row.get("inside")}
+    if run is None or not inside:
+        return None
+    return task_similarity([Path(run)], gradients=lambda *_: inside).to_dict()
+
+
 # ---- suggestion ----------------------------------------------------------------------------------------------------------
 
 
 def _suggestion(
-    results: Mapping[str, Any], windows: Sequence[suggest.Window], spectra: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any], windows: Sequence[suggest.Window], points: Found
 ) -> tuple[dict[str, Any], list[str]]:
     """(Values by the tuner's own names, None where the figures do not tell, with the evidence for each; towers whose ε_w is not
     told and stands beside the others' as it was)."""
     found: dict[str, suggest.Suggestion] = {}
     evidence: dict[str, str] = {}
     towers: dict[str, Any] = {}
-    for curve in results.get("intra") or []:
-        if curve["mode"] != "leading" or curve["part"] == "all":
-            continue
-        # A share of Σσ² is what ε_w is; one of Σσ stands for the share of Σσ² that it keeps, over the layers.
-        share = "share" if results["options"]["by"] == "energy" else "energy"
-        kept = [
-            suggest.Kept(p[share], *(p["general_change"][k] for k in ("mean", "low", "high"))) for p in curve["points"]
-        ]
-        one = suggest.energy_weights(kept)
-        evidence[f"energy_weights.{curve['part']}"] = one.why
-        tower = curve["part"] if curve["part"] in results["towers"] else ""
-        towers[tower] = one.value
     now = results["now"]
+    parts = {p["part"] for p in points["intra"] if p["mode"] == "leading"} - {"all"}
+    for part in sorted(parts):
+        tower = part if part in results["towers"] else ""
+        configured = now["energy_weights"][tower]
+        one = suggest.energy_weights(_curve(points, part, configured, results["options"]["by"]), configured)
+        evidence[f"energy_weights.{part}"], towers[tower] = one.why, one.value
     value: Any = None
     if any(v is not None for v in towers.values()):
         whole = {tower: towers.get(tower) for tower in results["towers"]}
@@ -231,16 +245,25 @@ def _suggestion(
         if "" in value:  # a model of one tower has no name for it
             value = value[""]
     if windows:
-        found["gamma"] = suggest.gamma(windows)
-    if spectra:
-        result = spectra[0]["result"]
+        found["gamma"] = suggest.gamma(windows, list(now["gamma"].values()))
+    rate = None
+    if "gamma" in found and found["gamma"].value is not None and results["depth"]:
+        depth = [(d["blocks"], d["targets"], now["gamma"][tower]) for tower, d in results["depth"].items()]
+        factor, sentence = suggest.same_step(depth, found["gamma"].value)
+        rate = _times(results["learning_rate"], factor)
+        evidence["learning_rate"] = sentence
+    if points["spectra"]:
+        result = points["spectra"][0]["result"]
         shares = {r: [row["captured"][i] for row in result["rows"]] for i, r in enumerate(result["ranks"])}
         found["r"] = suggest.rank(shares, min(now["r"].values()))
         tried = [
             suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
         ]
         found["energy_features"] = suggest.energy_features(
-            tried, int(found["r"].value or max(now["r"].values())), int(result["tasks"])
+            tried,
+            int(found["r"].value or max(now["r"].values())),
+            max(now["energy_features"].values()),
+            int(result["tasks"]),
         )
     evidence |= {key: one.why for key, one in found.items()}
     for key, measured_by in suggest.MEASURED_BY.items():
@@ -248,16 +271,51 @@ def _suggestion(
             evidence[key] = f"{suggest.NOT_MEASURED} by this analysis: {measured_by} does"
     made = {
         "energy_weights": value, **{k: found[k].value if k in found else None for k in ("energy_features", "gamma", "r")},
-        "evidence": evidence,
+        **({} if rate is None else {"learning_rate": rate}), "evidence": evidence,
     }  # fmt: skip
     return made, [tower for tower in results["towers"] if isinstance(value, Mapping) and towers.get(tower) is None]
 
 
+def _times(rate: Any, factor: float) -> Any:
+    """A learning rate, or one per task, times ``factor``, to three digits."""
+    if isinstance(rate, Mapping):
+        return {task: _times(one, factor) for task, one in rate.items()}
+    return float(f"{rate * factor:.3g}")
+
+
+def _curve(points: Found, part: str, configured: float, by: str) -> list[suggest.Kept]:
+    """A tower's points against the whole model, and against the weights cut to the configured ε_w."""
+    # A share of Σσ² is what ε_w is; one of Σσ stands for the share of Σσ² that it keeps, over the layers.
+    mine = [p for p in points["intra"] if p["part"] == part and p["mode"] == "leading"]
+    energy = {p["share"]: p["share"] if by == "energy" else p["result"]["energy"] for p in mine}
+    base = points["untouched"][0]["result"]["general"]
+    draws = Resamples({name: len(values) for name, values in base.items()})
+    # Where the configured share itself was not measured, the next above it, which keeps no less, stands for it.
+    above = [p for p in mine if energy[p["share"]] >= configured - 1e-3]
+    stand = min(above, key=lambda p: energy[p["share"]], default=None)
+    rows = []
+    for p in mine:
+        scores = p["result"]["general"]
+        more = stand is not None and energy[p["share"]] > energy[stand["share"]]
+        over = draws.difference(scores, stand["result"]["general"]) if stand is not None and more else None
+        rows.append(
+            suggest.Kept(
+                energy[p["share"]],
+                suggest.Change(*draws.difference(scores, base)[:3]),
+                over and suggest.Change(*over[:3]),
+            )
+        )
+    return rows
+
+
 def _write_suggestion(path: Path, results: Mapping[str, Any]) -> None:
     made = results["suggestion"]
-    tuner = {key: value for key, value in made.items() if key != "evidence" and value is not None}
+    settings = {key: value for key, value in made.items() if key not in ("evidence", "learning_rate")}
+    rate = made.get("learning_rate")
     atomic_write_text(path, dump_yaml({
         "format": "keeplora-suggestion", "version": 0, "model": results["model"], "of": results["label"],
-        "tuner": tuner, "not_told": [k for k, v in made.items() if v is None], "evidence": made["evidence"],
+        "tuner": {key: value for key, value in settings.items() if value is not None},
+        **({} if rate is None else {"training": {"learning_rate": rate}}),
+        "not_told": [key for key, value in settings.items() if value is None], "evidence": made["evidence"],
         "data": results["note"],
     }))  # fmt: skip

@@ -131,17 +131,27 @@ def check_what(words: Sequence[str], choices: Sequence[str], where: str) -> list
     return [word for word in choices if word in words] or list(choices)
 
 
-def intra_points(targets: Sequence[Target], shares: Sequence[float], parts: Sequence[str] | None = None) -> list[Point]:
-    """The spectrum: each part's weights from their leading components, and without them."""
+def intra_points(
+    targets: Sequence[Target], shares: Sequence[float], parts: Sequence[str] | None = None,
+    configured: Mapping[str, float] | None = None,
+) -> list[Point]:  # fmt: skip
+    """The spectrum: each part's weights from their leading components, and without them.
+
+    Args:
+        configured: ε_w per tower: a share that each tower's leading components are tried at as well, for what is suggested in its
+            place must be better than it.
+    """
     there = parts_of(targets)
     for part in parts or ():
         if part not in (*there, "all"):
             raise ConfigError(f"--parts: no tower is named {part!r}{did_you_mean(part, [*there, 'all'])}")
     points = [Point("untouched")]
     for part in parts or there:
+        own = [] if part == "all" else [v for tower, v in (configured or {}).items() if (tower or "model") == part]
         for mode in ("leading", "without"):
             # Nothing dropped, and everything kept, is the model itself: told by one point, and checked by one.
-            for share in [s for s in check_shares(shares) if s > 0 or mode == "leading"]:
+            grid = check_shares([*shares, *own] if mode == "leading" else shares)
+            for share in [s for s in grid if s > 0 or mode == "leading"]:
                 points.append(Point("intra", {"part": part, "mode": mode, "share": share}))
     return points
 

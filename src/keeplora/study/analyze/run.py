@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.run_directory import RunDirectory
-from keeplora.study.analyze.execute import run_points
+from keeplora.study.analyze.execute import outline, run_points
 from keeplora.study.analyze.outcome import about, conclude
 from keeplora.study.analyze.plan import (
     INTER,
@@ -41,9 +41,13 @@ class Analysis(NamedTuple):
 
 def analyze(
     plan: AnalysisPlan, points: Callable[[World], Sequence[Point]], *, jobs: int | None = None, quiet: bool | None = None,
-    world: World | None = None,
+    world: World | None = None, dry: Callable[[str], None] | None = None,
 ) -> Analysis:  # fmt: skip
     """Measure what the folder lacks of ``points``, then write results, suggestion and page of them, and of what else it has.
+
+    Args:
+        points: of the opened model, what is wanted. dry: called with what would be measured and how long it takes (`outline`), in
+            place of measuring and writing anything.
 
     Raises:
         KeepLoraError: the folder holds another analysis, or another process writes to it.
@@ -51,6 +55,11 @@ def analyze(
     """
     world = world or World(plan)
     wanted, told, identity = list(points(world)), about(plan, world), world.identity()
+    if dry is not None:
+        store = AnalysisStore(plan.output)
+        store.check(identity)
+        dry(outline(wanted, store, jobs or 1))
+        return Analysis({}, plan.output)
     if jobs is not None and jobs > 1:
         world = None  # every process opens its own
     with AnalysisStore(plan.output).writing(identity) as store:
@@ -76,7 +85,7 @@ def intra(
     plan: AnalysisPlan, *, shares: Sequence[float] = SHARES, parts: Sequence[str] | None = None, **how: Any
 ) -> Analysis:
     """The spectrum: `intra_points` of the untouched model."""
-    return analyze(plan, lambda world: intra_points(world.targets, shares, parts), **how)
+    return analyze(plan, lambda world: intra_points(world.targets, shares, parts, world.configured_energies), **how)
 
 
 def inter(plan: AnalysisPlan, *, what: Sequence[str] = (), **how: Any) -> Analysis:

@@ -11,11 +11,12 @@ from typing import Any
 from keeplora.errors import KeepLoraError, reason
 from keeplora.experiment.folder_lock import FolderLock
 from keeplora.files import atomic_write_json, sweep
-from keeplora.json_text import read_json
+from keeplora.json_text import read_object
 from keeplora.study.analyze.plan import Point
 
 FORMAT = "keeplora-analysis"
 VERSION = 0
+REMEDY = "delete it and repeat the command"
 
 
 class AnalysisStore:
@@ -34,16 +35,8 @@ class AnalysisStore:
         Raises:
             KeepLoraError: it holds an analysis of something else, other files, or another process writes to it.
         """
-        identity = json.loads(json.dumps(identity))  # as it will be read again: a tuple is a list
-        found = self.identity()
-        if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
-            raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
-        if found is not None and found != identity:
-            other = [key for key in sorted({**found, **identity}) if found.get(key) != identity.get(key)]
-            told = ", ".join(f"{k} {_short(found.get(k))} (now {_short(identity.get(k))})" for k in other[:3])
-            raise KeepLoraError(
-                f"{self.path} holds the analysis of another model, other data or other options: {told}; choose another --output"
-            )
+        found = self.check(identity)
+        identity = _read_again(identity)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
@@ -54,6 +47,23 @@ class AnalysisStore:
         if found is None:
             atomic_write_json(self.path / "analysis.json", {"format": FORMAT, "version": VERSION, "identity": identity})
         return self
+
+    def check(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the folder's analysis is of, None where it is to be made; refused where it is not of ``identity``.
+
+        Raises:
+            KeepLoraError: it holds an analysis of something else, or other files.
+        """
+        identity, found = _read_again(identity), self.identity()
+        if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
+            raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
+        if found is not None and found != identity:
+            other = [key for key in sorted({**found, **identity}) if found.get(key) != identity.get(key)]
+            told = ", ".join(f"{k} {_short(found.get(k))} (now {_short(identity.get(k))})" for k in other[:3])
+            raise KeepLoraError(
+                f"{self.path} holds the analysis of another model, other data or other options: {told}; choose another --output"
+            )
+        return found
 
     def __enter__(self) -> AnalysisStore:
         return self
@@ -67,7 +77,7 @@ class AnalysisStore:
 
     def identity(self) -> dict[str, Any] | None:
         """What the folder's analysis is of; None where there is none."""
-        value = self._read(self.path / "analysis.json")
+        value = read_object(self.path / "analysis.json", REMEDY)
         if value is None:
             return None
         if value.get("format") != FORMAT or not isinstance(value.get("identity"), dict):
@@ -94,29 +104,28 @@ class AnalysisStore:
         names, kinds = {point.name for point in wanted or ()}, {point.kind for point in wanted or ()}
         found = []
         for file in sorted((self.path / "points").glob("*.json")):
-            value = self._read(file)
+            value = read_object(file, REMEDY)
             if value is None or not isinstance(value.get("result"), dict) or "kind" not in value:
-                raise KeepLoraError(f"{file} is damaged: it holds no measured point; delete it and repeat the command")
+                raise KeepLoraError(f"{file} is damaged: it holds no measured point; {REMEDY}")
             if value["kind"] not in kinds or file.stem in names:
                 found.append(value)
+        return found
+
+    def seconds(self) -> dict[str, list[float]]:
+        """How long each kind of point took, of those that are there."""
+        found: dict[str, list[float]] = {}
+        for value in self.points():
+            if isinstance(took := value["result"].get("seconds"), int | float):
+                found.setdefault(value["kind"], []).append(float(took))
         return found
 
     def _file(self, point: Point) -> Path:
         return self.path / "points" / f"{point.name}.json"
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            value = read_json(path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise KeepLoraError(f"{path} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
-            raise KeepLoraError(f"{path} is damaged ({error}); delete it and repeat the command") from None
-        if not isinstance(value, dict):
-            raise KeepLoraError(f"{path} is damaged: it holds no object; delete it and repeat the command")
-        return value
+
+def _read_again(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read from the file: a tuple is a list."""
+    return json.loads(json.dumps(identity))
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from keeplora.data.streams import SampleStream
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.evaluation.scorers import JUDGED
 from keeplora.experiment.config import load_config
+from keeplora.experiment.gradients import limited_training
+from keeplora.experiment.ledgers import LedgerPlace
 from keeplora.experiment.setup import Setup, data_folder, prepare
 from keeplora.methods import method_names
 from keeplora.study.analyze.plan import HELD_OUT, AnalysisPlan
 from keeplora.tuner import ContinualLearner, ranks
 from keeplora.tuner.quantised import quantisation
+from keeplora.tuner.similarity import TaskFeatures, ledger_features
 from keeplora.tuner.targets import Target
 
 SPECTRA_BYTES = 4 << 30
@@ -80,9 +83,22 @@ class World:
 
     def training_data(self, task: Any) -> Any:
         """The task's training set as the model reads it, no more of it than the limit."""
-        if isinstance(task.train, SampleStream) or self.plan.limit is None or len(task.train) <= self.plan.limit:
-            return self.setup.sets[task.name].train
-        return self.kind.sets(replace(task, train=self.limited(task.train))).train
+        return limited_training(self.setup, task, self.plan.limit, self.plan.seed)
+
+    @property
+    def configured_energies(self) -> dict[str, float]:
+        """ε_w of every tower, where shares are of Σσ², as ε_w is."""
+        if self.plan.by != "energy":
+            return {}
+        config = self.setup.tuner_config()
+        return {t: float(config.for_tower("energy_weights", t)) for t in dict.fromkeys(t.tower for t in self.targets)}
+
+    @cached_property
+    def features(self) -> dict[str, TaskFeatures]:
+        """What a run's ledger knows of its tasks' features; nothing where its method keeps no subspaces."""
+        if self.plan.run is None or not self.learner.protects:
+            return {}
+        return ledger_features(LedgerPlace.open(self.plan.run).ledger)
 
     def _specific(self, task: Any) -> Any:
         if self.plan.run is not None:
