@@ -8,7 +8,8 @@ import pytest
 
 from keeplora.report.boundary_plot import plot_boundary
 from keeplora.report.drift_plot import plot_drift
-from keeplora.report.similarity_plot import plot_similarity
+from keeplora.report.similarity_plot import AXES, plot_similarity
+from keeplora.tuner.similarity import PREDICTORS
 
 KEYS = ("relative", "moved", "overlap", "largest_angle", "weight_angle", "a_in_b", "b_in_a", "moved_in_a")
 
@@ -42,6 +43,10 @@ def test_predictors_have_axes_with_units_and_runs_go_by_their_methods(tmp_path, 
         assert words in text
     assert "kpp-o1" not in text
     assert "other" in text  # without a title, the folder's name
+
+
+def test_every_predictor_has_an_axis_in_words():
+    assert set(AXES) == set(PREDICTORS)
 
 
 def test_the_legend_of_the_boundary_lies_below_its_panels(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ COLOURS = (0, 1, 3, 5, 4, 6, 2, 7)
 AXES = {
     "overlap": "overlap of the two subspaces, share",
     "energy": "energy of the later task inside\nthe earlier one's subspace, share",
+    "gradient": "energy of the later gradient inside\nthe earlier subspace, share",
     "update": "later update on the earlier task's\nfeatures, ‖ΔW x‖² per ‖x‖²",
     "size": "size of the later update, ‖ΔW‖²",
 }
