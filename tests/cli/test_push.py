@@ -76,7 +76,7 @@ def test_what_is_refused_is_one_sentence(hub, world, cli, words, says):
 def test_no_run(hub, cli, tmp_path):
     answer = cli("push", tmp_path, "me/three")
     assert (answer.code, answer.out) == (1, "")
-    assert "ledger.json is missing" in answer.err
+    assert "holds no run and no ledger; give the folder that a run or save_pretrained wrote" in answer.err
 
 
 def test_offline(hub, world, cli, monkeypatch):
