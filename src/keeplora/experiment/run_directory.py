@@ -30,8 +30,8 @@ from keeplora.files import (
 )
 from keeplora.json_text import MAX_BYTES, parse_json, read_object
 from keeplora.report.run_files import check_shape, remedy
+from keeplora.retired import without_retired
 from keeplora.transfer import refuse_address
-from keeplora.tuner.config import without_retired
 from keeplora.yaml_text import dump_yaml, read_yaml
 
 FORMAT = "keeplora-run"
@@ -119,19 +119,15 @@ class RunDirectory:
         KeepLoraError
             The folder holds a run or other files, is a file, cannot be made, or another process writes to it.
         """
-        refuse_address(path, "a run directory")
+        cls.check_new(path)  # before locking, so that no lock file appears in a folder of someone else's
         run = cls(path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise KeepLoraError(f"{run.path} is a file; {_ANOTHER}") from None
         except OSError as error:
             raise KeepLoraError(f"{run.path} cannot be made: {reason(error)}; {_ANOTHER}") from None
-        # Look before locking, so that no lock file appears in a folder of someone else's; look again under the lock.
-        run._refuse_contents()
         run._acquire()
         try:
-            run._refuse_contents()
+            run._refuse_contents()  # again, now that nobody else can fill it
             sweep(run.path)
             atomic_write_json(
                 run.status_path,

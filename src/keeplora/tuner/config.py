@@ -23,9 +23,6 @@ CHOICES = (
 )
 """Fields that take one of a few words: the field, what such a word is called, and the words."""
 
-RETIRED = {"energy_before": 0.0}
-"""Fields that there are no more, with the value under which they changed nothing."""
-
 SKETCH_NEEDS_FEATURES = (
     "residual_gradient: sketch never holds a whole gradient, which memory: gradients (M8g) protects; set memory: features "
     "(the presets that end in -features), or residual_gradient: auto"
@@ -224,6 +221,16 @@ class KeepLoraConfig:
             return list(value.values())
         return [value]
 
+    def refuse_choices_of_A(self, method: str) -> None:
+        """Refuse settings that say how A is taken from the residual gradient, for a ``method`` that takes it from elsewhere."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in ("rank_allocation", "refresh_factor", "energy_general"):
+            if any(value != defaults[name] for value in self.values_of(name)):
+                raise ConfigError(
+                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
+                    f"{method} has another; leave it at {defaults[name]}"
+                )
+
     def _check(self, name: str, valid: Any, rule: str) -> None:
         for value in self.values_of(name):
             if not valid(value):
@@ -266,15 +273,6 @@ class KeepLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `KeepLoraConfig(**d)` gives the same config back."""
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(self).items()}
-
-
-def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings without the fields that there are no more and that changed nothing: ledgers and runs that have them open.
-
-    >>> without_retired({"r": 8, "energy_before": 0.0}), without_retired({"energy_before": 0.5})
-    ({'r': 8}, {'energy_before': 0.5})
-    """
-    return {key: value for key, value in values.items() if key not in RETIRED or value != RETIRED[key]}
 
 
 def _is_number(value: Any) -> bool:

@@ -18,10 +18,11 @@ from keeplora.errors import KeepLoraError, LedgerError, TargetError
 from keeplora.files import atomic_dir, atomic_write_json
 from keeplora.hub import local_folder
 from keeplora.math import Subspace
+from keeplora.retired import without_retired
 from keeplora.tuner.adapter import Factors, concatenate
 from keeplora.tuner.basis import check_values, in_force
 from keeplora.tuner.chain import TASK
-from keeplora.tuner.config import KeepLoraConfig, without_retired
+from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.ledger import Ledger, TaskRecord, slug
 from keeplora.tuner.ledger_files import no_ledger
 from keeplora.tuner.quantised import quantisation
