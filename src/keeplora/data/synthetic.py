@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,12 +32,6 @@ def dead_leaves(index: int, *, seed: int = 0, side: int = SIDE) -> Image.Image:
         else:
             picture.paste(palette[rng.integers(len(palette))], mask=leaf)
     return picture
-
-
-@lru_cache(maxsize=1)
-def all_dead_leaves(count: int, *, seed: int = 0, side: int = SIDE) -> tuple[Image.Image, ...]:
-    """The first ``count`` of them, kept: 77 KB each at the usual size."""
-    return tuple(dead_leaves(index, seed=seed, side=side) for index in range(count))
 
 
 def drifting(picture: Image.Image, frames: int) -> list[Image.Image]:

@@ -116,8 +116,7 @@ def _new_learner(setup: Setup) -> ContinualLearner:
         setup.family.model, setup.tuner_config(), base_name=setup.config.model.name,
         base_revision=setup.config.model.revision,
     )  # fmt: skip
-    if learner.config.max_basis_bytes is not None:
-        check_budget(learner.U, learner.config)
+    check_budget(learner)
     return learner
 
 

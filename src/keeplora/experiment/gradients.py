@@ -43,18 +43,20 @@ def limited_training(setup: Setup, task: Any, limit: int | None, seed: int) -> A
     return setup.kind.sets(replace(task, train=spread(task.train, limit, seed))).train
 
 
-def starting_gradient(setup: Setup, learner: ContinualLearner, number: int, samples: Any) -> dict[str, Tensor]:
+def starting_gradient(
+    setup: Setup, learner: ContinualLearner, number: int, task: Any, samples: Any
+) -> dict[str, Tensor]:
     """G (M2) of the learner's task ``number`` (from 1) at the weights that it found: per target (out, in), on the model's device.
 
     Args:
-        samples: of that task, `limited_training`'s. They are gone through whole, whatever ``statistics_tolerance`` says.
+        task: its data. samples: of it, `limited_training`'s. They are gone through whole, whatever ``statistics_tolerance`` says.
     """
-    name = learner.records[number - 1].name
-    task = next(t for t in setup.tasks if t.name == name)
-    training = setup.config.training.for_task(name)
+    training = setup.config.training.for_task(task.name)
     objective = setup.kind.objective(task)
     setup.kind.prepare_head(objective, samples, training)
-    opened = OpenTask(name, **setup.kind.statistics(objective, samples, training, learner.config, setup.config.seed))
+    opened = OpenTask(
+        task.name, **setup.kind.statistics(objective, samples, training, learner.config, setup.config.seed)
+    )
     with weights_after(learner, number - 1):
         return collect_gradients(
             learner.model,
@@ -92,6 +94,6 @@ def gradients_inside(
         for j, later in enumerate(names[1:], start=1):
             on_task(later)
             task = next(t for t in setup.tasks if t.name == later)
-            G = starting_gradient(setup, learner, j + 1, limited_training(setup, task, limit, seed))
+            G = starting_gradient(setup, learner, j + 1, task, limited_training(setup, task, limit, seed))
             found[later] = {i: gradient_inside(G, features[i], energy) for i in names[:j] if i in features}
     return found

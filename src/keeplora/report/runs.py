@@ -131,12 +131,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What config.yaml says of how the run learns (`own_settings`); empty where it cannot be read."""
+        """What config.yaml says of how the run learns (`learning_settings`); empty where it cannot be read."""
         try:
             value, _ = parse_yaml(self.config, str(self.path / "config.yaml"))
         except KeepLoraError:
             return {}
-        return own_settings(value) if isinstance(value, dict) else {}
+        return learning_settings(value) if isinstance(value, dict) else {}
 
     def column(self, name: str) -> list[float | None]:
         """Accuracy or score on task or probe ``name`` at each finished moment, row 0 first; empty where it is not in the run."""
@@ -154,10 +154,10 @@ NOT_SETTINGS = (
 """Keys of a configuration that say which run it is, on what and where, not how it learns."""
 
 
-def own_settings(config: Mapping[str, Any]) -> dict[str, str]:
+def learning_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """How a configuration learns, as dotted keys and texts.
 
-    >>> own_settings({"seed": 3, "tuner": {"r": 8, "rank_budget": None}})
+    >>> learning_settings({"seed": 3, "tuner": {"r": 8, "rank_budget": None}})
     {'tuner.r': '8', 'tuner.rank_budget': '–'}
     """
     return _flat({key: value for key, value in config.items() if key not in NOT_SETTINGS})

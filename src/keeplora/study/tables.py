@@ -24,7 +24,7 @@ from keeplora.evaluation.stats import (
 )
 from keeplora.report.compare import untouched
 from keeplora.report.kinds import CLASSIFICATION, Kind
-from keeplora.report.runs import own_settings
+from keeplora.report.runs import learning_settings
 from keeplora.report.study_data import (
     Difference,
     Key,
@@ -221,7 +221,7 @@ def settings_of(configs: Sequence[tuple[StudyCell, Mapping[str, Any]]], methods:
     by_method: dict[str, dict[str, dict[str, int]]] = {}
     for cell, config in configs:
         mine = by_method.setdefault(cell.method, {})
-        for key, text in own_settings(config).items():
+        for key, text in learning_settings(config).items():
             counts = mine.setdefault(key, {})
             counts[text] = counts.get(text, 0) + 1
     notes = []

@@ -27,10 +27,10 @@ class Inspection(TaskHistory):
         """Itself, as what it is whole."""
         return cast("ContinualLearner", self)
 
-    def feature_energy(self, name: str, field: str = "energy_features") -> float:
-        """ε_f of a target, or what another field of shares says of its tower."""
+    def feature_energy(self, name: str) -> float:
+        """ε_f of a target."""
         tower = next(t.tower for t in self.targets if t.name == name)
-        return float(self.config.for_tower(field, tower))
+        return float(self.config.for_tower("energy_features", tower))
 
     def summary(self) -> str:
         """Targets by tower and depth with scales, ranks and dimensions used; shown as a table in an interactive session."""

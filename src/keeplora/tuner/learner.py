@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from keeplora.errors import ConfigError, KeepLoraError
+from keeplora.errors import KeepLoraError
 from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
@@ -80,7 +80,8 @@ class ContinualLearner(Inspection):
         self.config = config
         self.base_name, self.base_revision = base_name, base_revision
         self.options = make_options(self.Options, config.options)
-        self._check_choice_of_A()
+        if (type(self)._initial_A, type(self)._attach) != (ContinualLearner._initial_A, ContinualLearner._attach):
+            config.refuse_choices_of_A(type(self).__name__)
         self.targets: list[Target] = resolve_targets(model, config)
         self.free = FreeModules(model, config, self.targets)
         self.store = self._make_store()
@@ -91,19 +92,8 @@ class ContinualLearner(Inspection):
 
     def keep_in(self, ledger: str | Path) -> None:
         """Make a new ledger in the folder ``ledger``, and write every task into it from here on."""
-        check_budget(self.U, self.config)
+        check_budget(self)
         ranks.first("making the ledger", lambda: self._write_to(create_ledger(self, ledger)))
-
-    def _check_choice_of_A(self) -> None:
-        """Refuse settings that say how A is taken from the residual gradient, where a method takes it from elsewhere."""
-        if type(self)._initial_A is ContinualLearner._initial_A and type(self)._attach is ContinualLearner._attach:
-            return
-        for name, default in (("rank_allocation", "uniform"), ("refresh_factor", False), ("energy_general", 0.0)):
-            if any(value != default for value in self.config.values_of(name)):
-                raise ConfigError(
-                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
-                    f"{type(self).__name__} has another; leave it at {default}"
-                )
 
     # ---- the state of the method -------------------------------------------------------------------------------
 
@@ -178,8 +168,7 @@ class ContinualLearner(Inspection):
         self._require_none_open()
         if any(record.name == name for record in self.records):
             raise KeepLoraError(f"a task named {name!r} was learned already: choose another name")
-        if self.config.max_basis_bytes is not None:
-            check_budget(self.U, self.config)
+        check_budget(self)
         if self.protects and (feature_batches is None or self.config.memory == "gradients"):
             check_repeatable(batches, f"task {name!r}: batches")
         frozen = frozen_targets(self, name)

@@ -20,8 +20,6 @@ from keeplora.tuner.convergence import Matrix, explained, growth
 from keeplora.tuner.stored import opened
 
 if TYPE_CHECKING:
-    from keeplora.tuner.basis import Bases
-    from keeplora.tuner.config import KeepLoraConfig
     from keeplora.tuner.learner import ContinualLearner
     from keeplora.tuner.ledger import TaskRecord
 
@@ -197,12 +195,13 @@ def _distance(a: Factors | Tensor, b: Factors | Tensor) -> float:
     return float((a - b).norm()) / max(float(b.norm()), 1e-30)
 
 
-def check_budget(U: Bases, config: KeepLoraConfig) -> None:
+def check_budget(learner: ContinualLearner) -> None:
     """`ConfigError` if what is never dropped is over the budget: U₀, which protects the pretrained knowledge, and directions
     of records that do not say what each is worth (format v0)."""
-    budget = config.max_basis_bytes
+    budget = learner.config.max_basis_bytes
     if budget is None:
         return
+    U = learner.U
     start, dims, needed = U.start_dims(), U.dims(), 0
     for name, (n, p) in start.items():
         fixed = p + int((U.in_force(name) & ~_valued(U.records, name)).sum())

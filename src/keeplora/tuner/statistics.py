@@ -63,7 +63,7 @@ def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subsp
     not reach is left to U. Nothing is carried to the next task but through A.
     """
     U = learner.U
-    share = {t.name: learner.feature_energy(t.name, "energy_general") for t in learner.targets}
+    share = {t.name: learner.config.for_tower("energy_general", t.tower) for t in learner.targets}
     asked = [t for t in learner.targets if t.name not in task.frozen and share[t.name] > 0]
     if not asked:
         return U.subspace

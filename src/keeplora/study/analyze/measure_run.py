@@ -40,7 +40,7 @@ def layers(world: World, task: int) -> dict[str, Any]:
     taken = learner.protects and records[-1].factors
     if taken or world.features:
         data = next(t for t in world.setup.tasks if t.name == name)
-        G = starting_gradient(world.setup, learner, task, world.training_data(data))
+        G = starting_gradient(world.setup, learner, task, data, world.training_data(data))
     gradient = _residual(world, task, G) if taken else {}
     inside = {r.name: gradient_inside(G, world.features[r.name]) for r in records[:-1] if r.name in world.features}
     rows = []
