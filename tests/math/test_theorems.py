@@ -77,6 +77,28 @@ def test_one_sgd_step_on_B_moves_the_weight_by_the_gradient_projected_on_A(
     assert U.shape[1] == 0 or float((change @ U.double()).abs().max()) <= 1e-6 * max(1.0, float(change.norm()))
 
 
+@COSTLY
+@given(st.data(), st.floats(0.1, 4), st.sampled_from(["AdamW", "SGD"]))
+def test_where_B_starts_changes_nothing_if_it_is_taken_off_W(data: st.DataObject, s: float, optimiser: str) -> None:
+    """M5: A is frozen, so W − s B₀ A with B₀ and W with zero are one function of B − B₀, and train alike."""
+    n_out, n_in = data.draw(shapes(8))
+    rng = generator(data.draw(seeds))
+    W = torch.randn(n_out, n_in, generator=rng, dtype=torch.float64)
+    x, y = (torch.randn(16, n, generator=rng, dtype=torch.float64) for n in (n_in, n_out))
+    A = residual_factor(torch.randn(n_out, n_in, generator=rng), torch.zeros(n_in, 0), 3).double()
+    ends = []
+    for start in (torch.zeros(n_out, len(A)).double(), torch.randn(n_out, len(A), generator=rng, dtype=torch.float64)):
+        B, rest = nn.Parameter(start.clone()), W - s * start @ A
+        steps = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}[optimiser]([B], lr=0.01, weight_decay=0.0)
+        for _ in range(20):
+            steps.zero_grad()
+            ((x @ (rest + s * B @ A).T).tanh() - y).square().mean().backward()
+            steps.step()
+        ends.append((rest + s * B @ A).detach())
+    assert float((ends[0] - W).norm()) > 1e-4
+    assert torch.allclose(ends[0], ends[1], rtol=1e-6, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------ Prop 3.2
 
 
