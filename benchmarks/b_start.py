@@ -31,7 +31,7 @@ from keeplora.experiment import Experiment, load_config
 from keeplora.methods import get_method, method_names, register
 from keeplora.tuner import ContinualLearner
 from keeplora.tuner.options import option
-from keeplora.tuner.statistics import residual_gradients
+from keeplora.tuner.statistics import task_gradients
 from keeplora.tuner.task import OpenTask
 
 BASE = "keeplora++"
@@ -63,7 +63,7 @@ class FromGradient(ContinualLearner):
         """Per target that is adapted, where its B₀ points, (out, r')."""
         assert task.adapter is not None
         A = task.adapter.A0
-        G = residual_gradients(self, task, list(task.adapter.targets.values()))
+        G = task_gradients(self, task)
         return {name: -G[name].to(torch.float32).cpu() @ A[name].T for name in A}
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TUNER = {"energy_before": 0.0}
+TUNER = {
+    "energy_before": 0.0, "rank_allocation": "uniform", "energy_allocation": "uniform", "refresh_factor": False,
+    "trim_tolerance": None,
+}  # fmt: skip
 """Fields of the tuner, with the value under which they changed nothing."""
 
 

@@ -14,6 +14,7 @@ from keeplora.experiment.pictures import Collate, DrawnPictures, loader
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import prepare
 from keeplora.models import load_model
+from keeplora.retired import TUNER
 from keeplora.tuner import ContinualLearner
 from keeplora.tuner.ledger import Ledger
 from keeplora.tuner.passes import collect_features
@@ -78,7 +79,7 @@ def test_a_saved_run_with_a_setting_that_is_gone_opens_where_it_changed_nothing(
     assert "energy_before" in config.read_text()
     assert load_config(RunDirectory(run).read_config()).tuner.energy_general == 0.0
     ledger = Ledger.open(run / "ledger")
-    ledger.head["config"]["energy_before"] = 0.0
+    ledger.head["config"] |= TUNER
     assert ledger_config(ledger).energy_general == 0.0
     ledger.head["config"]["energy_before"] = 0.5
     with pytest.raises(LedgerError, match="energy_before"):

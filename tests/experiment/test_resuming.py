@@ -74,16 +74,6 @@ def assert_same(path: Path, straight: Path) -> None:
 CASES: list[tuple[str, dict[str, Any], int, str]] = [
     ("keeplora++", {}, PAINT + 3, "kill"),  # at the end of the first epoch
     ("keeplora++", {"tuner": {"residual_gradient": "sketch", "sketch_oversampling": 2}}, PAINT + 5, "kill"),
-    (
-        "keeplora++",
-        {"tuner": {"rank_allocation": "gain", "energy_allocation": "pooled", "schedule": "measured"}},
-        PAINT + 5,
-        "kill",
-    ),
-    ("keeplora++", {"tuner": {"energy_general": 0.5}}, PAINT + 5, "kill"),
-    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "kill"),  # a step before A's second half
-    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 5, "kill"),  # behind it
-    ("keeplora++", {"tuner": {"refresh_factor": True}}, PAINT + 3, "term"),  # at it
     ("keeplora++-cls", {}, PAINT + 5, "kill"),
     ("keeplora++-cls", VALIDATED, 8, "term"),
     ("lora", VALIDATED, 9 + 5, "int"),

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from keeplora.errors import KeepLoraError, TrainingError
-from keeplora.experiment import training as training_module
 from keeplora.experiment.config import load_config
 from keeplora.experiment.device import Precision
 from keeplora.experiment.objective import TaskObjective
@@ -87,9 +86,6 @@ class Hooks:
 
     def largest_update(self):
         return self.largest
-
-    def midway(self):
-        return []
 
     def after_step(self):
         pass
@@ -409,46 +405,6 @@ def test_an_update_that_outgrows_its_weights_is_told_once():
     assert done.text.count(line) == 1
     assert done.text.count("has grown") == 1
     assert hooks.asked == 2  # at the end of each epoch, until it was told
-
-
-@pytest.mark.parametrize(("epochs", "size", "half"), [(2, 8, 3), (3, 8, 5), (1, 20, None), (1, 10, 1)])
-def test_a_methods_midway_comes_once_after_half_of_the_steps_and_the_optimiser_forgets(monkeypatch, epochs, size, half):
-    optimizers: list[torch.optim.Optimizer] = []
-    make = training_module.make_optimizer
-    monkeypatch.setattr(
-        training_module, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1]
-    )
-
-    class Halved(Hooks):
-        def __init__(self):
-            self.steps, self.at, self.rates, self.ages = 0, [], [], []
-
-        def after_step(self):
-            self.steps += 1
-            state, group = optimizers[-1].state[self.model.weight], optimizers[-1].param_groups[0]
-            self.ages.append(int(state["step"]))
-            self.rates.append(group["lr"])
-
-        def midway(self):
-            self.at.append(self.steps)
-            return self.forget(self.model.weight)
-
-        def forget(self, weight):
-            return [weight]
-
-    class Remembering(Halved):
-        def forget(self, weight):
-            return []
-
-    done, plain = (run(hooks=kind(), epochs=epochs, batch_size=size) for kind in (Halved, Remembering))
-    total = done.hooks.steps
-    if half is None:
-        assert (total, done.hooks.at) == (1, [])
-        return
-    assert done.hooks.at == [half]
-    assert done.hooks.ages == [*range(1, half + 1), *range(1, total - half + 1)]
-    assert plain.hooks.ages == [*range(1, total + 1)]
-    assert done.hooks.rates == plain.hooks.rates
 
 
 # ---- a GPU whose memory is full ------------------------------------------------------------------------------------------

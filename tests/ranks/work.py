@@ -36,7 +36,7 @@ class Shares:
             yield torch.stack([self.data.x[j] for j in chosen]), torch.tensor([self.data.labels[j] for j in chosen])
 
 
-def train_whole(model: nn.Module, data: Samples, steps: int = 6, learner: ContinualLearner | None = None) -> None:
+def train_whole(model: nn.Module, data: Samples, steps: int = 6) -> None:
     """Full-batch training, each rank on its part, gradients averaged by DDP; the part's loss is weighted so that their mean
     over the ranks is the mean over the samples."""
     rank, size = ranks.rank(), ranks.size()
@@ -47,13 +47,10 @@ def train_whole(model: nn.Module, data: Samples, steps: int = 6, learner: Contin
         parameters, lr=0.3, momentum=0.9
     )  # AdamW would blow rounding of a zero gradient up to a step
     x, labels = data.x[rank::size], torch.tensor(data.labels)[rank::size]
-    for i in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         (per_sample(wrapped, (x, labels)).sum() * size / len(data)).backward()
         optimizer.step()
-        if learner is not None and 2 * (i + 1) == steps:
-            for p in learner.midway():
-                optimizer.state.pop(p, None)
 
 
 def told(learner: ContinualLearner) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def two_tasks(folder: str, feed: str = "loader", **settings: Any) -> dict[str, A
         batches = feeding(feed, data)
         general = DataLoader(Samples(13, seed=9), batch_size=BATCH) if settings.get("energy_general") else None
         with learner.task(f"task {task}", batches, per_sample if task else loss_fn, general_batches=general) as model:
-            train_whole(model, data, learner=learner)
+            train_whole(model, data)
     return told(learner)
 
 

@@ -269,6 +269,25 @@ def test_the_studies_of_this_repository_can_be_run() -> None:
         assert made.keep_ledgers is False
 
 
+def test_every_variants_targets_are_in_the_model_that_it_adapts(tmp_path: Path) -> None:
+    """The suites' model, tiny: its modules have the same names."""
+    from keeplora import KeepLoraConfig
+    from keeplora.models import load_model
+    from keeplora.tuner.targets import resolve_targets
+    from tests.docs.documents import ROOT
+    from tests.models.tiny import make_tiny
+
+    model, found = load_model(str(make_tiny("embedded", tmp_path / "model"))).model, {}
+    for file in sorted((ROOT / "studies").glob("*.yaml")):
+        for name, variant in read_study(file)[0].get("variants", {}).items():
+            if (modules := variant.get("tuner", {}).get("target_modules")) is not None:
+                found[name] = {t.name for t in resolve_targets(model, KeepLoraConfig(target_modules=modules))}
+    attention = found["vision tower"] | found["text tower"]
+    assert not found["vision tower"] & found["text tower"]
+    assert found["q and v"] < attention < found["all linears"]
+    assert len(found["all linears"]) * 2 == len(attention) * 3  # and two of each block's MLP
+
+
 def test_parsing_of_what_yaml_gives() -> None:
     assert parse_seeds([0, "2-3", 2]) == [0, 2, 3]
     assert parse_orders(2) == {"2": "2"}

@@ -41,16 +41,13 @@ def _samples(value: Any) -> Any:
 
 
 def _layer_schedule(value: Any) -> Any:
-    names = ["linear", "constant", "measured"]
-    if isinstance(value, str) and value in names:
+    if isinstance(value, str) and value in ("linear", "constant"):
         return value
     if isinstance(value, str):
-        raise ValueError(f"must be {', '.join(names)} or a list of numbers{did_you_mean(value, names)}")
+        raise ValueError(f"must be linear, constant or a list of numbers{did_you_mean(value, ['linear', 'constant'])}")
     numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     if not numbers or not value or not all(math.isfinite(v) and v >= 0 for v in value):
-        raise ValueError(
-            "must be linear, constant, measured or a list of finite numbers >= 0, one per block, shallowest first"
-        )
+        raise ValueError("must be linear, constant or a list of finite numbers >= 0, one per block, shallowest first")
     return value
 
 

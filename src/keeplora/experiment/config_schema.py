@@ -79,23 +79,8 @@ class TunerConfig(Section):
         default=0.0,
         description="energy of the features of drawn pictures that a task's update leaves alone, 0 to 1; picture towers alone",
     )
-    trim_tolerance: float | None = Field(
-        default=None, ge=0, lt=1,
-        description="share of what training took off a task's own loss that its update may lose by being made smaller; None: not",
-    )  # fmt: skip
     gamma: SharePer = Field(description="scale of the shallowest block (M6), 0 to 1; 1 is KeepLoRA")
-    schedule: SchedulePer = Field(description="linear (M6), constant, measured, or a list with one scale per block")
-    rank_allocation: Literal["uniform", "gain", "share"] = Field(
-        default="uniform",
-        description="how a tower's ranks are shared out over its layers, at the same trained parameters",
-    )
-    refresh_factor: bool = Field(
-        default=False, description="take half of A's rows at the task's half, from the gradient that is left then"
-    )
-    energy_allocation: Literal["uniform", "pooled"] = Field(
-        default="uniform", description="whether every layer reaches energy_weights and energy_features, or a tower as a whole "
-        "spends as many bytes on the directions that explain most"
-    )  # fmt: skip
+    schedule: SchedulePer = Field(description="linear (M6), constant, or a list with one scale per block")
     memory: Literal["features", "gradients"] = Field(description="what is protected after a task: M8 or M8g")
     gradient_samples: Samples | None = Field(
         default=None, description="cap on the samples of G: a number, a share of the task's data, or None for all"

@@ -120,11 +120,6 @@ def prepare(config: ExperimentConfig) -> Setup:
     tasks, probes = load_tasks(config)
     device = choose_device(config.device)
     if zero.stage():
-        if config.tuner.refresh_factor:
-            raise ConfigError(
-                "tuner.refresh_factor begins the optimiser anew in the middle of a task, which DeepSpeed's divided one cannot: "
-                "leave it out, or launch without --use_deepspeed"
-            )
         zero.join(device)
     family = open_model(config, torch.device("cpu") if sharded.asked_for() else device)
     _check_kinds(config, method, family.kind, [*tasks, *probes])

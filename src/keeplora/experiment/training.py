@@ -113,8 +113,7 @@ class _Loop:
         return make_optimizer(parameters, self.config)
 
     def _run(self) -> TrainingLog:
-        self.total = self.epochs * len(self.batches)
-        self.scheduler = make_scheduler(self.optimizer, self.config, self.total)
+        self.scheduler = make_scheduler(self.optimizer, self.config, self.epochs * len(self.batches))
         if self.keeper is not None and self.keeper.saved is not None:
             self._go_on(self.keeper.saved)
             self.keeper.saved[0].clear()  # its tensors need not be held any longer
@@ -209,9 +208,6 @@ class _Loop:
             sums.right = (sums.right or 0) + tally.right
         sums.seen += tally.samples
         state.step += 1
-        if self.total > 1 and self._steps() == (self.total + 1) // 2:
-            for p in self.hooks.midway():
-                self.optimizer.state.pop(p, None)
         sums.seconds = time.perf_counter() - self.epoch_started
         self.progress.advance(loss=sums.loss / sums.seen, accuracy=self._accuracy(), data_wait=sums.data_wait)
         if state.step % LOOK_EVERY == 0 or state.step == len(self.batches):

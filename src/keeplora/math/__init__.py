@@ -1,6 +1,5 @@
 """The method as pure functions of tensors; imports torch and nothing of ours."""
 
-from keeplora.math.allocation import allot
 from keeplora.math.budget import Candidates, keep_most_valuable
 from keeplora.math.complement import (
     Subspace,
@@ -36,7 +35,7 @@ from keeplora.math.leak import (
     spectral_norm,
     weight_leak,
 )
-from keeplora.math.scales import MEASURED, SCHEDULES, layer_scales, measured_scales
+from keeplora.math.scales import SCHEDULES, layer_scales
 from keeplora.math.sketch import sketch, sketch_matrix, sketch_rows
 from keeplora.math.subspace import (
     append_directions,
@@ -47,14 +46,12 @@ from keeplora.math.subspace import (
 )
 
 __all__ = [
-    "MEASURED",
     "SCHEDULES",
     "Candidates",
     "CovarianceSketch",
     "FrequentDirections",
     "Growth",
     "Subspace",
-    "allot",
     "append_directions",
     "backward_bound",
     "backward_harm",
@@ -72,7 +69,6 @@ __all__ = [
     "layer_alpha",
     "layer_scales",
     "lora_delta",
-    "measured_scales",
     "new_directions",
     "new_gradient_directions",
     "new_sketched_directions",

@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SCHEDULES = ("linear", "constant")
-MEASURED = "measured"
-"""A schedule that no formula gives: `measured_scales`."""
-
-LEAST_RATIO = 1e-3
-"""Smallest share of the largest drift that a drift is counted as, for γ = 0, which sets no bound."""
 
 
 def layer_scales(L: int, gamma: float, schedule: str | Sequence[float] = "linear") -> list[float]:
@@ -45,24 +40,3 @@ def layer_scales(L: int, gamma: float, schedule: str | Sequence[float] = "linear
     if schedule != "linear":
         raise ValueError(f"unknown schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or a list of {L} numbers")
     return [1.0 if L == 1 else gamma + (1 - gamma) * l / (L - 1) for l in range(L)]  # noqa: E741
-
-
-def measured_scales(drifts: Sequence[float], linear: Sequence[float], gamma: float) -> list[float]:
-    """Scales with which every block disturbs its tower's output alike, at the linear schedule's mean square.
-
-    λ_l = κ / max(c_l, γ · max_j c_j), with κ such that Σ λ_l² is that of ``linear``. What moves the output most moves least; as
-    on the straight line no scale is more than 1/γ times another, and γ = 1 is KeepLoRA.
-
-    Args:
-        drifts: c_l ≥ 0 per block, what a unit step of its B moves the output by. linear: M6's scales of the same blocks.
-        gamma: γ in [0, 1].
-
-    >>> [round(s, 3) for s in measured_scales([4.0, 1.0], [0.2, 1.0], 0.2)]
-    [0.247, 0.989]
-    """
-    floor = max(gamma, LEAST_RATIO) * max(drifts)
-    if not 0 < floor < float("inf"):
-        raise ValueError(f"drifts must be finite, and one of them above 0, got {list(drifts)}")
-    inverse = [1.0 / max(c, floor) for c in drifts]
-    kappa = (sum(s * s for s in linear) / sum(i * i for i in inverse)) ** 0.5
-    return [kappa * i for i in inverse]

@@ -174,14 +174,6 @@ class TaskAdapter:
             A.requires_grad_(False)
             A.grad = None
 
-    @torch.no_grad()
-    def set_A(self, name: str, A: Tensor) -> None:
-        """Put another A, of the same shape, in the place of a target's."""
-        self.A0[name] = A.to(torch.float32)
-        weight = self._weight_A(name)
-        weight.copy_(self.A0[name])
-        self._versions[name] = weight._version
-
     def check_A(self, *, thorough: bool = False) -> None:
         """`KeepLoraError` if an A no longer holds the values it was set to.
 

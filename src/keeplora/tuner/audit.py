@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from keeplora.tuner.leaks.state import layer_states, position
 from keeplora.tuner.leaks.table import TableText, as_text
 from keeplora.tuner.leaks.weights import Depth, merged_rows
 from keeplora.tuner.quantised import quantisation
-from keeplora.tuner.sensitivity import latest_scale
 
 if TYPE_CHECKING:
     from keeplora.tuner.learner import ContinualLearner
@@ -105,7 +103,7 @@ def layer_rows(learner: ContinualLearner, tasks: Sequence[str] | None = None) ->
         rows.append(
             {
                 "layer": t.name, "tower": t.tower, "depth": t.depth, "blocks": t.blocks, "in": t.n_in, "out": t.n_out,
-                "scale": latest_scale(learner.records, t), "used": used, "rank": ranks,
+                "scale": t.scale, "used": used, "rank": ranks,
             }
         )  # fmt: skip
     return rows
@@ -123,7 +121,7 @@ def summary_table(learner: ContinualLearner) -> TableText:
     used = learner.U.dims()
     for t in sorted(learner.targets, key=lambda t: (t.tower, -1 if t.depth is None else t.depth)):
         block = "–" if t.depth is None else f"{t.depth + 1}/{t.blocks}"
-        short, t = t.name.removeprefix(t.tower).lstrip("."), replace(t, scale=latest_scale(learner.records, t))
+        short = t.name.removeprefix(t.tower).lstrip(".")
         table.add_row(
             t.tower or "model", block, short, f"{t.n_in} → {t.n_out}", f"{t.scale:.2f}", str(t.r), f"{t.s:.3f}",
             f"{used.get(t.name, 0)}/{t.n_in}",

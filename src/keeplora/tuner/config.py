@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from keeplora.errors import ConfigError, did_you_mean
-from keeplora.math import MEASURED, SCHEDULES
+from keeplora.math import SCHEDULES
 
 ROLE_KEYS = ("vision", "text", "language", "default")
 """Keys of per-tower mappings that may name a tower the model lacks: they come from presets that serve many families."""
 
 WHEN_FULL = ("shrink", "freeze", "raise")
 CHOICES = (
-    ("rank_allocation", "kind", ("uniform", "gain", "share")),
-    ("energy_allocation", "kind", ("uniform", "pooled")),
     ("memory", "kind", ("features", "gradients")),
     ("residual_gradient", "mode", ("auto", "exact", "sketch")),
     ("linear_algebra", "place", ("auto", "cpu")),
@@ -76,34 +74,11 @@ class KeepLoraConfig:
         "before a task, that the task's update is kept off (not in the paper); 0: none of it.",
         0.0,
     )
-    trim_tolerance: float | None = _help(
-        "δ: before it is merged a task's update is multiplied by the least factor that keeps 1 − δ of what training took off "
-        "the loss on the task's own training data, 0 to below 1 (not in the paper). None: it is merged as it was trained.",
-        None,
-    )
     gamma: float | Mapping[str, float] = _help(
         "γ, per tower: scale of the shallowest block (M6); 1 is KeepLoRA, 0.2 KeepLoRA++.", 0.2
     )
     schedule: str | Sequence[float] | Mapping[str, Any] = _help(
-        "Layer scales over depth, per tower: linear (M6), constant, measured (from each block's effect on its tower's output, at "
-        "linear's mean square), or a list with one number per block.",
-        "linear",
-    )
-    rank_allocation: str = _help(
-        "How a tower's ranks are shared out over its layers, at the number of trained parameters that r everywhere has: uniform "
-        "(r everywhere), or 1 to 4 r by what each direction of the residual gradient is worth: gain (s² σ², the first step's "
-        "loss decrease) or share (σ² / ‖Ĝ‖²).",
-        "uniform",
-    )
-    refresh_factor: bool = _help(
-        "Take half of A's rows at the task's half, from the gradient that is left then outside U and the rows that are there; a "
-        "training loop of one's own calls the learner's midway().",
-        False,
-    )
-    energy_allocation: str = _help(
-        "How a tower's protected directions are shared out over its layers: uniform (every layer reaches ε_w, ε_f), or pooled "
-        "(as many bytes as that takes go to the directions that explain most per byte, whichever layer they belong to).",
-        "uniform",
+        "Layer scales over depth, per tower: linear (M6), constant, or a list with one number per block.", "linear"
     )
     memory: str = _help("What joins the subspace after a task: features (M8) or gradients (M8g).", "features")
     gradient_samples: int | None = _help(
@@ -171,10 +146,6 @@ class KeepLoraConfig:
             "be at least 0 and below 1, or None for all samples",
         )  # fmt: skip
         self._check(
-            "trim_tolerance", lambda v: v is None or (_is_number(v) and 0 <= v < 1),
-            "be at least 0 and below 1, or None to merge the update as it was trained",
-        )  # fmt: skip
-        self._check(
             "covariance_sketch", lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
             "be a number of rows, at least 1, or None for the covariance itself",
         )  # fmt: skip
@@ -183,18 +154,11 @@ class KeepLoraConfig:
                 "keep_covariance keeps the exact covariances, which covariance_sketch does not make: turn one of them off"
             )
         for value in self.values_of("schedule"):
-            if isinstance(value, str) and value not in (known := (*SCHEDULES, MEASURED)):
-                raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, known)}")
+            if isinstance(value, str) and value not in SCHEDULES:
+                raise ConfigError(f"schedule: unknown name {value!r}{did_you_mean(value, SCHEDULES)}")
         for name, kind, known in CHOICES:
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name}: unknown {kind} {value!r}{did_you_mean(str(value), known)}")
-        if not isinstance(self.refresh_factor, bool):
-            raise ConfigError(f"refresh_factor must be true or false, got {self.refresh_factor!r}")
-        if self.refresh_factor and any(value > 0 for value in self.values_of("energy_general")):
-            raise ConfigError(
-                "refresh_factor takes directions in the middle of a task that energy_general would have to be measured for anew: "
-                "turn one of them off"
-            )
         if self.residual_gradient == "sketch" and self.memory == "gradients":
             raise ConfigError(SKETCH_NEEDS_FEATURES)
         self._check(
@@ -222,14 +186,12 @@ class KeepLoraConfig:
         return [value]
 
     def refuse_choices_of_A(self, method: str) -> None:
-        """Refuse settings that say how A is taken from the residual gradient, for a ``method`` that takes it from elsewhere."""
-        defaults = {item.name: item.default for item in fields(self)}
-        for name in ("rank_allocation", "refresh_factor", "energy_general"):
-            if any(value != defaults[name] for value in self.values_of(name)):
-                raise ConfigError(
-                    f"{name} is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
-                    f"{method} has another; leave it at {defaults[name]}"
-                )
+        """Refuse what says how A is taken from the residual gradient, for a ``method`` that takes it from elsewhere."""
+        if any(self.values_of("energy_general")):
+            raise ConfigError(
+                "energy_general is for the methods whose A comes from the residual gradient (keeplora, keeplora++), and "
+                f"{method} has another; leave it at 0"
+            )
 
     def _check(self, name: str, valid: Any, rule: str) -> None:
         for value in self.values_of(name):

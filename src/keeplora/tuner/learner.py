@@ -18,7 +18,6 @@ from keeplora.tuner import ranks
 from keeplora.tuner.acceptance import Acceptance
 from keeplora.tuner.adapter import TaskAdapter
 from keeplora.tuner.adapter_store import make_store
-from keeplora.tuner.allocation import pooled_weight_energies
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.basis_cache import weight_subspace
 from keeplora.tuner.capacity import frozen_targets, warn_before_full
@@ -33,13 +32,10 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger
 from keeplora.tuner.protect import check_budget, protect, same_update
-from keeplora.tuner.refresh import leading_half, refresh, without_free_rows
 from keeplora.tuner.sampling import check_repeatable
-from keeplora.tuner.sensitivity import scaled_targets
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
 from keeplora.tuner.targets import Target, rank_too_large, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
-from keeplora.tuner.trim import trim
 from keeplora.tuner.unlabelled import TaskStream
 from keeplora.tuner.weights import Snapshot, WeightStore
 from keeplora.tuner.wrapping import unwrap, wrapping_of
@@ -105,8 +101,6 @@ class ContinualLearner(Inspection):
         """
         if self._U is None:
             energy = {t.name: self.config.for_tower("energy_weights", t.tower) for t in self.targets if self.protects}
-            if energy and self.config.energy_allocation == "pooled":
-                energy = pooled_weight_energies(self.targets, self.store, energy, self.algebra)
             self._U = Bases.of(
                 self.store.per_weight(
                     "the bases of the weights",
@@ -208,8 +202,6 @@ class ContinualLearner(Inspection):
         U_before = self._U
         try:
             unwrap(task.wrapping, keep_trained=True)
-            if self.config.trim_tolerance is not None:
-                trim(self, task, self.config.trim_tolerance)
             with ranks.together("taking the adapter out"):
                 record = self._detach(task)
                 record.full = {**self.free.updates(task, self.store), **record.full}
@@ -293,15 +285,6 @@ class ContinualLearner(Inspection):
 
     # ---- what a training loop and whoever serves the model call ---------------------------------------------------
 
-    def midway(self) -> list[nn.Parameter]:
-        """What the method does at a task's half; a training loop calls it after half of its steps (`refresh_factor`).
-
-        Returns:
-            The parameters whose state the optimiser is to forget: ``optimizer.state.pop(p, None)``.
-        """
-        task = self._require_open()
-        return refresh(self, task) if self.config.refresh_factor and task.adapter is not None else []
-
     def task_state(self) -> TaskState:
         """What the open task has that neither the ledger nor the trained parameters hold (`start_task(saved=...)`).
 
@@ -331,30 +314,24 @@ class ContinualLearner(Inspection):
         started = time.perf_counter()
         A = task_factors(self, task)
         task.statistics_seconds += time.perf_counter() - started
-        least = None if self.config.rank_allocation == "uniform" else 1
-        remedy = "lower energy_features, energy_weights or energy_general, or add targets"
-        report_capacity(task, self.targets, A, remedy, least=least)
+        report_capacity(
+            task, self.targets, A, "lower energy_features, energy_weights or energy_general, or add targets"
+        )
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
         if not self.records and task.saved is None and (told := rank_too_large(self.targets)):
             warnings.warn(told, stacklevel=3)
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
-        if self.config.refresh_factor and task.saved is None:
-            A = leading_half(A)
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
-        targets = scaled_targets(self, task, A)
-        task.adapter = TaskAdapter(self.model, targets, A, trainable_A=self.trains_A, shard=self.shards_B)
+        task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)
         task.release = task.adapter.remove
         task.info["trained_parameters"] = sum(p.numel() for p in task.adapter.trainable_parameters())
         return task.adapter.peft_model
 
     def _detach(self, task: OpenTask) -> TaskRecord:
         assert task.adapter is not None
-        factors = task.adapter.factors()
-        return TaskRecord(
-            task.name, factors=without_free_rows(task, factors) if self.config.refresh_factor else factors
-        )
+        return TaskRecord(task.name, factors=task.adapter.factors())
 
     def _protect(self, task: OpenTask, record: TaskRecord) -> None:
         """The task's features (M8) or gradients (M8g) join U."""

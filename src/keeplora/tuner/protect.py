@@ -14,7 +14,6 @@ from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.math import Candidates, CovarianceSketch, Subspace, held_bytes, keep_most_valuable
 from keeplora.tuner import ranks
 from keeplora.tuner.adapter import Factors
-from keeplora.tuner.allocation import candidate_energy, pooled_counts
 from keeplora.tuner.basis import added_columns, in_force
 from keeplora.tuner.convergence import Matrix, explained, growth
 from keeplora.tuner.stored import opened
@@ -77,8 +76,6 @@ def protect(
         spread = learner.algebra.spread("the new directions", list(groups), join, lambda leader: take(leader).device)
     for found in spread.values():
         joined |= found
-    if config.energy_allocation == "pooled":
-        joined = _pooled(learner, joined)
     basis, shed = dict(record.basis), {}
     for t in learner.targets:
         one = joined[t.name]
@@ -107,12 +104,11 @@ def _join(
     Computed on ``device``; what comes out is on the CPU.
     """
     config, U = learner.config, learner.U
-    gradients, pools = config.memory == "gradients", config.energy_allocation == "pooled"
+    gradients = config.memory == "gradients"
     done: list[tuple[Subspace, Tensor | None, Tensor, float, _Joined]] = []
     joined: dict[str, _Joined] = {}
     for name in names:
         S, mask, energy = U.subspace(name), U.in_force(name), learner.feature_energy(name)
-        energy = candidate_energy(energy) if pools else energy
         # Of U's columns the last are those of tasks; where its complement is held, they are read, and the shares taken anew.
         added = U.added_in_force(name) if S.by_complement and bool(mask.any()) else None
         same = (
@@ -137,19 +133,6 @@ def _join(
         joined[name] = _Joined(found.V, found.share, _trace(M, gradients), old, found.new, shed, kept)
         done.append((S, added, mask, energy, joined[name]))
     return joined
-
-
-def _pooled(learner: ContinualLearner, joined: Mapping[str, _Joined]) -> dict[str, _Joined]:
-    """Of the candidates of all layers those that explain most per byte, as many bytes as ε_f in every layer would take."""
-    energy = {name: learner.feature_energy(name) for name in joined}
-    share, new = ({name: getattr(j, key) for name, j in joined.items()} for key in ("share", "new"))
-    counts = pooled_counts(learner.targets, energy, share, new)
-    out = {}
-    for name, j in joined.items():
-        m = counts[name]
-        left = max(0.0, j.share - float(j.new[m:].sum()))
-        out[name] = replace(j, V=j.V[:, :m].contiguous(), new=j.new[:m], share=left)
-    return out
 
 
 def _trace(M: Matrix, gradients: bool) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from torch.utils.data import DataLoader
 from keeplora.errors import CapacityError, ConfigError
 from keeplora.math import Subspace, residual_factor
 from keeplora.tuner import ranks
-from keeplora.tuner.allocation import allotted, most_rank, worth
 from keeplora.tuner.convergence import BasisChange, Enough, FactorChange, growth
 from keeplora.tuner.observers import FeatureObserver
 from keeplora.tuner.passes import collect_features, collect_gradients
@@ -90,36 +88,21 @@ def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subsp
 def task_factors(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
     """A of every target that is not frozen, (r', in): the top directions of the residual gradient (M2–M4)."""
     tolerance, room = learner.config.statistics_tolerance, shielded(learner, task)
-    kind = learner.config.rank_allocation
-    allots = kind != "uniform"
-    own = [t for t in learner.targets if t.name not in task.frozen]
-    targets = [replace(t, r=most_rank(t)) for t in own] if allots else own
+    targets = [t for t in learner.targets if t.name not in task.frozen]
     change = FactorChange(targets, room, learner.algebra)
     enough = None if tolerance is None else Enough(tolerance, change)
     G = gradients_for_factor(learner, task, targets, gradient_batches(learner, task, enough), enough)
     _note(task, "gradient", enough)
-    settled = enough is not None and enough.checked == enough.samples  # the comparison that ended the pass has made A
-    if settled and not allots:
+    if enough is not None and enough.checked == enough.samples:  # the comparison that ended the pass has made A
         return change.A
     rank_of = {t.name: t.r for t in targets}
-    target_of = {t.name: t for t in own}
 
-    def factor(name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        M, S = G[name].to(device), room(name).to(device)
-        A = change.A[name].to(device) if settled else residual_factor(M, S, rank_of[name])
-        value = worth(kind, target_of[name], M, A, S).cpu() if allots else None
+    def factor(name: str, device: torch.device) -> Tensor:
+        A = residual_factor(G[name].to(device), room(name).to(device), rank_of[name]).cpu()
         del G[name]  # not before: what a GPU fails at, the CPU needs again
-        return A.cpu(), value
+        return A
 
-    found = learner.algebra.spread("the residual gradients", list(rank_of), factor, lambda name: G[name].device)
-    A = {name: a for name, (a, _) in found.items()}
-    values = {name: value for name, (_, value) in found.items() if value is not None}
-    return allotted(own, A, values) if allots else A
-
-
-def residual_gradients(learner: ContinualLearner, task: OpenTask, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """What `residual_factor` takes, per target, at the model's present weights: with the open task's adapter, where it is in."""
-    return gradients_for_factor(learner, task, targets, gradient_batches(learner, task))
+    return learner.algebra.spread("the residual gradients", list(rank_of), factor, lambda name: G[name].device)
 
 
 def task_gradients(learner: ContinualLearner, task: OpenTask) -> dict[str, Tensor]:
@@ -154,21 +137,18 @@ def _note(task: OpenTask, what: str, enough: Enough | None) -> None:
         task.info["statistics"] = {**task.info.get("statistics", {}), what: enough.report()}
 
 
-def report_capacity(
-    task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str, *, least: int | None = None
-) -> None:
+def report_capacity(task: OpenTask, targets: Sequence[Target], A: Mapping[str, Tensor], remedy: str) -> None:
     """Note in the task's info which targets got a lower rank than configured and which none; warn of the latter.
 
     Args:
-        A: per target, (r', in); a frozen one may be left out. least: a rank that is not too low, where it is chosen per layer;
-            None: the configured one. remedy: what to change, the end of the error's sentence.
+        A: per target, (r', in); a frozen one may be left out. remedy: what to change, the end of the error's sentence.
 
     Raises:
         CapacityError: no target has a direction left.
     """
     frozen = [t.name for t in targets if t.name in task.frozen]
     asked = [t for t in targets if t.name not in task.frozen]
-    shrunk = [t.name for t in asked if 0 < A[t.name].shape[0] < (least or min(t.r, t.n_in, t.n_out))]
+    shrunk = [t.name for t in asked if 0 < A[t.name].shape[0] < min(t.r, t.n_in, t.n_out)]
     out = [t.name for t in asked if A[t.name].shape[0] == 0]
     if len(out) == len(asked):
         raise CapacityError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keeplora.errors import TargetError, did_you_mean
-from keeplora.math import MEASURED, layer_alpha, layer_scales
+from keeplora.math import layer_alpha, layer_scales
 from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.quantised import quantisation, why_not_readable
 
@@ -27,7 +27,7 @@ class Target:
         name: module path in the model. tower: path of the tower, "" if the model is one tower.
         depth: block index, 0 the shallowest; None outside any block list (a projector), where the scale is 1.
         blocks: blocks in the tower, L; 1 without depth.
-        scale: layer_scale(l) (M6); where the schedule is measured, linear's, in whose place each task has its own.
+        scale: layer_scale(l) (M6).
         r: configured rank. lora_alpha: configured alpha.
     """
 
@@ -152,7 +152,6 @@ def resolve_targets(model: nn.Module, config: KeepLoraConfig) -> list[Target]:
         scale = 1.0
         if depth is not None:
             schedule = config.for_tower("schedule", tower)
-            schedule = "linear" if schedule == MEASURED else schedule
             scale = layer_scales(blocks, config.for_tower("gamma", tower), schedule)[depth]
         r = int(config.for_tower("r", tower))
         targets.append(
