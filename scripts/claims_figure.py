@@ -49,9 +49,15 @@ PANELS = {
         "Last, tuned": "abstract.tuned.last",
         "Transfer and Probe, tuned": "abstract.tuned.unseen",
     },
+    "Time saved at inference, % of the base model's (claim 9)": {
+        "a block of CLIP": "abstract.inference.clip",
+        "a block of LLaMA": "abstract.inference.llama",
+    },
 }
 #: Claims whose sign is turned, since less is better.
 TURNED = {"abstract.forgetting"}
+#: Claims that are ratios: 1 is drawn at 0, 0.9 at 10.
+RATIOS = {"abstract.inference.clip", "abstract.inference.llama"}
 _NUMBER = r"([+−-]?\d+(?:\.\d+)?)"
 _INTERVAL = re.compile(rf"{_NUMBER}(?: points)? \[{_NUMBER}, {_NUMBER}\]")
 
@@ -76,6 +82,8 @@ def rows(claims: dict[str, str]) -> dict[str, list[tuple[str, float, float, floa
         turned[title] = []
         for label, name in entries.items():
             mean, low, high = interval(claims[name])
+            if name in RATIOS:
+                mean, low, high = (round(100 * (1 - ratio), 6) for ratio in (mean, high, low))
             turned[title].append((label, -mean, -high, -low) if name in TURNED else (label, mean, low, high))
     return turned
 
@@ -83,7 +91,7 @@ def rows(claims: dict[str, str]) -> dict[str, list[tuple[str, float, float, floa
 def draw(panels: dict[str, list[tuple[str, float, float, float]]]) -> Figure:
     """One panel below the other on one scale; filled where the interval leaves out 0."""
     blue, orange = SERIES["light"][:2]
-    figure = Figure(figsize=(8.2, 6.6), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(8.2, 7.6), facecolor="white", layout="constrained")
     heights = [len(entries) + 0.8 for entries in panels.values()]
     every = figure.subplots(len(panels), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     for axes, (title, entries) in zip(every, panels.items(), strict=True):
@@ -98,7 +106,7 @@ def draw(panels: dict[str, list[tuple[str, float, float, float]]]) -> Figure:
             colour, sure = blue if mean >= 0 else orange, low > 0 or high < 0
             axes.plot([low, high], [k, k], color=colour, linewidth=2)
             axes.plot(mean, k, "o", color=colour, markersize=7, markerfacecolor=colour if sure else "white")
-    every[-1].set_xlabel("difference in points, 95 % interval; right: better; hollow: the interval holds 0", color=INK)
+    every[-1].set_xlabel("difference in points (%), 95 % interval; right: better; hollow: the interval holds 0", color=INK)
     return figure
 
 

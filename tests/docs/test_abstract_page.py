@@ -48,6 +48,8 @@ def test_each_claim_of_the_abstract_has_a_verdict_and_a_section_with_a_command()
         assert re.search(r"\*\*(holds|does not hold|not decided|mixed)", section, re.I), number
         assert re.search(r"^\| .+ \| .+ \| .+ \|$", section, re.M), number
         assert re.search(r"^ {4}(keeplora|python) ", section, re.M), number
+        drawn = any(f"(claim {number})" in title for title in figure.PANELS)
+        assert drawn or re.search(r"^!\[.+\]\(images/.+\.png\)$", section, re.M), f"claim {number} has no figure"
 
 
 def test_the_figure_is_of_these_claims() -> None:
@@ -59,6 +61,8 @@ def test_the_figure_is_of_these_claims() -> None:
 def test_what_is_better_when_less_is_turned() -> None:
     panels = figure.rows({**VALUES, "abstract.forgetting": "-9.2 [-13.6, −4.8]"})
     assert panels["Keeping what was learned (claim 5)"][0][1:] == (9.2, 4.8, 13.6)
+    panels = figure.rows({**VALUES, "abstract.inference.clip": "1.020 [0.99, 1.050]"})
+    assert panels["Time saved at inference, % of the base model's (claim 9)"][0][1:] == (-2.0, -5.0, 1.0)
 
 
 def test_a_value_without_an_interval_cannot_be_drawn() -> None:
