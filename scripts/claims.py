@@ -1,13 +1,14 @@
 """The headline numbers of docs/claims/claims.yaml: are they what the pages print, and do they still hold?
 
     python scripts/claims.py                   # the list, and what does not fit the pages
-    python scripts/claims.py check --sample 2  # two short forms that run the code, others each day, and all that read kept numbers
+    python scripts/claims.py check --sample 2  # two short forms that run code, others each day, and all that read kept numbers
     python scripts/claims.py check --all
     python scripts/claims.py check demo-small.untouched sketch.memory
 
-A short form is the same code on less work, and its outcome must lie within the claim's bounds; a drift beyond them exits with 1. Those
-that read docs/evidence/ work out again what was said of runs that are kept there: they see a table that was changed and not a method that
-broke. They cost nothing, so each check takes all of them, and the sample is of those that run the code.
+A short form is the same code on less work, and its outcome must lie within the claim's bounds; a drift beyond them exits
+with 1. Those that read docs/evidence/ work out again what was said of runs whose numbers are kept there: they see a table
+that was changed, and not a method that broke. They cost nothing, so each check takes all of them, and the sample is of
+those that run the code.
 """
 
 from __future__ import annotations

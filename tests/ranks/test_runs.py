@@ -135,8 +135,8 @@ def test_a_method_that_works_alone_says_so(world: World, tmp_path: Path) -> None
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
     # --multi_gpu names the launcher of several processes; without GPUs they are processes on the CPU.
-    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no "
-    "--main_process_port 0",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
 }
 
 
