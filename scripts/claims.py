@@ -7,7 +7,7 @@
 
 A short form is the same code on less work, and its outcome must lie within the claim's bounds; a drift beyond them exits
 with 1. Those that read docs/evidence/ work out again what was said of runs whose numbers are kept there: they see a table
-that was changed, and not a method that broke. They cost nothing, so each check takes all of them, and the sample is of
+that was changed, and not a method that broke. They take seconds, so each check takes all of them, and the sample is of
 those that run the code.
 """
 
