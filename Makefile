@@ -24,7 +24,7 @@ help:
 	@echo "make demo     five tasks, sequential LoRA and KeepLoRA++, a table and a report (reuses what is there)"
 	@echo "make bench    the table of ratios of docs/speed.md on this machine, in \$$(BENCH) and beside it as .md (goes on where it stopped)"
 	@echo "make test     the whole test suite"
-	@echo "make claims   re-run the short forms of two of the numbers in docs/claims/claims.yaml (others each day)"
+	@echo "make claims   check docs/claims/claims.yaml: all kept numbers, and the short forms of two that run (others each day)"
 	@echo "make torture  the long form of tests/torture: thousands of damaged and hostile inputs; prints the counts"
 	@echo "make test-torchvision   the official video processors against ours, in an environment of its own (some 6 GB)"
 	@echo "make test-deepspeed     runs and loops under DeepSpeed, in an environment of its own (needs a C++ compiler; some minutes)"

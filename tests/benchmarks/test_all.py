@@ -62,7 +62,10 @@ def test_the_table_has_every_pair_and_is_kept_as_json_and_markdown(script, tmp_p
         assert row["trouble"] == "" or "peak memory" in row["what"], row
         for ratio in row["ratios"][: row["ours"] is not None]:
             assert ratio == pytest.approx(row["ours"] / row["other"])
-    assert max(told["boundary", f"largest sine, {kind}"]["ratios"][0] for kind in ("U₀", "A")) < 1e-3
+    assert (
+        max(told["boundary", f"largest sine, {kind}"]["ratios"][0] for kind in ("U₀", "A", "what the features add"))
+        < 1e-3
+    )
     assert "for the gradient" in told["boundary", "whole, with the stop"]["note"]
     gradient = told["sketch", "memory of the gradient, r 16"]
     assert (gradient["ours"], gradient["other"]) == (64 * 256 * 8 + 64 * 256 * 4, 256 * 256 * 8)

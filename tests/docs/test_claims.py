@@ -53,6 +53,16 @@ def test_a_missing_key_and_a_second_id_are_told() -> None:
     ]
 
 
+def test_a_sample_runs_the_code_beside_all_that_reads_kept_numbers() -> None:
+    able = [one for one in claims.read() if "check" in one]
+    kept = {one["id"] for one in able if claims.reads_kept(one)}
+    assert {"abstract.front", "general.last"} <= kept
+    assert kept.isdisjoint({"sketch.memory", "demo-small.untouched", "vqa.difference", "video.difference"})
+    drawn = [{one["id"] for one in claims.chosen(able, 2, day)} for day in range(60)]
+    assert all(kept <= ids and len(ids - kept) == 2 for ids in drawn)
+    assert set().union(*drawn) == {one["id"] for one in able}
+
+
 @pytest.mark.parametrize(("within", "code", "told"), [([0, 0], 0, "holds: 0"), ([1, 2], 1, "DRIFTED: 0")])
 def test_a_drift_is_an_error(within: list[float], code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A short form that prints a number: the first of the version."""

@@ -97,7 +97,8 @@ def test_operations_and_seconds_by_hand():
     assert f.forward_flops(TOY) == forward
     assert f.backward_flops(TOY) == 2 * 240 * 10 + 2 * attention
     assert f.adapter_flops([Linear(4, 6, 3, 10)]) == 10 * 3 * (4 * 10 + 2 * 6)
-    assert f.svd_flops(Linear(4, 6, 3, 10)) == f.svd_flops(Linear(6, 4, 3, 10)) == 6 * 6 * 16 + 20 * 64
+    assert f.vectors_flops(Linear(4, 6, 3, 10)) == 2 * 6 * 16 + 9 * 64  # out 6, in 4
+    assert f.vectors_flops(Linear(6, 4, 3, 10)) == 4 * 6 * 16 + 9 * 64
     assume = replace(
         ASSUME, tflops=1e-12, fp32_tflops=1e-12, host_gflops=1e-9, bandwidth=1e-9
     )  # one operation per second
@@ -108,13 +109,13 @@ def test_operations_and_seconds_by_hand():
     G = forward + backward + head + sum(2 * t.n_in * t.n_out * 10 for t in TARGETS)
     C = forward + 2 * 10 * 2 * (16 + 16 + 16 + 36)
     assert out["statistics"] == pytest.approx(10 * G + 30 * C)
-    svd = sum(f.svd_flops(t) for t in TARGETS)
-    assert out["decompositions"] == pytest.approx(svd + 2 * (svd + 9 * 2 * (6 * 64 + 216)))
+    vectors = sum(f.vectors_flops(t) for t in TARGETS)
+    assert out["decompositions"] == pytest.approx(vectors + 2 * (vectors + 9 * 2 * (6 * 64 + 216)))
     sketched = f.seconds(TOY, TARGETS, SKETCHED, assume, "bf16")
     products = 2 * 10 * 2 * (4 * (4 + 4) + 2 * 2 * (4 + 2) + 4 * (4 + 4) + 2 * 4 * (4 + 6) + 4 * (6 + 4))
     gradient = sum(2 * t.n_in * t.n_out * 10 for t in TARGETS)
     assert out["statistics"] - sketched["statistics"] == pytest.approx(10 * (gradient - products))
-    lower = 2 * 2 * (f.svd_flops(Linear(4, 6, 3, 10)) - f.svd_flops(Linear(4, 4, 3, 10)))
+    lower = 2 * 2 * (f.vectors_flops(Linear(4, 6, 3, 10)) - f.vectors_flops(Linear(4, 4, 3, 10)))
     assert out["decompositions"] - sketched["decompositions"] == pytest.approx(2 * lower)
     # (2 + 1) evaluations of 3 + 4 + 2 questions in 1 + 2 + 1 batches, two tokens each, 2000 bytes of weights per token
     assert out["evaluation"] == pytest.approx(3 * 9 * forward + 3 * 4 * 2 * 2000)

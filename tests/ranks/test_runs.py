@@ -132,22 +132,22 @@ def test_a_method_that_works_alone_says_so(world: World, tmp_path: Path) -> None
     assert found[0] == found[1] == wanted
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node=2",
+    # --multi_gpu names the launcher of several processes; without GPUs they are processes on the CPU.
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+}
+
+
 @pytest.mark.slow
-def test_the_command_line_under_torchrun(world: World, straight: Path, tmp_path: Path) -> None:
-    """Two processes by `torchrun -m keeplora run`: one set of tables, one report, and the run of any other launcher."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_line_under_a_launcher(launcher: str, world: World, tmp_path: Path) -> None:
+    """Two processes by `torchrun` or `accelerate launch -m keeplora run`: one set of tables, and one report."""
     file = tmp_path / "x.yaml"
     config = settings(world, output=str(tmp_path / "run"))
     file.write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "keeplora",
-        "run",
-    ]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "keeplora", "run"]
     done = subprocess.run(
         [*command, str(file), "--quiet"], capture_output=True, text=True, timeout=240, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

@@ -136,8 +136,8 @@ def _print_footprint(console: Console, config: Any, plan: Footprint) -> None:
     if settings.protects:
         held = ", ".join(f"{share:.0%} {size(subspace_bytes(plan.linears, share))}" for share in SHARES)
         console.print(
-            f"U in float32 on the host, by k/in: {held}; k is known after the SVD alone (the table takes {assume.k:.0%}, an "
-            "assumption)", highlight=False,
+            f"U in float32 on the host, by k/in: {held}; k is known after U₀'s decomposition alone (the table takes "
+            f"{assume.k:.0%}, an assumption)", highlight=False,
         )  # fmt: skip
     console.print(
         f"state carried from task to task: the model and {plan.keeps}; ledger: {size(plan.ledger_bytes)} per task (A, B"

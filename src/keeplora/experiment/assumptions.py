@@ -18,7 +18,7 @@ class Assumptions:
         tokens: T, a sample in the language model, picture, question and answer. image_tokens: of those, the picture's;
             0: config.json's image_seq_length, else tokens. answer_tokens: of an answer, trained on and generated.
         samples, test_samples: of each task, where its data is not there.
-        k: columns of U as a share of in, where one number is needed; the truth is known after the SVD alone.
+        k: columns of U as a share of in, where one number is needed; the truth is known once U₀ has been decomposed.
         tflops: speed of the model's own products, in 10¹² operations per second. fp32_tflops: of the float32 products that
             form G and C. host_gflops: float64 speed of the CPU, in 10⁹, for SVD and eigh.
         bandwidth: of the device's memory, in GB per second. disk: of reading and writing files, likewise.

@@ -269,10 +269,16 @@ def adapter_flops(targets: Sequence[Linear]) -> int:
     return sum(t.rank * t.tokens * (4 * (t.n_in + t.n_out) + 2 * t.n_out) for t in targets)
 
 
-def svd_flops(t: Linear) -> int:
-    """Thin SVD of (out, in), m the larger side, n the smaller: 6 m n² + 20 n³ (Golub and Van Loan, R-SVD)."""
+def eigh_flops(n: int) -> int:
+    """All eigenvalues and vectors of a symmetric (n, n): 9 n³ (Golub and Van Loan, Matrix Computations, 4th ed., 8.3)."""
+    return 9 * n**3
+
+
+def vectors_flops(t: Linear) -> int:
+    """Right singular vectors of (out, in) as `keeplora.math.right_vectors` makes them, m the larger side, n the smaller: the Gram
+    matrix 2 m n², its eigh 9 n³, and where out < in the vectors of the longer side from it, 2 m n²."""
     m, n = max(t.n_in, t.n_out), min(t.n_in, t.n_out)
-    return 6 * m * n**2 + 20 * n**3
+    return (4 if t.n_out < t.n_in else 2) * m * n**2 + eigh_flops(n)
 
 
 def seconds(
@@ -284,8 +290,8 @@ def seconds(
     statistics: per sample of the gradient pass (forward + backward + head) / tflops + 2 out in T of every target, sketched
     2 l (out + in) T, / fp32_tflops, with M8g once more after the task; with M8 forward / tflops + 2 in² T of every C /
     fp32_tflops.
-    decompositions: an SVD per target once (M1) and per task (M4, of l rows), and an eigh 9 in³ (M8) or another SVD (M8g), on
-    the host.
+    decompositions: singular vectors per target once (M1) and per task (M4, of l rows), and an eigh 9 in³ (M8) or singular vectors
+    again (M8g), on the host; each of the whole matrix, where M4 and M8 decompose what U leaves of it.
     evaluation: (tasks + 1) · (tests · forward / tflops + batches · answer tokens · base / bandwidth).
     """
     fast, slow, host = 1e12 * assume.tflops, 1e12 * assume.fp32_tflops, 1e9 * assume.host_gflops
@@ -303,9 +309,9 @@ def seconds(
         G = (forward + backward_flops(shape) + head + again) / fast + outer / slow
         C = forward / fast + gram / slow
         after = sum(s.gradient_samples) * G if s.gradients else sum(s.feature_samples) * C
-        svd = sum(svd_flops(t) for t in targets)
-        factor = sum(svd_flops(replace(t, n_out=s.rows(t))) for t in targets)
-        protect = svd if s.gradients else sum(9 * t.n_in**3 for t in targets)
+        vectors = sum(vectors_flops(t) for t in targets)
+        factor = sum(vectors_flops(replace(t, n_out=s.rows(t))) for t in targets)
+        protect = vectors if s.gradients else sum(eigh_flops(t.n_in) for t in targets)
         out["statistics"] = sum(s.gradient_samples) * G + after
-        out["decompositions"] = (svd + len(s.epochs) * (factor + protect)) / host
+        out["decompositions"] = (vectors + len(s.epochs) * (factor + protect)) / host
     return out | {"evaluation": (len(s.epochs) + 1) * tests * forward / fast + decoding}

@@ -3,13 +3,14 @@
 Symbols as in `keeplora.experiment.footprint`; besides, t is a task's number from 1, k_t the columns of a target's U after it,
 and l = min(out, r + p) the rows of a sketched gradient. A formula counts the products that grow with the model: additions,
 norms and softmax are left out. Products are checked against torch's own counter, bytes against files and tensors, on small models
-(tests/experiment/test_scale.py); SVD and eigh are Golub & Van Loan's counts (Matrix Computations, 4th ed., 8.3 and 8.6).
+(tests/experiment/test_scale.py); of eigh it is Golub & Van Loan's count. Decompositions are those of whole matrices: M4 and M8
+decompose what U leaves of them, which is less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keeplora.experiment import footprint
 from keeplora.experiment.assumptions import Assumptions
@@ -120,11 +121,6 @@ def update_bytes(targets: Sequence[Linear], tasks: int) -> int:
     )  # fmt: skip
 
 
-def eigh_flops(n: int) -> int:
-    """All eigenvalues and vectors of a symmetric (n, n): 9 n³."""
-    return 9 * n**3
-
-
 def verify_flops(targets: Sequence[Linear], tasks: int, start: float, growth: float) -> int:
     """`keeplora ledger verify`: of each task and target UᵀU, 2 in k_t², A Aᵀ, 2 r'² in, and A U, 2 r' in k_{t−1}."""
     total = 0
@@ -199,9 +195,9 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
         )  # fmt: skip
 
     held, U0 = footprint.base_bytes(shape, base), basis_bytes(targets, 0, k0, growth)
-    svd = sum(footprint.svd_flops(t) for t in targets)
-    sketched_svd = sum(6 * t.n_in * sketch_rows(t) ** 2 + 20 * sketch_rows(t) ** 3 for t in targets)
-    eigh = sum(eigh_flops(t.n_in) for t in targets)
+    vectors = sum(footprint.vectors_flops(t) for t in targets)
+    of_sketches = sum(footprint.vectors_flops(replace(t, n_out=sketch_rows(t))) for t in targets)
+    eigh = sum(footprint.eigh_flops(t.n_in) for t in targets)
     G = footprint.exact_bytes(targets)
     copies = footprint.element(base) * sum(t.n_in * t.n_out for t in targets)  # W₀, from the first merge on
     U = max(basis_bytes(targets, t, k0, growth) for t in range(T + 1)) if T <= 10_000 else U0
@@ -215,18 +211,18 @@ def phases(shape: ModelShape, targets: Sequence[Linear], load: Load, assume: Ass
     largest = max(8 * t.n_in**2 for t in targets)
     return [
         Phase("weights of the model", "once", device=held, disk=held, seconds=held / disk),
-        Phase("U₀: an SVD of every target", "once", svd, host=U0, disk=U0, seconds=svd / host + U0 / disk),
+        Phase("U₀: singular vectors of every target", "once", vectors, host=U0, disk=U0, seconds=vectors / host + U0 / disk),
         Phase(
             "gradient pass, exact", "task", g * (passed + outer_flops(targets)), G + activations(True),
             seconds=g * (passed / fast + outer_flops(targets) / slow),
         ),
-        Phase("A of exact gradients: SVDs", "task", svd, host=A_B, seconds=svd / host),
+        Phase("A of exact gradients: singular vectors", "task", vectors, host=A_B, seconds=vectors / host),
         Phase(
             "gradient pass, sketched", "task", g * (passed + sketch_flops(targets)),
             footprint.sketch_bytes(targets) + activations(True),
             seconds=g * (passed / fast + sketch_flops(targets) / slow),
         ),
-        Phase("A of sketched gradients: SVDs", "task", sketched_svd, host=A_B, seconds=sketched_svd / host),
+        Phase("A of sketched gradients: singular vectors", "task", of_sketches, host=A_B, seconds=of_sketches / host),
         Phase("training", "task", n * step, A_B + 12 * trained + activations(False), seconds=n * step / fast),
         Phase("a checkpoint", "task", disk=checkpoint, seconds=checkpoint / disk),
         Phase("merge, at the last task", "task", merge, host=update_bytes(targets, T) + copies, seconds=merge / host),
