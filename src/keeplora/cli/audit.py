@@ -68,7 +68,7 @@ def _show(found: Audit, every_layer: bool) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     for table in audit_tables(found, every_layer):
-        print_table(console, with_layers(table, _shown(found, every_layer)))
+        print_table(console, with_layers(console, table, _shown(found, every_layer)))
         console.print()
     for line in [*found.notes, *closing_lines(found, every_layer)]:
         console.print(line, style="bold red" if line.startswith("✗") else None, soft_wrap=True)

@@ -29,7 +29,7 @@ def capacity(
         typer.echo(json.dumps(found.to_dict()))
     else:
         console = wide_console()
-        print_table(console, with_layers(found.table(), [layer.layer for layer in found.layers]))
+        print_table(console, with_layers(console, found.table(), [layer.layer for layer in found.layers]))
         for note in found.notes():
             console.print(note, markup=False, highlight=False)
     if plot is not None:

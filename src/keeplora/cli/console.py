@@ -14,7 +14,7 @@ from rich.text import Text
 from keeplora.report.audit_charts import short_names
 
 LAYER = 34
-"""Characters of a layer's name; of a longer one the tower, the block and the last parts are shown."""
+"""Characters of a layer's name where there is no room for whole ones; of a longer one tower, block and last parts stay."""
 
 
 def wide_console(width: int = 120) -> Console:
@@ -31,13 +31,20 @@ def print_table(console: Console, table: RenderableType, keys: int = 1) -> None:
         console.print(part)
 
 
-def with_layers(table: Table, layers: Sequence[str]) -> Table:
-    """The table with these layers' names, short but told apart, in its first column.
+def with_layers(console: Console, table: Table, layers: Sequence[str]) -> Table:
+    """The table with these layers' names in its first column: whole where they fit, else short but told apart.
 
     The library's own tables cut long names from the left for a fixed width, and with them the tower.
     """
-    names: list[RenderableType] = [Text(name) for name in short_names(layers, LAYER)]
-    return _with(table, [replace(table.columns[0], _cells=names), *table.columns[1:]])
+    whole = _first(table, layers)
+    if Measurement.get(console, console.options.update_width(10_000), whole).maximum <= console.width:
+        return whole
+    return _first(table, short_names(layers, LAYER))
+
+
+def _first(table: Table, names: Sequence[str]) -> Table:
+    cells: list[RenderableType] = [Text(name) for name in names]
+    return _with(table, [replace(table.columns[0], _cells=cells), *table.columns[1:]])
 
 
 def fitting(console: Console, table: Table, keys: int = 1) -> list[Table]:
