@@ -123,7 +123,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_ends_it_with_one_line_and_the_same_command_goes_on(suite, demo, tmp_path, number, status):
-    suite.write_text(suite.read_text().replace("epochs: 1", "epochs: 40"))
+    suite.write_text(suite.read_text().replace("epochs: 1", "epochs: 20"))
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     child = subprocess.Popen(
         [sys.executable, "-c", DRIVER.format(script=str(ROOT / "scripts/demo.py")), str(suite.parent)],
