@@ -6,21 +6,20 @@ A run that is there and finished is read, one that was interrupted goes on, and 
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
 from pathlib import Path
-
-from keeplora.cli.run import finish
-from keeplora.errors import KeepLoraError
-from keeplora.experiment import Experiment
-from keeplora.experiment.run_directory import RunDirectory
-from keeplora.report import load_results
+from types import FrameType
 
 METHODS = ("lora", "keeplora++")  # the last one's report is the one that is shown
 
 
 def bring_up(suite: str, method: str, path: Path) -> None:
     """Make, finish or reuse the run in ``path``."""
+    from keeplora.errors import KeepLoraError
+    from keeplora.experiment import Experiment
+    from keeplora.experiment.run_directory import RunDirectory
+
     experiment = Experiment({"suite": suite, "method": method}, {"output": str(path)})
     run = RunDirectory(path)
     if not run.config_path.is_file():
@@ -45,6 +44,10 @@ def bring_up(suite: str, method: str, path: Path) -> None:
 
 
 def main() -> None:
+    from keeplora.cli.run import finish
+    from keeplora.errors import KeepLoraError
+    from keeplora.report import load_results
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="demo", help="demo or demo-small")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories")
@@ -61,13 +64,35 @@ def main() -> None:
     finish(paths[-1], paths[:-1])
 
 
-if __name__ == "__main__":
-    # As `keeplora` itself does: other libraries' progress bars would tear ours apart.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def _stop(number: int, frame: FrameType | None) -> None:
+    stopped = KeyboardInterrupt()
+    stopped.signal = number  # type: ignore[attr-defined]
+    raise stopped
+
+
+def command() -> int:
+    """`main` as a command: its exit status, 128 and the signal's number where it was stopped, as a shell has it."""
+    signal.signal(signal.SIGTERM, _stop)  # also while libraries are still being loaded
     try:
-        main()
-    except KeepLoraError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Finished tasks are kept; `make demo` goes on from them.")
+        from keeplora.cli import _hush  # other libraries' progress bars would tear ours apart
+        from keeplora.errors import KeepLoraError
+        from keeplora.experiment.interrupt import listening
+
+        _hush()
+        try:
+            with listening():
+                main()
+        except KeepLoraError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt as stopped:
+        sys.stdout.flush()
+        print(
+            "Interrupted. What was learned is kept; `make demo` again goes on from there.", file=sys.stderr, flush=True
+        )
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())

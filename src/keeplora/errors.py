@@ -79,13 +79,23 @@ def file_error(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {told}"
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
+HANDFUL = 5
+
+
+def did_you_mean(name: str, choices: Iterable[str], page: str = "") -> str:
     """Return a hint such as ``"; did you mean 'lora'? (one of: keeplora, lora)"``.
+
+    Where there is a ``page`` of the documentation that has all choices, at most `HANDFUL` are told, the nearest first.
 
     >>> did_you_mean("lorra", ["lora", "zero-shot"])
     "; did you mean 'lora'? (one of: lora, zero-shot)"
+    >>> did_you_mean("epoch", ["seed", "epochs", "tasks", "steps", "name", "output", "device"], "docs/formats.md")
+    "; did you mean 'epochs'? (or steps, device, seed, name; docs/formats.md has all)"
     """
     known = sorted(map(str, choices))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{hint} (one of: {', '.join(known)})"
+    if not page or len(known) <= HANDFUL:
+        return f"{hint} (one of: {', '.join(known)})"
+    others = difflib.get_close_matches(str(name), [one for one in known if one not in near], HANDFUL - len(near), 0.0)
+    return f"{hint} ({'or' if near else 'there are'} {', '.join(others)}; {page} has all)"

@@ -15,6 +15,7 @@ import yaml
 
 from keeplora.errors import ConfigError
 from keeplora.files import read_regular
+from keeplora.yaml_words import explain
 
 KeyPath = tuple[str | int, ...]
 
@@ -77,8 +78,15 @@ _KINDS = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _refuse(message: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+class _Refused(Exception):
+    """Proper YAML, but no configuration."""
+
+    def __init__(self, message: str, mark: yaml.Mark) -> None:
+        super().__init__(f", line {mark.line + 1}, column {mark.column + 1}: {message}")
+
+
+def _refuse(message: str, node: yaml.Node) -> _Refused:
+    return _Refused(message, node.start_mark)
 
 
 def _check(node: yaml.Node) -> None:
@@ -156,11 +164,11 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         lines: dict[KeyPath, int] = {}
         _lines(node, (), lines, frozenset(), [0])
         value = None if node is None else loader.construct_document(node)
+    except _Refused as refused:
+        raise ConfigError(f"{source}{refused}") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        context = f" ({error.context})" if error.context else ""
-        raise ConfigError(f"{source}{where}: {error.problem or 'not valid YAML'}{context}") from None
+        line, column, sentence = explain(error, text)
+        raise ConfigError(f"{source}, line {line}, column {column}: {sentence}") from None
     except yaml.YAMLError as error:  # a control character: the reader has a position but no mark
         position = getattr(error, "position", 0)
         before = text[:position]

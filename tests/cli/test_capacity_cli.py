@@ -17,7 +17,9 @@ def test_the_table(world, cli):
     assert answer.code == 0, answer.err
     assert re.search(r"In all \d+ of \d+ dimensions are protected", answer.out.replace("\n", " "))
     assert "Tasks that still fit" in answer.out
-    assert sum(answer.out.count(mark) for mark in "▒█·") == 20 * len(results["layers"])
+    assert len(re.findall("[▒█·]{20}", answer.out)) == len(results["layers"])
+    assert re.search(r"^ *vision 0 · q_proj ", answer.out, re.MULTILINE)
+    assert re.search(r"^ *text 0 · q_proj ", answer.out, re.MULTILINE)
 
 
 def test_json_is_what_the_results_hold_and_no_model_is_needed(world, cli, tmp_path):

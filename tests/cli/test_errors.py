@@ -43,8 +43,8 @@ def test_a_folder_instead_of_a_file(cli, tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model: clip\nmethod: lora\n  tasks: []\n", r"e\.yaml, line 3, column 8: "),
-        ("model: clip\ntraining: {epochs: 2\n", r"e\.yaml, line 3, column 1: "),
+        ("model: clip\nmethod: lora\n  tasks: []\n", r"e\.yaml, line 3, column 3: the line is indented further"),
+        ("model: clip\ntraining: {epochs: 2\n", r"e\.yaml, line 2, column 11: this .{. is not closed"),
         ("method: lora\nmethod: keeplora\n", r"e\.yaml, line 2, column 1: key 'method' is given twice \(first in line 1\)"),
         ("", r"e\.yaml is empty; it needs at least `suite:` \(or `tasks:`\) and `method:`"),
         ("- lora\n", r"e\.yaml holds a list, not a mapping"),

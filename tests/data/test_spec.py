@@ -9,7 +9,7 @@ import pytest
 from picture_files import Tree
 
 from keeplora.data import SOURCES, load_task
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 
 GOOD = {"name": "pets", "source": "folder", "path": "pets"}
 
@@ -49,6 +49,28 @@ GOOD = {"name": "pets", "source": "folder", "path": "pets"}
 def test_bad_keys_and_values(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load_task({**GOOD, **change}, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "folder"),
+        ({"source": "llava", "path": "t.csv"}, "file"),
+        ({"source": "table", "path": None, "train": "t.csv"}, "table"),
+        ({"source": "table", "path": "t.csv"}, "name of that column"),
+        ({"source": "table", "path": "s.csv"}, "split's name"),
+    ],
+)
+def test_a_word_that_is_no_split_is_told_what_may_stand_there(split, change, kind, pets: Tree) -> None:
+    picture = next(path for path in pets.root.rglob("*") if path.is_file()).relative_to(pets.root)
+    (pets.root / "t.csv").write_text(f"image,label\n{picture},cat\n")
+    (pets.root / "s.csv").write_text(f"image,label,split\n{picture},cat,train\n")
+    spec = {key: value for key, value in {**GOOD, **change, split: "lots"}.items() if value is not None}
+    with pytest.raises(KeepLoraError) as caught:
+        load_task(spec, pets.root)
+    assert "lots" in str(caught.value)
+    assert str(caught.value).endswith(f"; `{split}` takes a {kind}, or a share to hold out of training, such as 0.2")
 
 
 def test_templates_and_licence_arrive(pets: Tree) -> None:

@@ -31,7 +31,7 @@ def test_a_file_is_named_with_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [1\nb: 2\n", ", line 2, column 2: expected ',' or ']'"),
+        ("a: [1\nb: 2\n", ", line 1, column 4: this '[' is not closed before line 2, column 2"),
         ("a: 1\nb: 2\na: 3\n", ", line 3, column 1: key 'a' is given twice (first in line 1); keep one"),
         ("t:\n  e: 1\n  e: 2\n", ", line 3, column 3: key 'e' is given twice (first in line 2)"),
         ("a:\n\tb: 1\n", ", line 2, column 1: "),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,47 @@ def test_an_interrupted_call_goes_on_where_it_stopped(suite, demo, capsys, monke
     demo()
     assert record.read_bytes() == kept
     assert f"going on with {PATHS[0]}" in capsys.readouterr().out
+    assert [len(json.loads(one)["accuracy"]) for one in results()] == [3, 3]
+
+
+DRIVER = """
+import runpy, sys
+from pathlib import Path
+from keeplora import suites
+folder = Path(sys.argv[1])
+suites.suite_folder = lambda *_: folder
+sys.argv = ["demo.py", "--suite", "tiny"]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_it_with_one_line_and_the_same_command_goes_on(suite, demo, tmp_path, number, status):
+    suite.write_text(suite.read_text().replace("epochs: 1", "epochs: 20"))
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    child = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(script=str(ROOT / "scripts/demo.py")), str(suite.parent)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("== lora"):
+                break
+        metrics = Path(PATHS[0], "metrics.jsonl")
+        while child.poll() is None and not (metrics.is_file() and '"epoch"' in metrics.read_text(encoding="utf-8")):
+            time.sleep(0.02)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == status, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "Interrupted. What was learned is kept; `make demo` again goes on from there."
+    assert json.loads(Path(PATHS[0], "status.json").read_text(encoding="utf-8"))["state"] == "interrupted"
+    assert [path for path in Path("runs").rglob("*") if path.name.endswith((".tmp", ".part"))] == []
+    demo()
     assert [len(json.loads(one)["accuracy"]) for one in results()] == [3, 3]
 
 

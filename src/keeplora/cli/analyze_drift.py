@@ -73,7 +73,7 @@ def _show(found: Drift, every_layer: bool, updates_only: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.report.audit_charts import short_names
 
     console = wide_console()
@@ -87,7 +87,7 @@ def _show(found: Drift, every_layer: bool, updates_only: bool) -> None:
     for row, name in zip(shown, short_names([row.layer for row in shown], 32), strict=True):
         table.add_row(name, f"{row.moved:.3g}", *(_cell(getattr(row, key), k, form) for key, _, k, form in known))
     console.print(f"Drift from a = {found.a} to b = {found.b}: D = W_b − W_a", markup=False, highlight=False)
-    console.print(table)
+    print_table(console, table)
     if len(shown) < len(order):
         console.print(f"{len(order) - len(shown)} more layers moved less (--all shows them).", highlight=False)
     if found.relative is not None:

@@ -77,20 +77,20 @@ def similarity(
 def _show(found: Similarity) -> None:
     from rich.table import Table
 
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
 
     console = wide_console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    def table(title: str, head: list[str], rows: list[list[str]], keys: int = 1) -> None:
         made = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
         for i, name in enumerate(head):
             made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             made.add_row(*row)
-        console.print(made)
+        print_table(console, made, keys)
         console.print()
 
     how = "kept covariances" if found.exact else "the ledger's own columns (exact with tuner.keep_covariance: true)"
@@ -111,6 +111,7 @@ def _show(found: Similarity) -> None:
         "Measured: points that the earlier task fell while the later was learned",
         ["run", "earlier", "later", "drop", *used],
         [[p.run, p.earlier, p.later, f"{p.drop:+.1f}", *(_number(p.predicted[k]) for k in used)] for p in ranked[:SHOWN]],
+        keys=3,
     )  # fmt: skip
     if len(ranked) > SHOWN:
         say(f"{len(ranked) - SHOWN} pairs that fell less are not shown (--json has them).\n")
@@ -123,6 +124,7 @@ def _show(found: Similarity) -> None:
         "Does the prediction go with the drop? Spearman's ρ within runs",
         ["runs", "predictor", "ρ", "95 %", "p", "pairs", "told from", ""],
         rows,
+        keys=2,
     )
     say(
         "Interval: bootstrap over pairs; p: values shuffled within runs; told from: the |ρ| that 5 % of the shuffles reach. "

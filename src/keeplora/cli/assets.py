@@ -56,6 +56,7 @@ def verify() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from keeplora.cli.console import print_table
     from keeplora.models import assets
 
     try:
@@ -66,7 +67,7 @@ def verify() -> None:
     for row in result["rows"]:
         shown = (row[k] if len(row[k]) <= 24 else f"{row[k][:12]}…" for k in ("expected", "found"))
         table.add_row(row["what"], *shown, "ok" if row["ok"] else "[bold red]differs[/]")
-    Console().print(table)
+    print_table(Console(), table)
     if not result["ok"]:
         bad = ", ".join(r["what"] for r in result["rows"] if not r["ok"])
         raise _fail(KeepLoraError(f"these differ: {bad}; run `keeplora assets fetch --force`"))

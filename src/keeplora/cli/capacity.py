@@ -16,7 +16,7 @@ def capacity(
     """Print dimensions used and left per layer, and a forecast. Reads the ledger alone: no model is loaded."""
     import json
 
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console, with_layers
     from keeplora.tuner.capacity import gauge_ledger
     from keeplora.tuner.persistence import open_ledger
 
@@ -29,7 +29,7 @@ def capacity(
         typer.echo(json.dumps(found.to_dict()))
     else:
         console = wide_console()
-        console.print(found.table())
+        print_table(console, with_layers(console, found.table(), [layer.layer for layer in found.layers]))
         for note in found.notes():
             console.print(note, markup=False, highlight=False)
     if plot is not None:

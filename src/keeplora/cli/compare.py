@@ -139,19 +139,19 @@ def _read(paths: list[Path], output: Path | None, name: str | None, against: str
 
 
 def _show(study: Study, report: Path) -> None:
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.report.study_text import terminal
 
     console = wide_console(160)
     for part in terminal(study):
-        console.print(part)
+        print_table(console, part)
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
 
 
 def _print_plan(plan: StudyPlan, whole: bool) -> None:
     from rich.table import Table
 
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.study.resources import slots
     from keeplora.study.run import open_study
 
@@ -166,7 +166,7 @@ def _print_plan(plan: StudyPlan, whole: bool) -> None:
     for key in keys:
         table.add_row(key.method, key.order, str(key.seed), store.cells[key].state, key.folder)
     console = wide_console(160)
-    console.print(table)
+    print_table(console, table, keys=3)
     done = sum(store.cells[key].state == "finished" for key in keys)
     free = slots(max(1, len(keys) - done), jobs=plan.jobs, threads=plan.threads or store.threads, settings=plan.set)
     on = f", GPUs {', '.join(free.gpus)}" if free.gpus else ""

@@ -23,7 +23,7 @@ def log(directory: Directory, as_json: AsJson = False) -> None:
     from keeplora.experiment.ledgers import LedgerPlace
 
     rows = ledger_text.log_rows(LedgerPlace.open(directory).ledger)
-    _say(rows, ledger_text.log_table(rows, str(directory)), as_json)
+    _say(rows, ledger_text.log_table(rows, str(directory)), as_json, keys=3)
 
 
 @app.command("show")
@@ -119,7 +119,7 @@ def verify(
         "passed": problem is None, "problem": str(problem) if problem else None,
         "checks": [check.to_dict() for check in found],
     }  # fmt: skip
-    _say(told, ledger_text.check_table(found, str(directory)), as_json)
+    _say(told, ledger_text.check_table(found, str(directory)), as_json, keys=2)
     if problem is not None:
         raise problem
     if not as_json:
@@ -184,14 +184,14 @@ def _change(directory: Path, operation: str, task: str | int, *, for_good: bool 
     return step.subject
 
 
-def _say(value: Any, tables: Any, as_json: bool) -> None:
+def _say(value: Any, tables: Any, as_json: bool, keys: int = 1) -> None:
     if as_json:
         import json
 
         typer.echo(json.dumps(value, ensure_ascii=False))
         return
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
 
     console = wide_console()
     for table in tables:
-        console.print(table)
+        print_table(console, table, keys)

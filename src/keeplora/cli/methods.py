@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from keeplora.methods import Method
 
 app = typer.Typer(help="List and show the methods.", invoke_without_command=True)
@@ -72,6 +70,7 @@ def ls(as_json: _Json = False) -> None:
     """List the methods: what they train, keep, need and cost."""
     from rich.table import Table
 
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.methods import get_method, method_names
 
     methods = [get_method(name) for name in method_names()]
@@ -83,7 +82,7 @@ def ls(as_json: _Json = False) -> None:
         table.add_column(header, no_wrap=key == "name")
     for method in methods:
         table.add_row(*row(method))
-    _console().print(table)
+    print_table(wide_console(160), table)
 
 
 @app.command()
@@ -94,6 +93,7 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.methods import get_method
 
     method = get_method(name)
@@ -101,7 +101,7 @@ def show(
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    console = _console()
+    console = wide_console(160)
 
     def line(text: str) -> None:
         console.print(Text(text), soft_wrap=True)  # as plain text: brackets are no markup
@@ -126,10 +126,4 @@ def show(
         table.add_column(header, no_wrap=header == "name")
     for option in found["options"]:
         table.add_row(*(Text(str(option[key])) for key in ("name", "default", "help")))
-    console.print(table)
-
-
-def _console() -> Console:
-    from keeplora.cli.console import wide_console
-
-    return wide_console(160)
+    print_table(console, table)

@@ -73,6 +73,8 @@ def print_plan(experiment: Any, assumed: Sequence[str]) -> None:
 def _print_tasks(console: Console, config: Any, rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
+    from keeplora.cli.console import print_table
+
     table = Table(title=f"{config.label}: {config.method}, seed {config.seed} → {config.output_path}")
     what = "scorer" if rows and "scorer" in rows[0] else "classes"
     keys = ("name", what, "train", "validation", "test", "epochs", "steps")
@@ -80,7 +82,7 @@ def _print_tasks(console: Console, config: Any, rows: Sequence[dict[str, Any]]) 
         table.add_column("task" if key == "name" else key, justify="left" if key in ("name", "scorer") else "right")
     for row in rows:
         table.add_row(*(str(row[key]) for key in keys))
-    console.print(table)
+    print_table(console, table)
 
 
 def _print_targets(console: Console, targets: Sequence[Any], trained: int) -> None:
@@ -111,6 +113,7 @@ def _phases_told(config: Any, seconds: Mapping[str, float]) -> str:
 def _print_footprint(console: Console, config: Any, plan: Footprint) -> None:
     from rich.table import Table
 
+    from keeplora.cli.console import print_table
     from keeplora.experiment.footprint import BASES, subspace_bytes
     from keeplora.experiment.progress import duration
 
@@ -132,7 +135,7 @@ def _print_footprint(console: Console, config: Any, plan: Footprint) -> None:
         values = [getattr(plan.memory[base], field) for base in BASES]
         if any(values):
             table.add_row(label, *(size(value) if value else "-" for value in values), how)
-    console.print(table)
+    print_table(console, table)
     if settings.protects:
         held = ", ".join(f"{share:.0%} {size(subspace_bytes(plan.linears, share))}" for share in SHARES)
         console.print(
@@ -192,6 +195,7 @@ def _print_phases(console: Console, plan: Footprint) -> None:
     """Bytes and operations of every phase, for the run's tasks or as many as are assumed."""
     from rich.table import Table
 
+    from keeplora.cli.console import print_table
     from keeplora.experiment.scale import Load, phases, turning_points
 
     s, assume = plan.settings, plan.assume
@@ -207,7 +211,7 @@ def _print_phases(console: Console, plan: Footprint) -> None:
         )
     for row in phase_rows(phases(plan.shape, plan.linears, load, assume, plan.base)):
         table.add_row(*row)
-    console.print(table)
+    print_table(console, table)
     turn = turning_points(assume.k, assume.growth)
     if turn is not None:
         console.print(

@@ -33,6 +33,7 @@ def predict(
     from rich.console import Console
     from rich.table import Table
 
+    from keeplora.cli.console import print_table
     from keeplora.data import read_picture
     from keeplora.errors import KeepLoraError
     from keeplora.experiment import TrainedModel
@@ -65,4 +66,4 @@ def predict(
         table.add_column("probability", justify="right")
         for p in found:
             table.add_row(p.label, p.task or "–", f"{100 * p.probability:.1f} %")
-        console.print(table)
+        print_table(console, table)

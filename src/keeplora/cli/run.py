@@ -115,16 +115,16 @@ def with_suggestions(experiment: Experiment, source: Any, overrides: dict[str, A
 
 def finish(path: Path, against: list[Path]) -> None:
     """What a run ends with: the tables and the report's path."""
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.report import find_comparable, load_results, render_report
     from keeplora.report.runs import load_run
     from keeplora.report.terminal import matrix_table, results_table
 
     console = wide_console()
     results = load_results(path)
-    console.print(matrix_table(results))
+    print_table(console, matrix_table(results))
     paths = {real_path(other): other for other in [*against, *find_comparable(path)]}
-    console.print(results_table([load_run(one) for one in (path, *paths.values())]))
+    print_table(console, results_table([load_run(one) for one in (path, *paths.values())]))
     try:
         report = render_report(path, against)
     except (KeepLoraError, OSError):  # OSError: the command line has a sentence for it

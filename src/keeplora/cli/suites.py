@@ -32,6 +32,7 @@ def ls() -> None:
     """List the packaged suites."""
     from rich.table import Table
 
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.suites import load_suite, suite_names
 
     table = Table()
@@ -41,7 +42,7 @@ def ls() -> None:
         suite = load_suite(name)
         tasks, probes = (", ".join(spec["name"] for spec in suite[key]) for key in ("tasks", "probes"))
         table.add_row(name, tasks, probes, suite["description"])
-    _console().print(table)
+    print_table(wide_console(), table)
 
 
 @app.command()
@@ -49,10 +50,11 @@ def show(name: _Name) -> None:
     """Show a suite: its tasks, counts, prompts, scores, orders, and where its data is looked for."""
     from rich.table import Table
 
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.suites import data_folder, load_suite
 
     suite = load_suite(name)
-    console = _console()
+    console = wide_console()
     console.print(f"{suite['name']}: {suite['description']}", highlight=False)
     model = suite.get("model")
     settings = {
@@ -81,7 +83,7 @@ def show(name: _Name) -> None:
             parts = f" in {split.get('tasks')} tasks" if isinstance(split, dict) else ""
             cells = (kind, spec["name"] + parts, str(spec.get("source", "folder")), place, *counts, prompt)
             table.add_row(*cells, *([score] if asked else []))
-    console.print(table)
+    print_table(console, table, keys=2)
 
 
 def _asks(spec: dict[str, Any]) -> bool:
@@ -135,12 +137,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _console() -> Console:
-    from keeplora.cli.console import wide_console
-
-    return wide_console()
-
-
 def _line(console: Console, text: str, style: str = "") -> None:
     """One line however long, so that it can be searched; nothing in it is markup."""
     console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
@@ -171,6 +167,7 @@ class _bar:
 def _tell(checks: list[TaskCheck], suite: dict[str, Any], base: Path) -> None:
     from rich.table import Table
 
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.data.doctor import summary
     from keeplora.report.tables import size
 
@@ -184,8 +181,8 @@ def _tell(checks: list[TaskCheck], suite: dict[str, Any], base: Path) -> None:
         problems = f"{len(check.problems)} problem{'s' if len(check.problems) > 1 else ''}"
         state = "[green]ok[/]" if check.ok else "[bold red]missing[/]" if check.fetch else f"[bold red]{problems}[/]"
         table.add_row(check.name, *counts, size(check.bytes) if check.bytes else "", *sides, state)
-    console = _console()
-    console.print(table)
+    console = wide_console()
+    print_table(console, table)
     if not base.is_dir():
         _line(
             console, f"{base}: no such folder; name the datasets' folder with --data, or set KEEPLORA_DATA", "bold red"

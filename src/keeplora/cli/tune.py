@@ -38,7 +38,7 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="The search's folder; default runs/tune-NAME.")] = None,
 ) -> None:
     """Search each method's hyper-parameters without looking at a test picture. Repeat the command to go on."""
-    from keeplora.cli.console import wide_console
+    from keeplora.cli.console import print_table, wide_console
     from keeplora.study.tune import require_optuna
     from keeplora.study.tune_plan import TunePlan
 
@@ -69,7 +69,7 @@ def tune(
         say(f"Interrupted. Trials that ended are kept in {plan.output}; repeat the command to go on.")
         raise typer.Exit(128 + getattr(stopped, "signal", 2)) from None
     console = wide_console()
-    console.print(report.table(outcome))
+    print_table(console, report.table(outcome))
     for line in [*report.failures(outcome), *(f"warning: {line}" for line in report.edge_warnings(outcome))]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     for path in report.write_all(outcome):

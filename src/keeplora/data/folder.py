@@ -29,7 +29,7 @@ def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
         return _read_remote(remote, spec, probe)
     raw = RawTask(splits={})
     base = _folder(spec.path, base_dir) if spec.path is not None else base_dir
-    roots = {split: _folder(name, base) for split, name in spec.split_names.items()}
+    roots = {split: _folder(name, base, split) for split, name in spec.split_names.items()}
     for split, root in roots.items():
         if found := _layout(root):
             raise DataError(
@@ -106,8 +106,8 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
-def _folder(value: str, base: Path) -> Path:
-    path = locate(value, base, kind="folder")
+def _folder(value: str, base: Path, split: str = "") -> Path:
+    path = locate(value, base, kind="folder", split=split)
     if not path.is_dir():
         raise DataError(f"{path}: a file, not a folder of class folders; unpack it, or use `source: table` for a table")
     return path

@@ -53,7 +53,7 @@ def split_files(spec: ConversationSpec, base_dir: Path) -> dict[str, Table]:
         DataError: one is named and not there.
     """
     base = _base(spec, base_dir)
-    files = {split: anywhere(name, base, kind="file") for split, name in spec.split_names.items()}
+    files = {split: anywhere(name, base, kind="file", split=split) for split, name in spec.split_names.items()}
     if spec.path is None:
         return files
     path = anywhere(spec.path, base_dir)

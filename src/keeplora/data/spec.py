@@ -16,6 +16,7 @@ from keeplora.errors import ConfigError, DataError, did_you_mean
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DEFAULT_TEST_FRACTION = 0.2
+PAGE = "docs/data.md"
 ON_ERROR = ("raise", "skip")
 CHECKS = ("header", "full")
 DUPLICATES = ("warn", "refuse", "drop")
@@ -161,9 +162,20 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(every[:most]) + rest
 
 
-def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
-    """The absolute local path that ``value`` means, which must exist."""
-    path = anywhere(value, base, kind=kind)
+def or_a_share(split: str, kind: str) -> str:
+    """What else may stand in place of the name of a split that does not exist.
+
+    >>> or_a_share("test", "folder"), or_a_share("train", "folder")
+    ('; `test` takes a folder, or a share to hold out of training, such as 0.2', '')
+    """
+    if split not in ("test", "validation"):
+        return ""
+    return f"; `{split}` takes a {kind}, or a share to hold out of training, such as 0.2"
+
+
+def locate(value: str, base: Path, *, kind: str = "file or folder", split: str = "") -> Path:
+    """The absolute local path that ``value`` means, which must exist; ``split`` is the key that it stands at, if any."""
+    path = anywhere(value, base, kind=kind, split=split)
     if isinstance(path, RemotePath):
         raise DataError(
             f"{path}: this source reads local files alone; copy the data here (`keeplora copy`), or use `source: folder`, "
@@ -172,7 +184,9 @@ def locate(value: str, base: Path, *, kind: str = "file or folder") -> Path:
     return path
 
 
-def anywhere(value: str, base: Path | RemotePath, *, kind: str = "file or folder") -> Path | RemotePath:
+def anywhere(
+    value: str, base: Path | RemotePath, *, kind: str = "file or folder", split: str = ""
+) -> Path | RemotePath:
     """`locate` for the sources that read addresses (``s3://…``) as well."""
     path = place(value, base)
     if path.exists():
@@ -182,7 +196,8 @@ def anywhere(value: str, base: Path | RemotePath, *, kind: str = "file or folder
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.6)
     start = base if isinstance(base, RemotePath) else base.absolute()
     hint = f"did you mean {near[0]!r}?" if near else f"a relative path starts at {start}"
-    raise DataError(f"{path}: no such {kind}; {hint if not is_url(value) else 'check the address'}")
+    hint = hint if not is_url(value) else "check the address"
+    raise DataError(f"{path}: no such {kind}; {hint}{or_a_share(split, kind)}")
 
 
 class Keys:
@@ -211,7 +226,7 @@ class Keys:
         for key in self.given:
             if key not in known:
                 raise ConfigError(
-                    f"{self.where}: unknown key {key!r} for source {self.source!r}{did_you_mean(key, known)}"
+                    f"{self.where}: unknown key {key!r} for source {self.source!r}{did_you_mean(key, known - {'part'}, PAGE)}"
                 )
 
     def text(self, key: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from keeplora.data.remote import RemotePath, bytes_at, named_in, read_whole
 from keeplora.data.sets import Entry
-from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, anywhere, listing, suggest
+from keeplora.data.spec import SPLIT_ALIASES, RawTask, SourceSpec, TaskSpec, anywhere, listing, or_a_share, suggest
 from keeplora.data.video import is_video
 from keeplora.errors import ConfigError, DataError
 from keeplora.json_text import parse_json
@@ -37,7 +37,7 @@ def read(spec: TaskSpec, base_dir: Path, probe: bool) -> RawTask:
 def split_tables(spec: SourceSpec, base_dir: Path, probe: bool) -> dict[str, tuple[Table, list[Row], list[str]]]:
     """Table, rows and columns of each split."""
     if spec.path is None:
-        named = {split: anywhere(name, base_dir, kind="table") for split, name in spec.split_names.items()}
+        named = {split: anywhere(name, base_dir, kind="table", split=split) for split, name in spec.split_names.items()}
         if not probe and "train" not in named:
             raise ConfigError("no training table named: give `train`, or `path` for one table with all pictures")
         return {split: (table, *_rows(table, spec)) for split, table in named.items()}
@@ -49,7 +49,7 @@ def split_tables(spec: SourceSpec, base_dir: Path, probe: bool) -> dict[str, tup
             split, name = next(iter(spec.split_names.items()))
             raise ConfigError(
                 f"{table}: has no split column to find `{split}: {name}` in; name it with `split_column`, "
-                "or give one table each as `train` and `test` without `path`"
+                f"or give one table each as `train` and `test` without `path`{or_a_share(split, 'name of that column')}"
             )
         return {"train": (table, rows, columns)}
     _known(column, columns, table, "split_column")
@@ -71,7 +71,8 @@ def pick_splits(available: Collection[str], spec: SourceSpec, where: str, probe:
         named = spec.split_names.get(split)
         if named is not None:
             if named not in available:
-                raise DataError(f"{where}: no split {named!r} for `{split}`{suggest(named, available)}")
+                share = "" if spec.stream else or_a_share(split, "split's name")
+                raise DataError(f"{where}: no split {named!r} for `{split}`{suggest(named, available)}{share}")
             chosen[split] = named
         elif not isinstance({"test": spec.test, "validation": spec.validation}.get(split), float):
             free = [name for name in available if name.lower() in aliases and name not in spec.split_names.values()]

@@ -32,6 +32,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 #: Keys of a configuration file that are used up while loading.
 FILE_ONLY_KEYS = ("per_method",)
+#: Keys that keeplora itself writes into config.yaml; nobody has to set them, so no hint names them.
+WRITTEN_KEYS = ("auto", "base_dir", "order_name")
+PAGE = "docs/formats.md"
 
 _MUST_BE = {
     "string_type": "must be a word or text",
@@ -76,7 +79,7 @@ def unknown_key(path: KeyPath, value: Any = None) -> Problem:
     *parents, key = path
     parent = str(parents[0]) if parents else ""
     model = SECTIONS.get(parent, ExperimentConfig) if len(parents) == 1 else ExperimentConfig
-    choices = [*model.model_fields, *(FILE_ONLY_KEYS if not parents else ())]
+    choices = [*(k for k in model.model_fields if k not in WRITTEN_KEYS), *(FILE_ONLY_KEYS if not parents else ())]
     where = f"in {key_text(tuple(parents))}" if parents else "at the top level"
     homes = [section for section, fields in SECTIONS.items() if section != parent and key in fields.model_fields]
     if parents and key in ExperimentConfig.model_fields:
@@ -84,7 +87,7 @@ def unknown_key(path: KeyPath, value: Any = None) -> Problem:
     elif homes:
         hint = f"; it belongs under `{homes[0]}:`"
     else:
-        hint = did_you_mean(str(key), choices)
+        hint = did_you_mean(str(key), choices, PAGE)
     return Problem(path, f"unknown key {str(key)!r} {where}{hint}")
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
+from keeplora.methods.rank import warn_of_rank
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.branch import Branch, BranchLearner, attach_branches
@@ -104,6 +105,7 @@ class MoeLora(BranchLearner):
         return {"A": drawn[: target.r], "B": torch.zeros(target.n_out, target.r), "router": drawn[target.r :]}
 
     def _branches(self, task: OpenTask) -> Mapping[str, ExpertsBranch]:
+        warn_of_rank(self, task)
         generator = torch.Generator().manual_seed(self.config.seed * 1009)  # experts are drawn once, for all tasks
         start = self._present or {t.name: self._start(t, generator) for t in self.targets}
         return {t.name: ExpertsBranch(start[t.name], t.s) for t in self.targets}

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
+from keeplora.methods.rank import warn_of_rank
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.adapter import Factors, random_factor
 from keeplora.tuner.branch import Branch, BranchLearner
@@ -125,6 +126,7 @@ class SdLora(BranchLearner):
         return found, alpha
 
     def _branches(self, task: OpenTask) -> Mapping[str, DirectionsBranch]:
+        warn_of_rank(self, task)
         generator = torch.Generator().manual_seed(self.config.seed * 1009 + len(self.history))
         branches = {}
         for t in self.targets:

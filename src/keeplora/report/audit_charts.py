@@ -71,24 +71,35 @@ def _put(groups: dict[str, tuple[list[float], list[float]]], label: str, leak: A
 
 
 def short_names(names: Sequence[str], most: int) -> list[str]:
-    """The names without the parts that all of them begin with; of a long one the tower, the block and the last part.
+    """The names without the parts that all of them begin with; of a long one the tower, the block and its last parts.
+
+    As many last parts as tell the layers apart.
 
     >>> short_names(["model.layers.0.q", "model.layers.1.q"], 30), short_names(["vision_model.encoder.3.attention.query"], 20)
     (['0.q', '1.q'], ['vision 3 · query'])
+    >>> short_names([f"text_model.encoder.layer.0.{x}output.dense" for x in ("attention.", "")] + ["vision_model.q"], 34)
+    ['text 0 · attention.output.dense', 'text 0 · output.dense', 'vision_model.q']
     """
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    short = [".".join(p[shared:]) for p in parts]
-    return [name if len(name) <= most else _block_name(name, most) for name in short]
+    kept = [p[shared:] for p in parts]
+    short: list[str] = []
+    for last in range(1, max(map(len, kept), default=0) + 1):
+        short = [name if len(name := ".".join(p)) <= most else _block_name(p, last, most) for p in kept]
+        if len(set(short)) == len(set(names)):
+            break
+    return short
 
 
-def _block_name(name: str, most: int) -> str:
-    parts = name.split(".")
-    block = next((part for part in parts if part.isdigit()), None)
+def _block_name(parts: Sequence[str], last: int, most: int) -> str:
+    block = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+    name = ".".join(parts)
     if block is not None:
-        name = f"{parts[0].removesuffix('_model')} {block} · {parts[-1]}"
+        name = (
+            f"{parts[0].removesuffix('_model')} {parts[block]} · {'.'.join(parts[max(block + 1, len(parts) - last) :])}"
+        )
     return name if len(name) <= most else f"{name[:4]}…{name[5 - most :]}"
 
 

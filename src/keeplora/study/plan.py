@@ -143,7 +143,11 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     if "method" in values or "tasks" in values:
         told = "write a study with `experiment: FILE`, or give --experiment FILE"
         raise ConfigError(f"{path} is an experiment, not a study; {told}")
-    problems = [Problem((k,), f"unknown key {k!r}{did_you_mean(str(k), KEYS)}") for k in values if k not in KEYS]
+    problems = [
+        Problem((k,), f"unknown key {k!r}{did_you_mean(str(k), KEYS, 'docs/comparing.md')}")
+        for k in values
+        if k not in KEYS
+    ]
     raise_problems(problems, lambda where: f"{path}, line {lines[where]}" if where in lines else str(path))
     folder = real_path(path).parent
     for key in ("experiment", "data", "output"):
@@ -188,7 +192,9 @@ def make_plan(values: Mapping[str, Any]) -> StudyPlan:
 
         return take(key, check)
 
-    problems += [f"unknown key {key!r}{did_you_mean(key, KEYS)}" for key in values if key not in KEYS]
+    problems += [
+        f"unknown key {key!r}{did_you_mean(key, KEYS, 'docs/comparing.md')}" for key in values if key not in KEYS
+    ]
     suite, experiment, name, data = (kind(key, str) for key in ("suite", "experiment", "name", "data"))
     if (suite is None) == (experiment is None):
         problems.append(

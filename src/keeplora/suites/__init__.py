@@ -116,7 +116,7 @@ def _check_keys(suite: dict[Any, Any], file: Path) -> None:
     known = (*_TYPES, *_PASSED_ON)
     for key, value in suite.items():
         if key not in known:
-            raise ConfigError(f"{file}: unknown key {key!r}{did_you_mean(str(key), known)}")
+            raise ConfigError(f"{file}: unknown key {key!r}{did_you_mean(str(key), known, 'docs/suites.md')}")
         kinds = _TYPES.get(key)
         if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
             kind = kinds if isinstance(kinds, type) else kinds[0]

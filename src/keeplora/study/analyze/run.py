@@ -16,6 +16,7 @@ from keeplora.study.analyze.plan import (
     SHARES,
     AnalysisPlan,
     Point,
+    check_shares,
     inter_points,
     intra_points,
 )
@@ -85,6 +86,7 @@ def intra(
     plan: AnalysisPlan, *, shares: Sequence[float] = SHARES, parts: Sequence[str] | None = None, **how: Any
 ) -> Analysis:
     """The spectrum: `intra_points` of the untouched model."""
+    check_shares(shares)  # before a model is opened
     return analyze(plan, lambda world: intra_points(world.targets, shares, parts, world.configured_energies), **how)
 
 
