@@ -48,7 +48,8 @@ def untouched(world: World) -> dict[str, Any]:
 
 
 def _truncated(world: World, targets: Sequence[Target], mode: str, share: float) -> dict[str, Any]:
-    """Scores with ``targets`` rebuilt from the components that hold ``share``, or without those, and what of Σσ² they keep."""
+    """Scores with ``targets`` rebuilt from the leading components that hold ``share``, or from the trailing ones that hold as
+    much of Σσ² as those do, in every layer; what of Σσ² that is, and what share of the components."""
     chosen = {t.name for t in targets}
     kept: list[float] = []
     ranks: list[float] = []
@@ -58,9 +59,13 @@ def _truncated(world: World, targets: Sequence[Target], mode: str, share: float)
             return None
         S = world.spectrum(target.name, W)
         k = S.rank_for(share, world.plan.by)
-        kept.append(S.energy(k) if mode == "leading" else 1.0 - S.energy(k))
+        kept.append(S.energy(k))
+        if mode == "trailing":
+            k, rest = S.trailing(W, S.energy(k))
+        else:
+            rest = S.leading(W, k)
         ranks.append(k / len(S))
-        return S.leading(W, k) if mode == "leading" else S.without(W, k)
+        return rest
 
     with world.weights(change):
         found = world.both()
@@ -68,7 +73,7 @@ def _truncated(world: World, targets: Sequence[Target], mode: str, share: float)
 
 
 def intra(world: World, part: str, mode: str, share: float) -> dict[str, Any]:
-    """One part's weights from their leading components, or without them."""
+    """One part's weights from their leading components, or from their trailing ones."""
     return _truncated(world, [t for t in world.targets if in_part(t, part)], mode, share)
 
 

@@ -16,7 +16,7 @@ from keeplora.analysis.words import read_out
 from keeplora.experiment.similarity import task_similarity
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
-from keeplora.study.analyze.plan import STEPS, AnalysisPlan, Point, label_of, window_name
+from keeplora.study.analyze.plan import MODES, STEPS, AnalysisPlan, Point, label_of, window_name
 from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import NOTES, World
 from keeplora.yaml_text import dump_yaml
@@ -66,7 +66,10 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any], wanted: Sequence[Poi
         base = found["untouched"][0]["result"]
         curves = _Curves(base)
         results["untouched"] = curves.of(base)
-        results["intra"] = curves.grouped(found["intra"], ("part", "mode"), "share")
+        # Another keeplora dropped leading components by a grid of their own; such points may lie here still.
+        halves = [point for point in found["intra"] if point["mode"] in MODES]
+        results["intra"] = curves.grouped(halves, ("part", "mode"), "share")
+        results["ends"] = _ends(curves, halves)
         thirds = curves.grouped(found["third"], ("window",), "share")
         results["thirds"] = [{**one, "name": window_name(one["window"])} for one in thirds]
     results["windows"], windows = _windows(found["window"])
@@ -107,9 +110,13 @@ class _Curves:
         row: dict[str, Any] = {}
         for group in GROUPS:
             row[group] = _told(self.draws[group].spread(result[group]))
-            row[f"{group}_change"] = _told(self.draws[group].difference(result[group], self.base[group]))
+            row[f"{group}_change"] = _told(self.difference(group, result, self.base))
             row[f"{group}_sets"] = {name: round(fmean(values), 4) for name, values in result[group].items()}
         return row
+
+    def difference(self, group: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Spread:
+        """``one`` less ``other`` in a group, sample by sample."""
+        return self.draws[group].difference(one[group], other[group])
 
     def grouped(self, points: Sequence[Mapping[str, Any]], keys: Sequence[str], along: str) -> list[dict[str, Any]]:
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -118,6 +125,29 @@ class _Curves:
             row |= {k: point["result"][k] for k in ("energy", "rank_share", "layers", "of") if k in point["result"]}
             groups.setdefault(tuple(point[k] for k in keys), []).append(row)
         return [{**dict(zip(keys, key)), "points": rows} for key, rows in sorted(groups.items())]
+
+
+def _ends(curves: _Curves, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per part and share both ends of the spectrum at equal energy kept: leading less trailing, and each less the floor.
+
+    The floor is what is left with nothing of the part's weights kept: two ends that both lie there tell nothing, whatever the
+    difference between them.
+    """
+    at = {(p["part"], p["mode"], p["share"]): p["result"] for p in points}
+    rows: list[dict[str, Any]] = []
+    for (part, mode, share), trailing in at.items():
+        leading, floor = at.get((part, "leading", share)), at.get((part, "leading", 0.0))
+        if mode != "trailing" or leading is None or floor is None:
+            continue
+        row: dict[str, Any] = {"part": part, "share": share, "energy": trailing["energy"]}
+        for group in GROUPS:
+            row[group] = {
+                "difference": _told(curves.difference(group, leading, trailing)),
+                "leading_over_floor": _told(curves.difference(group, leading, floor)),
+                "trailing_over_floor": _told(curves.difference(group, trailing, floor)),
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["part"], row["share"]))
 
 
 def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[suggest.Window]]:

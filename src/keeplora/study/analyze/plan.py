@@ -15,6 +15,8 @@ from keeplora.tuner.targets import Target
 
 SHARES = (0.0, 0.5, 0.7, 0.85, 0.95, 1.0)
 """Of the spectrum, the grid of `intra`."""
+MODES = ("leading", "trailing")
+"""Which end of the spectrum weights are rebuilt from."""
 THIRD_SHARES = (0.5, 0.85, 0.95)
 WINDOWS = 3
 STEPS = 6
@@ -135,10 +137,10 @@ def intra_points(
     targets: Sequence[Target], shares: Sequence[float], parts: Sequence[str] | None = None,
     configured: Mapping[str, float] | None = None,
 ) -> list[Point]:  # fmt: skip
-    """The spectrum: each part's weights from their leading components, and without them.
+    """The spectrum: each part's weights from their leading components, and from the trailing ones that hold as much.
 
     Args:
-        configured: ε_w per tower: a share that each tower's leading components are tried at as well, for what is suggested in its
+        configured: ε_w per tower: a share that each tower is tried at as well, for what is suggested in its
             place must be better than it.
     """
     there = parts_of(targets)
@@ -148,11 +150,10 @@ def intra_points(
     points = [Point("untouched")]
     for part in parts or there:
         own = [] if part == "all" else [v for tower, v in (configured or {}).items() if (tower or "model") == part]
-        for mode in ("leading", "without"):
-            # Nothing dropped, and everything kept, is the model itself: told by one point, and checked by one.
-            grid = check_shares([*shares, *own] if mode == "leading" else shares)
-            for share in [s for s in grid if s > 0 or mode == "leading"]:
-                points.append(Point("intra", {"part": part, "mode": mode, "share": share}))
+        for mode in MODES:
+            # Nothing kept, and everything, is the same from either end: told once, and checked once.
+            grid = [s for s in check_shares([*shares, *own]) if mode == "leading" or 0 < s < 1]
+            points += [Point("intra", {"part": part, "mode": mode, "share": share}) for share in grid]
     return points
 
 
