@@ -238,6 +238,38 @@ def test_a_dry_run_says_how_much_there_is_to_do(looked_at, cli, tmp_path):
     assert "the analysis of another model, other data or other options: limit 200 (now 5)" in answer.err
 
 
+def test_windows_of_another_number_are_kept_apart(looked_at, cli, tmp_path, monkeypatch):
+    config, whole = looked_at
+    folder = Path(shutil.copytree(whole, tmp_path / "a", ignore=shutil.ignore_patterns(".lock")))
+    words = ("analyze", "inter", config, "--what", "windows", "--tasks", "1", "--output", folder)
+    monkeypatch.setenv(STOP_AFTER, "1")
+    assert cli(*words, "--windows", "2").code == 130
+    monkeypatch.delenv(STOP_AFTER)
+    kept = {f: f.stat().st_mtime_ns for f in (folder / "points").iterdir()}
+    answer = cli(*words, "--windows", "2")
+    assert answer.code == 0, answer.err
+    assert all(f.stat().st_mtime_ns == when for f, when in kept.items())
+    found = results_of(folder)
+    assert [(row["window"], row["of"], row["name"]) for row in found["windows"]] == [
+        (0, 2, "window 1 of 2"), (1, 2, "window 2 of 2")
+    ]  # fmt: skip
+    # Three blocks of pictures, two of words: the middle block lies at 0.5, in the second half.
+    assert [row["blocks"] for row in found["windows"]] == [
+        "blocks 0 of text_model and 0 of vision_model", "blocks 1 of text_model and 1–2 of vision_model"
+    ]  # fmt: skip
+    assert [row["layers"] for row in found["windows"]] == [8, 12]
+    assert any(
+        "Adapting window 2 of 2 alone (12 layers: blocks 1 of text_model and 1–2 of" in w for w in found["words"]["windows"]
+    )
+    # Thirds are asked for again, and nothing is measured: theirs lie there still.
+    monkeypatch.setenv(STOP_AFTER, "1")
+    assert cli(*words).code == 0
+    assert results_of(folder)["windows"] == results_of(whole)["windows"]
+    # A call that asks for no windows tells of thirds, and does not mix the two.
+    assert cli("analyze", "intra", config, *GRID, "--output", folder).code == 0
+    assert results_of(folder)["windows"] == results_of(whole)["windows"]
+
+
 @pytest.mark.slow
 def test_killed_with_its_processes_it_goes_on(looked_at, process, tmp_path):
     config, whole = looked_at
@@ -282,6 +314,7 @@ def test_a_folder_of_another_analysis_is_refused(looked_at, cli):
         (("intra", "CONFIG", "--general", "reference"), "names no `reference:` set"),
         (("intra", "CONFIG", "--limit", "2"), "fewer than 4 samples"),
         (("inter", "CONFIG", "--what", "window"), "did you mean 'windows'?"),
+        (("inter", "CONFIG", "--windows", "4"), "--windows is 4, but the deepest tower has 3 blocks: give 2 to 3"),
         (("inter", "CONFIG", "--what", "undo"), "an untouched model has no 'undo'"),
     ],
 )
@@ -307,11 +340,13 @@ def test_a_finished_run(world, cli, tmp_path):
     found = results_of(tmp_path / "a")
     points = points_of(tmp_path / "a")
     # Nothing undone: the run's last row. Everything undone: its first, the untouched model.
-    for steps, row in ((0, -1), (6, 0)):
-        sets = points[f"undo-shallow-{steps}"]["result"]["specific"]
+    for steps, row in ((0, -1), (3, 0)):
+        sets = points[f"undo-shallow-{steps}-3"]["result"]["specific"]
         scores = [sum(sets[name]) / len(sets[name]) for name in results["tasks"]]
         assert scores == pytest.approx(results["accuracy"][row], abs=1e-3)
-    assert points["undo-shallow-6"]["result"]["layers"] == 20
+    # A block of the deeper tower, of four layers, a step; the other tower's two blocks go with the first and the last third.
+    out = {first: [p["layers"] for p in c["points"]] for c in found["undo"] for first in [c["first"]]}
+    assert out == {"shallow": [0, 8, 12, 20], "deep": [0, 8, 12, 20]}
     last = found["layers"][-1]
     assert [t["task_name"] for t in found["layers"]] == ["paint", "stripes", "dots"]
     for task in found["layers"]:
@@ -366,7 +401,7 @@ def test_a_run_of_questions(questions, cli, tmp_path):
     cka = [row["cka"] for row in found["layers"][-1]["rows"] if row["tower"] == "model.language_model"]
     assert all(0 < value <= 1 + 1e-6 for value in cka)
     run = results_of(tmp_path / "run")
-    sets = points_of(tmp_path / "run/analysis")["undo-shallow-0"]["result"]["specific"]
+    sets = points_of(tmp_path / "run/analysis")["undo-shallow-0-2"]["result"]["specific"]
     scores = [sum(sets[name]) / len(sets[name]) for name in run["tasks"]]
     assert scores == pytest.approx(run["accuracy"][-1], abs=1e-3)
 

@@ -242,7 +242,7 @@ def _windows(results: Results) -> list[str]:
         gain, loss = row["gain"], row["loss"]
         lost = {"mean": -loss["mean"], "low": -loss["high"], "high": -loss["low"]}
         said.append(
-            f"Adapting {row['name']} alone ({row['layers']} layers) on {', '.join(row['tasks'])}: "
+            f"Adapting {row['name']} alone ({row['layers']} layers: {row['blocks']}) on {', '.join(row['tasks'])}: "
             f"{effect('held-out samples of the new task', gain)}, and {effect('the general sets', lost)}."
         )
     if len(rows) > 1:
@@ -332,6 +332,11 @@ def _layers(results: Results) -> list[str]:
 def _undo(results: Results) -> list[str]:
     said = []
     by = {one["first"]: one["points"] for one in results["undo"]}
+    steps, blocks = max(p["steps"] for p in by["shallow"]), max(results["blocks"].values(), default=0)
+    if blocks > steps:
+        few = blocks // steps
+        size = f"{few}" if blocks == few * steps else f"{few} or {few + 1}"
+        said.append(f"The deepest tower has {blocks} blocks: a step takes the updates of {size} of them out.")
     ends = {}
     for first, name in (("shallow", "shallow"), ("deep", "deep")):
         middle = next((p for p in by.get(first, []) if p["steps"] >= len(by[first]) // 3 and p["steps"] > 0), None)

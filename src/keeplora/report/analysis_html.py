@@ -25,8 +25,8 @@ SECTIONS = {
         "The spectrum of the shallow, the middle or the deep third of every tower is cut, the rest is left as it is.",
     ),
     "windows": (
-        "One third of the depth adapted",
-        "A task is learned with all layer scales at 1 and only one third of the layers adapted. Where a point gained costs more "
+        "One window of the depth adapted",
+        "A task is learned with all layer scales at 1 and only one window of the layers adapted. Where a point gained costs more "
         "general knowledge, layers should move less: that is what γ is for (M6).",
     ),
     "spectra": (
@@ -41,7 +41,7 @@ SECTIONS = {
     ),
     "undo": (
         "Updates taken out again",
-        "The learned updates are removed layer by layer, from the shallow end and from the deep one.",
+        "The learned updates are removed block by block, from the shallow end and from the deep one.",
     ),
     "interference": (
         "What one task does to another",
@@ -97,11 +97,11 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         rows = [{**p, "row": f"{one['name']}, {p['share']:g}"} for one in results["thirds"] for p in one["points"]]
         made["thirds"] = [_scores(rows, "third, share kept", "row")]
     if results.get("windows"):
-        head = ["adapted", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
+        head = ["adapted", "blocks", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
         body = [
             [
-                w["name"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]), _cell(w["loss"]),
-                _over_tasks(w["loss"]),
+                w["name"], w["blocks"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]),
+                _cell(w["loss"]), _over_tasks(w["loss"]),
             ]
             for w in results["windows"]
         ]  # fmt: skip

@@ -110,20 +110,30 @@ def thirds(results: Results) -> Figure:
 
 
 def windows(results: Results) -> Figure:
-    """Gain on the new task against loss on the general sets, a mark per window of layers."""
+    """Gain on the new task against loss on the general sets, a mark per window of layers; of more than thirds, numbered."""
     figure, axes = _figure(1, wide=5.6, high=3.6)
     panel = axes[0][0]
+    count = results["windows"][0]["of"]
     for k, row in enumerate(results["windows"]):
         gain, loss = row["gain"], row["loss"]
         panel.errorbar(
             gain["mean"], loss["mean"], xerr=_ends(gain), yerr=_ends(loss), fmt=PLOT_MARKERS[k % 8], color=COLOURS[k % 8],
-            capsize=3, linewidth=1.5, markersize=7, label=f"{row['name']} alone",
+            capsize=3, linewidth=1.5, markersize=7, label=f"{row['name']} alone" if count == 3 else None,
         )  # fmt: skip
+        if count != 3:
+            panel.annotate(
+                str(row["window"] + 1),
+                (gain["mean"], loss["mean"]),
+                xytext=(5, 5),
+                textcoords="offset points",
+                color=INK,
+            )
     panel.axhline(0, color=INK, linewidth=1, zorder=0.6)
     panel.axvline(0, color=INK, linewidth=1, zorder=0.6)
-    _style(
-        panel, "One third of the layers adapted", "gain on the new task (points)", "loss on the general sets (points)"
+    title = (
+        "One third of the layers adapted" if count == 3 else f"One of {count} windows of depth adapted (1: shallowest)"
     )
+    _style(panel, title, "gain on the new task (points)", "loss on the general sets (points)")
     _legend(figure, panel)
     return figure
 

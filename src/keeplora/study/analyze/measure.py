@@ -18,7 +18,7 @@ from keeplora.experiment.training import train_task
 from keeplora.math import Subspace, new_directions
 from keeplora.math.subspace import right_vectors
 from keeplora.study.analyze.measure_run import layers, undo
-from keeplora.study.analyze.plan import Point, in_part, window_of
+from keeplora.study.analyze.plan import WINDOWS, Point, in_part, window_of
 from keeplora.study.analyze.world import World
 from keeplora.tuner import KeepLoraConfig
 from keeplora.tuner.basis_cache import weight_subspace
@@ -85,8 +85,8 @@ def third(world: World, window: int, share: float) -> dict[str, Any]:
 # ---- one window of layers adapted ----------------------------------------------------------------------------------
 
 
-def window(world: World, task: int, window: int) -> dict[str, Any]:
-    """The task learned by the method with all layer scales at 1 and only one third of the depth adapted.
+def window(world: World, task: int, window: int, windows: int = WINDOWS) -> dict[str, Any]:
+    """The task learned by the method with all layer scales at 1 and only one of so many windows of the depth adapted.
 
     What is judged are held-out training samples of the task and the general sets, before and after, sample by sample.
     """
@@ -94,7 +94,7 @@ def window(world: World, task: int, window: int) -> dict[str, Any]:
     data = setup.tasks[task - 1]
     held = {data.name: (data, world.data_set(data.validation))}
     before = world.scores(held), world.scores(world.general)
-    names = [t.name for t in world.targets if window_of(t) == window]
+    names = [t.name for t in world.targets if window_of(t, windows) == window]
     training = setup.config.training.for_task(data.name)
     config = _of_window(setup.tuner_config(data), [t for t in world.targets if t.name in set(names)])
     learner = setup.method.learner(world.family.model, config)
