@@ -259,7 +259,8 @@ def test_windows_of_another_number_are_kept_apart(looked_at, cli, tmp_path, monk
     ]  # fmt: skip
     assert [row["layers"] for row in found["windows"]] == [8, 12]
     assert any(
-        "Adapting window 2 of 2 alone (12 layers: blocks 1 of text_model and 1–2 of" in w for w in found["words"]["windows"]
+        "Adapting window 2 of 2 alone (12 layers: blocks 1 of text_model and 1–2 of" in w
+        for w in found["words"]["windows"]
     )
     # Thirds are asked for again, and nothing is measured: theirs lie there still.
     monkeypatch.setenv(STOP_AFTER, "1")
