@@ -57,6 +57,21 @@ def test_the_page_prints_what_the_points_hold(kept, tmp_path, monkeypatch):
         assert line.replace("%", " %") in page
 
 
+def test_points_of_finer_windows_are_not_mixed_into_thirds(kept, tmp_path, monkeypatch):
+    thirds = concluded(kept, tmp_path, monkeypatch)["windows"]
+    store, point = AnalysisStore(tmp_path), kept["points"]["window-1-0"]
+    finer = [Point("window", {"task": 1, "window": w, "windows": 12}) for w in range(12)]
+    for one in finer:
+        store.write(one, point["result"])
+    asked = [Point("untouched")]  # a call that asks for no windows
+    assert outcome.conclude(store, kept["about"], asked)["windows"] == thirds
+    rows = outcome.conclude(store, kept["about"], finer)["windows"]
+    assert [row["name"] for row in rows] == [f"window {k} of 12" for k in range(1, 13)]
+    assert [row["blocks"] for row in rows[:2]] == [
+        "block 0 of vision_model", "blocks 0 of text_model and 1 of vision_model"
+    ]  # fmt: skip
+
+
 def test_with_every_sample_the_leading_end_of_the_vision_tower_is_told(kept):
     points = kept["every_sample"]["points"]
     scores = {name.removeprefix("intra-vision_model-"): p["result"]["general"] for name, p in points.items()}
