@@ -24,9 +24,9 @@ def test_everything_kept_and_nothing_dropped_is_the_weight_itself(shape, seed, d
     W = weight(shape, seed, dtype)
     S = Spectrum.of(W)
     assert torch.equal(S.leading(W, S.rank_for(1.0, by)), W)
-    assert torch.equal(S.without(W, S.rank_for(0.0, by)), W)
+    assert torch.equal(S.trailing(W, 1.0)[1], W)
     assert not S.leading(W, S.rank_for(0.0, by)).any()
-    assert not S.without(W, S.rank_for(1.0, by)).any()
+    assert not S.trailing(W, 0.0)[1].any()
 
 
 @settings(deadline=None, max_examples=60)
@@ -48,11 +48,27 @@ def test_the_two_halves_add_up_and_the_leading_one_is_the_svd(shape, seed, k):
     W = weight(shape, seed)
     S = Spectrum.of(W)
     k = min(k, len(S))
-    low, rest = S.leading(W, k), S.without(W, k)
+    low, (left, rest) = S.leading(W, k), S.trailing(W, 1.0 - S.energy(k))
+    assert left >= len(S) - k  # components of no energy may stay or go
     assert torch.allclose(low + rest, W, atol=1e-5)
     L, sigma, Rt = torch.linalg.svd(W.double(), full_matrices=False)
     assert torch.allclose(low.double(), (L[:, :k] * sigma[:k]) @ Rt[:k], atol=1e-4)
     assert float(rest.double().square().sum()) == pytest.approx(float(sigma[k:].square().sum()), abs=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.integers(0, 99), st.floats(1e-3, 1.0))
+def test_both_ends_hold_as_much(shape, seed, share):
+    """In every layer exactly, however coarse its spectrum is: else what is compared is how much is kept, and not what."""
+    W = weight(shape, seed)
+    S = Spectrum.of(W)
+    k = S.rank_for(share)
+    left, rest = S.trailing(W, S.energy(k))
+    held = float(rest.double().square().sum() / W.double().square().sum())
+    assert held == pytest.approx(S.energy(k), abs=1e-4)
+    # Of the right vectors the last ones alone are there, the first of them in part.
+    inside = (rest.double() @ S.V.double()).square().sum(0)
+    assert float(inside[: len(S) - left].sum()) <= 1e-9 * float(W.double().square().sum()) + 1e-12
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=20))

@@ -88,16 +88,22 @@ def test_energy_weights_that_the_curve_does_not_tell(changes, why):
     assert why in found.why
 
 
-@given(st.floats(0, 1))
-def test_gamma_gives_the_schedule_the_ratio_of_the_thirds(ratio):
-    gamma = suggest.gamma_of(ratio)
+@given(st.floats(0.01, 3.0), st.integers(2, 24))
+def test_gamma_gives_the_schedule_the_ratio_of_the_windows(ratio, count):
+    gamma, x = suggest.gamma_of(ratio, count), 0.5 / count
     assert suggest.LEAST_GAMMA <= gamma <= 1
-    shallow, deep = gamma + (1 - gamma) / 6, gamma + (1 - gamma) * 5 / 6
-    assert suggest.ratio_of(gamma) == pytest.approx(shallow / deep)
+    shallow, deep = gamma + (1 - gamma) * x, gamma + (1 - gamma) * (1 - x)
+    assert suggest.ratio_of(gamma, count) == pytest.approx(shallow / deep)
     if gamma > suggest.LEAST_GAMMA:
-        assert shallow / deep == pytest.approx(ratio)
+        assert shallow / deep == pytest.approx(min(ratio, 1.0))
     else:
         assert shallow / deep >= ratio - 1e-9
+
+
+def test_gamma_goes_by_where_the_windows_lie():
+    """A price ratio of the ends of twelve windows is one of blocks further apart than thirds' middles: a milder γ fits it."""
+    windows = [window("shallow", 20, 20), window("deeper", 20, 10)]
+    assert suggest.gamma(windows, [1.0], 12).value == pytest.approx(0.47, abs=0.01)  # (23 · 0.5 − 1) / (23 − 0.5)
 
 
 def test_gamma_is_low_where_shallow_layers_cost_more():

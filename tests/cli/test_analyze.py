@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -93,19 +94,50 @@ def test_the_full_end_of_the_grid_is_the_model_itself(looked_at):
         assert {k: full[k] for k in base} == base
         nothing = points[f"intra-{part}-leading-0.0"]["result"]
         assert nothing["energy"] == 0.0
-        assert {k: nothing[k] for k in base} == {k: points[f"intra-{part}-without-1.0"]["result"][k] for k in base}
         assert nothing["specific"] != base["specific"]
+
+
+def test_both_ends_are_measured_at_equal_energy_and_compared_there(looked_at):
+    points = points_of(looked_at[1])
+    shares = {"vision_model": (0.5, 0.85, 0.9), "text_model": (0.2, 0.5, 0.9)}  # the grid, and the tower's ε_w
+    for part, grid in shares.items():
+        for share in grid:
+            leading, trailing = (points[f"intra-{part}-{mode}-{share}"]["result"] for mode in ("leading", "trailing"))
+            assert trailing["energy"] == leading["energy"] >= share
+            assert trailing["rank_share"] > leading["rank_share"]
+    rows = results_of(looked_at[1])["ends"]
+    assert [(row["part"], row["share"]) for row in rows] == [(p, s) for p in sorted(shares) for s in shares[p]]
+    for row in rows:
+        one = {m: points[f"intra-{row['part']}-{m}-{row['share']}"]["result"] for m in ("leading", "trailing")}
+        one["floor"] = points[f"intra-{row['part']}-leading-0.0"]["result"]
+        for group in ("general", "specific"):
+            mean = {m: fmean(fmean(values) for values in result[group].values()) for m, result in one.items()}
+            found = row[group]
+            assert found["difference"]["mean"] == pytest.approx(mean["leading"] - mean["trailing"], abs=1e-3)
+            assert found["trailing_over_floor"]["mean"] == pytest.approx(mean["trailing"] - mean["floor"], abs=1e-3)
+            assert found["difference"]["low"] <= found["difference"]["mean"] <= found["difference"]["high"]
+
+
+def test_points_of_another_grid_are_left_alone(looked_at, cli, tmp_path):
+    """What an older keeplora measured of the complement lies in its folder, and is neither shown nor compared."""
+    config, whole = looked_at
+    folder = Path(shutil.copytree(whole, tmp_path / "a", ignore=shutil.ignore_patterns(".lock")))
+    old = json.loads((folder / "points/intra-vision_model-trailing-0.5.json").read_text())
+    (folder / "points/intra-vision_model-without-0.5.json").write_text(json.dumps({**old, "mode": "without"}))
+    assert cli("analyze", "inter", config, "--tasks", "1", "--output", folder, "--quiet").code == 0
+    mine, theirs = results_of(folder), results_of(whole)
+    assert (mine["intra"], mine["ends"]) == (theirs["intra"], theirs["ends"])
 
 
 def test_every_kind_of_point_is_in_the_results_with_intervals(looked_at):
     results = results_of(looked_at[1])
     assert results["format"] == "keeplora-analysis-results"
     assert {(c["part"], c["mode"]) for c in results["intra"]} == {
-        (part, mode) for part in ("vision_model", "text_model") for mode in ("leading", "without")
+        (part, mode) for part in ("vision_model", "text_model") for mode in ("leading", "trailing")
     }
     for curve in results["intra"]:
         energies = [p["energy"] for p in curve["points"]]
-        assert energies == sorted(energies, reverse=curve["mode"] == "without")
+        assert energies == sorted(energies)
     for row in results["windows"]:
         assert row["gain"]["low"] <= row["gain"]["mean"] <= row["gain"]["high"]
         assert row["tasks"] == ["paint"]
@@ -193,7 +225,7 @@ def test_a_dry_run_says_how_much_there_is_to_do(looked_at, cli, tmp_path):
     config, folder = looked_at
     answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", tmp_path / "a")
     assert answer.code == 0, answer.err
-    # Per tower 0, 0.5, 0.9, 1 and its own ε_w kept, and 0.5, 0.9 and 1 dropped.
+    # Per tower 0, 0.5, 0.9, 1 and its own ε_w from the leading end, and what lies between from the trailing one.
     assert answer.out == "17 points to measure (1 untouched, 16 intra): how long it takes is told after the first\n"
     assert not (tmp_path / "a").exists()
     answer = cli("analyze", "intra", config, *GRID, "--dry-run", "--output", folder)
@@ -204,6 +236,39 @@ def test_a_dry_run_says_how_much_there_is_to_do(looked_at, cli, tmp_path):
     assert sorted(folder.rglob("*")) == before
     answer = cli("analyze", "intra", config, "--limit", "5", "--dry-run", "--output", folder)
     assert "the analysis of another model, other data or other options: limit 200 (now 5)" in answer.err
+
+
+def test_windows_of_another_number_are_kept_apart(looked_at, cli, tmp_path, monkeypatch):
+    config, whole = looked_at
+    folder = Path(shutil.copytree(whole, tmp_path / "a", ignore=shutil.ignore_patterns(".lock")))
+    words = ("analyze", "inter", config, "--what", "windows", "--tasks", "1", "--output", folder)
+    monkeypatch.setenv(STOP_AFTER, "1")
+    assert cli(*words, "--windows", "2").code == 130
+    monkeypatch.delenv(STOP_AFTER)
+    kept = {f: f.stat().st_mtime_ns for f in (folder / "points").iterdir()}
+    answer = cli(*words, "--windows", "2")
+    assert answer.code == 0, answer.err
+    assert all(f.stat().st_mtime_ns == when for f, when in kept.items())
+    found = results_of(folder)
+    assert [(row["window"], row["of"], row["name"]) for row in found["windows"]] == [
+        (0, 2, "window 1 of 2"), (1, 2, "window 2 of 2")
+    ]  # fmt: skip
+    # Three blocks of pictures, two of words: the middle block lies at 0.5, in the second half.
+    assert [row["blocks"] for row in found["windows"]] == [
+        "blocks 0 of text_model and 0 of vision_model", "blocks 1 of text_model and 1–2 of vision_model"
+    ]  # fmt: skip
+    assert [row["layers"] for row in found["windows"]] == [8, 12]
+    assert any(
+        "Adapting window 2 of 2 alone (12 layers: blocks 1 of text_model and 1–2 of" in w
+        for w in found["words"]["windows"]
+    )
+    # Thirds are asked for again, and nothing is measured: theirs lie there still.
+    monkeypatch.setenv(STOP_AFTER, "1")
+    assert cli(*words).code == 0
+    assert results_of(folder)["windows"] == results_of(whole)["windows"]
+    # A call that asks for no windows tells of thirds, and does not mix the two.
+    assert cli("analyze", "intra", config, *GRID, "--output", folder).code == 0
+    assert results_of(folder)["windows"] == results_of(whole)["windows"]
 
 
 @pytest.mark.slow
@@ -250,6 +315,7 @@ def test_a_folder_of_another_analysis_is_refused(looked_at, cli):
         (("intra", "CONFIG", "--general", "reference"), "names no `reference:` set"),
         (("intra", "CONFIG", "--limit", "2"), "fewer than 4 samples"),
         (("inter", "CONFIG", "--what", "window"), "did you mean 'windows'?"),
+        (("inter", "CONFIG", "--windows", "4"), "--windows is 4, but the deepest tower has 3 blocks: give 2 to 3"),
         (("inter", "CONFIG", "--what", "undo"), "an untouched model has no 'undo'"),
     ],
 )
@@ -275,11 +341,13 @@ def test_a_finished_run(world, cli, tmp_path):
     found = results_of(tmp_path / "a")
     points = points_of(tmp_path / "a")
     # Nothing undone: the run's last row. Everything undone: its first, the untouched model.
-    for steps, row in ((0, -1), (6, 0)):
-        sets = points[f"undo-shallow-{steps}"]["result"]["specific"]
+    for steps, row in ((0, -1), (3, 0)):
+        sets = points[f"undo-shallow-{steps}-3"]["result"]["specific"]
         scores = [sum(sets[name]) / len(sets[name]) for name in results["tasks"]]
         assert scores == pytest.approx(results["accuracy"][row], abs=1e-3)
-    assert points["undo-shallow-6"]["result"]["layers"] == 20
+    # A block of the deeper tower, of four layers, a step; the other tower's two blocks go with the first and the last third.
+    out = {first: [p["layers"] for p in c["points"]] for c in found["undo"] for first in [c["first"]]}
+    assert out == {"shallow": [0, 8, 12, 20], "deep": [0, 8, 12, 20]}
     last = found["layers"][-1]
     assert [t["task_name"] for t in found["layers"]] == ["paint", "stripes", "dots"]
     for task in found["layers"]:
@@ -334,7 +402,7 @@ def test_a_run_of_questions(questions, cli, tmp_path):
     cka = [row["cka"] for row in found["layers"][-1]["rows"] if row["tower"] == "model.language_model"]
     assert all(0 < value <= 1 + 1e-6 for value in cka)
     run = results_of(tmp_path / "run")
-    sets = points_of(tmp_path / "run/analysis")["undo-shallow-0"]["result"]["specific"]
+    sets = points_of(tmp_path / "run/analysis")["undo-shallow-0-2"]["result"]["specific"]
     scores = [sum(sets[name]) / len(sets[name]) for name in run["tasks"]]
     assert scores == pytest.approx(run["accuracy"][-1], abs=1e-3)
 

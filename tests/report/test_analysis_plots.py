@@ -53,6 +53,33 @@ def test_words_tell_apart_what_the_intervals_do():
     assert "no change can be seen in the tasks (−3.0 points [−5.0, +2.0])" in said[0]
 
 
+def test_two_ends_at_the_floor_are_never_told_apart():
+    """Keeping the leading and keeping the trailing half of a tower may both leave nothing; a difference there means nothing."""
+    up, down, none = ({**CHANGE, "mean": m, "low": m - 2, "high": m + 2} for m in (9.0, -9.0, 0.0))
+    floor = {"difference": up, "leading_over_floor": none, "trailing_over_floor": none}
+    alive = {"difference": down, "leading_over_floor": none, "trailing_over_floor": up}
+    alike = {"difference": none, "leading_over_floor": up, "trailing_over_floor": up}
+
+    def said(*rows: Any) -> list[str]:
+        ends = [
+            {"part": "vision", "share": share, "energy": share, "general": row, "specific": floor}
+            for share, row in zip((0.5, 0.7, 0.95), rows)
+        ]
+        intra = [{"part": "vision", "mode": "leading", "points": []}]
+        return [line for line in read_out(results(intra=intra, ends=ends))["intra"] if "general sets" in line]
+
+    lines = said(floor, floor)
+    assert "at 50 %, 70 % of Σσ² neither end of the spectrum" in lines[0]
+    assert lines[-1] == "vision, the general sets: which end of the spectrum is worth more cannot be told."
+    lines = said(floor, alike, alive)
+    assert "at 70 % of Σσ² kept the leading and the trailing components are not told apart" in lines[1]
+    assert "at 95 % of Σσ² kept the leading components score 9.0 points [7.0, 11.0] less" in lines[2]
+    assert "the trailing components are worth more than the leading ones that hold as much" in lines[-1]
+    both = {**alive, "difference": up, "leading_over_floor": up}
+    assert "depends on how much is kept" in said(both, alive)[-1]
+    assert "the leading components are worth more than the trailing ones" in said(both)[-1]
+
+
 def test_what_is_not_told_is_said_so():
     summary = read_out(results())["summary"]
     assert "Suggested for this model: γ = 0.5." in summary

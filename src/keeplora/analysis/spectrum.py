@@ -26,7 +26,7 @@ class Spectrum:
     >>> S = Spectrum.of(W)
     >>> S.rank_for(0.9), S.rank_for(0.5, "sum"), round(S.energy(2), 3)   # 13/14, 3/6
     (2, 1, 0.929)
-    >>> S.leading(W, 1).diagonal().tolist(), S.without(W, 1).diagonal().tolist()
+    >>> S.leading(W, 1).diagonal().tolist(), S.trailing(W, 5 / 14)[1].diagonal().tolist()
     ([3.0, 0.0, 0.0], [0.0, 2.0, 1.0])
     """
 
@@ -71,15 +71,23 @@ class Spectrum:
         V = self.V[:, :k].to(W.device)
         return ((W.detach().to(torch.float32) @ V) @ V.T).to(W.dtype)
 
-    def without(self, W: Tensor, k: int) -> Tensor:
-        """W without its leading ``k`` components; W itself for k = 0, and 0 where that is all of them."""
-        if k <= 0:
-            return W.detach().clone()
-        if k >= len(self):
-            return torch.zeros_like(W)
+    def trailing(self, W: Tensor, energy: float) -> tuple[int, Tensor]:
+        """(How many components are left, W from its trailing components that hold exactly ``energy`` of Σσ²).
+
+        The leading ones go until no more than ``energy`` is left, and the last of those that go stays in part, scaled, so that
+        exactly that much is: beside `leading` at the same energy only the end of the spectrum differs. W itself for 1, 0 for 0.
+        """
+        if energy >= 1.0:
+            return len(self), W.detach().clone()
+        k = max(1, self.rank_for(1.0 - energy))
+        if energy <= 0.0:
+            return 0, torch.zeros_like(W)
+        gone = torch.ones(k)
+        own = self.energy(k) - self.energy(k - 1)
+        gone[-1] = 1.0 - max(0.0, (self.energy(k) - (1.0 - energy)) / own) ** 0.5
         V = self.V[:, :k].to(W.device)
         W32 = W.detach().to(torch.float32)
-        return (W32 - (W32 @ V) @ V.T).to(W.dtype)
+        return len(self) - k + int(gone[-1] < 1), (W32 - ((W32 @ V) * gone.to(W.device)) @ V.T).to(W.dtype)
 
 
 def captured(sigma: Tensor, ranks: tuple[int, ...] | list[int]) -> list[float]:

@@ -149,27 +149,29 @@ class Window(NamedTuple):
     tasks: int
 
 
-def ratio_of(gamma: float) -> float:
-    """s_shallow / s_deep of γ's linear schedule (M6) at the middles of the first and the last third.
+def ratio_of(gamma: float, count: int = 3) -> float:
+    """s_shallow / s_deep of γ's linear schedule (M6) at the middles of the first and the last of ``count`` windows of depth.
 
-    It gives γ + (1 − γ)/6 and γ + 5 (1 − γ)/6 there.
+    They lie at x = 1/(2 count) and 1 − x of the depth, where it gives γ + (1 − γ) x and γ + (1 − γ)(1 − x).
 
-    >>> ratio_of(1.0), round(ratio_of(0.2), 3)
-    (1.0, 0.385)
+    >>> ratio_of(1.0), round(ratio_of(0.2), 3), round(ratio_of(0.2, 12), 3)
+    (1.0, 0.385, 0.241)
     """
-    return (5 * gamma + 1) / (gamma + 5)
+    k = 2 * count - 1
+    return (k * gamma + 1) / (gamma + k)
 
 
-def gamma_of(ratio: float) -> float:
+def gamma_of(ratio: float, count: int = 3) -> float:
     """The γ whose `ratio_of` is ``ratio``; cut to [`LEAST_GAMMA`, 1].
 
-    >>> gamma_of(1.0), round(gamma_of(0.5), 3), gamma_of(0.0)
-    (1.0, 0.333, 0.1)
+    >>> gamma_of(1.0), round(gamma_of(0.5), 3), gamma_of(0.0), round(gamma_of(ratio_of(0.4, 12), 12), 3)
+    (1.0, 0.333, 0.1, 0.4)
     """
-    return 1.0 if ratio >= 1 else max(LEAST_GAMMA, (5 * ratio - 1) / (5 - ratio))
+    k = 2 * count - 1
+    return 1.0 if ratio >= 1 else max(LEAST_GAMMA, (k * ratio - 1) / (k - ratio))
 
 
-def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
+def gamma(windows: Sequence[Window], configured: Sequence[float], count: int = 3) -> Suggestion:
     """γ from what the shallowest and the deepest window cost the general sets per point gained on the task.
 
     To first order the gain grows with a window's scale s, and around a pretrained optimum the loss with s². What
@@ -180,7 +182,7 @@ def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
     the interval of price_deep − `ratio_of` (γ) · price_shallow holds 0.
 
     Args:
-        configured: the γ of each tower.
+        configured: the γ of each tower. count: into how many windows the depth was divided.
     """
     if len(windows) < 2:
         return Suggestion(None, "there is but one window of layers")
@@ -200,9 +202,9 @@ def gamma(windows: Sequence[Window], configured: Sequence[float]) -> Suggestion:
         f"{prices[1]:.2f} where {deep.name} alone is"
     )
     ratio = max(0.0, prices[1]) / prices[0] if prices[0] > 0 else 1.0
-    value = round(gamma_of(ratio), 2)
+    value = round(gamma_of(ratio, count), 2)
     for now in sorted(set(configured)):
-        scale = ratio_of(now)
+        scale = ratio_of(now, count)
         low, high = ends(draws[1] - scale * draws[0])
         apart = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
         fits = (

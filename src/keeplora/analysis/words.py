@@ -113,15 +113,15 @@ def _value(value: Any, as_it_was: Sequence[str]) -> str:
     return f"{value:g}"
 
 
-def _curve(results: Results, part: str, mode: str) -> list[dict[str, Any]]:
-    return next((c["points"] for c in results["intra"] if (c["part"], c["mode"]) == (part, mode)), [])
+def _curve(results: Results, part: str) -> list[dict[str, Any]]:
+    return next((c["points"] for c in results["intra"] if (c["part"], c["mode"]) == (part, "leading")), [])
 
 
 def _intra(results: Results) -> list[str]:
     said = []
     for part in dict.fromkeys(curve["part"] for curve in results["intra"]):
         name = "All towers" if part == "all" else part
-        leading, without = _curve(results, part, "leading"), _curve(results, part, "without")
+        leading = _curve(results, part)
         inner = [p for p in leading if 0 < p["share"] < 1]
         for group, what in (("general", "the general sets"), ("specific", "the tasks")):
             least = _least_unharmed(leading, group)
@@ -138,11 +138,60 @@ def _intra(results: Results) -> list[str]:
                 said.append(f"{name}: every truncation that was tried costs {what} something.")
         if inner:
             said.append(_together(name, f"kept are {percent(inner[0]['energy'])} of Σσ²", inner[0]))
-        dropped = [p for p in without if 0 < p["share"] < 1]
-        if dropped:
-            first = dropped[0]
-            said.append(_together(name, f"the leading {percent(1 - first['energy'])} of Σσ² are dropped", first))
+        rows = [row for row in results.get("ends", ()) if row["part"] == part]
+        for group, what in (("general", "the general sets"), ("specific", "the tasks")):
+            said += ends(f"{name}, {what}", [{"energy": row["energy"], **row[group]} for row in rows])
     return said
+
+
+def at_floor(row: Mapping[str, Any]) -> bool:
+    """Whether neither end of the spectrum visibly scores more than the model does with nothing kept: nothing to compare."""
+    return not any(row[f"{end}_over_floor"]["low"] > 0 for end in ("leading", "trailing"))
+
+
+def ends(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The leading components beside the trailing ones that hold as much of Σσ², share by share.
+
+    >>> over, under, none = ({"mean": m, "low": m - 2, "high": m + 2} for m in (9.0, -9.0, 0.5))
+    >>> floor = {"energy": 0.5, "difference": over, "leading_over_floor": none, "trailing_over_floor": none}
+    >>> for line in ends("vision", [floor, {**floor, "energy": 0.95, "difference": under, "trailing_over_floor": over}]):
+    ...     print(line)
+    vision: at 50 % of Σσ² neither end of the spectrum visibly scores more than nothing does: no comparison.
+    vision: at 95 % of Σσ² kept the leading components score 9.0 points [7.0, 11.0] less than the trailing ones.
+    vision: as far as these samples tell, the trailing components are worth more than the leading ones that hold as much.
+    """
+    if not rows:
+        return []
+    floor = [percent(row["energy"]) for row in rows if at_floor(row)]
+    said = []
+    if floor:
+        said.append(
+            f"{name}: at {', '.join(floor)} of Σσ² neither end of the spectrum visibly scores more than nothing "
+            "does: no comparison."
+        )
+    worth: list[bool] = []
+    for row in (row for row in rows if not at_floor(row)):
+        found, kept = row["difference"], f"{name}: at {percent(row['energy'])} of Σσ² kept"
+        if not seen(found):
+            said.append(
+                f"{kept} the leading and the trailing components are not told apart (leading less trailing "
+                f"{points_of(found)})."
+            )
+            continue
+        worth.append(found["mean"] > 0)
+        low, high = sorted(abs(found[end]) for end in ("low", "high"))
+        said.append(
+            f"{kept} the leading components score {abs(found['mean']):.1f} points [{low:.1f}, {high:.1f}] "
+            f"{'more' if worth[-1] else 'less'} than the trailing ones."
+        )
+    if not worth:
+        verdict = "which end of the spectrum is worth more cannot be told"
+    elif len(set(worth)) > 1:
+        verdict = "which end of the spectrum is worth more depends on how much is kept"
+    else:
+        more, other = ("leading", "trailing") if worth[0] else ("trailing", "leading")
+        verdict = f"as far as these samples tell, the {more} components are worth more than the {other} ones that hold as much"
+    return [*said, f"{name}: {verdict}."]
 
 
 def _least_unharmed(points: Sequence[Mapping[str, Any]], group: str) -> Mapping[str, Any] | None:
@@ -193,7 +242,7 @@ def _windows(results: Results) -> list[str]:
         gain, loss = row["gain"], row["loss"]
         lost = {"mean": -loss["mean"], "low": -loss["high"], "high": -loss["low"]}
         said.append(
-            f"Adapting {row['name']} alone ({row['layers']} layers) on {', '.join(row['tasks'])}: "
+            f"Adapting {row['name']} alone ({row['layers']} layers: {row['blocks']}) on {', '.join(row['tasks'])}: "
             f"{effect('held-out samples of the new task', gain)}, and {effect('the general sets', lost)}."
         )
     if len(rows) > 1:
@@ -283,6 +332,11 @@ def _layers(results: Results) -> list[str]:
 def _undo(results: Results) -> list[str]:
     said = []
     by = {one["first"]: one["points"] for one in results["undo"]}
+    steps, blocks = max(p["steps"] for p in by["shallow"]), max(results["blocks"].values(), default=0)
+    if blocks > steps:
+        few = blocks // steps
+        size = f"{few}" if blocks == few * steps else f"{few} or {few + 1}"
+        said.append(f"The deepest tower has {blocks} blocks: a step takes the updates of {size} of them out.")
     ends = {}
     for first, name in (("shallow", "shallow"), ("deep", "deep")):
         middle = next((p for p in by.get(first, []) if p["steps"] >= len(by[first]) // 3 and p["steps"] > 0), None)

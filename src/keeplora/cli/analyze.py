@@ -37,6 +37,10 @@ Parts = Annotated[str, typer.Option(help="Towers with commas between them, or al
 What = Annotated[
     str, typer.Option(help="Only these, with commas: thirds, windows, spectra; of a run: layers, undo. Default all.")
 ]
+Windows = Annotated[
+    int, typer.Option(min=2, help="Into how many windows of depth the layers are divided, of which one at a time is adapted; "
+                      "at most the number of blocks.")
+]  # fmt: skip
 Tasks = Annotated[int, typer.Option(min=1, help="On how many tasks, from the first, windows of layers are adapted.")]
 
 
@@ -58,7 +62,7 @@ def intra(config: Config = None, shares: Shares = "", parts: Parts = "", *, shar
 
 @app.command("inter")
 @with_shared
-def inter(source: Source = None, what: What = "", tasks: Tasks = 2, *, shared: Shared) -> None:
+def inter(source: Source = None, what: What = "", tasks: Tasks = 2, windows: Windows = 3, *, shared: Shared) -> None:
     """What the depth of a model, or of a finished run, has to do with keeping and learning. Repeat the command to go on."""
     from keeplora.errors import ConfigError
     from keeplora.study.analyze import run as analysis
@@ -70,7 +74,7 @@ def inter(source: Source = None, what: What = "", tasks: Tasks = 2, *, shared: S
         )
     run = source if source is not None and source.is_dir() else None
     chosen = check_what(words(what), INTER_RUN if run else INTER, "a run" if run else "an untouched model")
-    plan = plan_of(None if run else source, shared, run=run, tasks=tasks)
+    plan = plan_of(None if run else source, shared, run=run, tasks=tasks, windows=windows)
     finish(lambda: analysis.inter(plan, what=chosen, **shared.how), plan)
 
 
@@ -79,7 +83,7 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def plan_of(config: Path | None, shared: Shared, *, run: Path | None = None, tasks: int = 2) -> AnalysisPlan:
+def plan_of(config: Path | None, shared: Shared, *, run: Path | None = None, **inter: Any) -> AnalysisPlan:
     """The plan that the options of a command describe."""
     from keeplora.errors import ConfigError
     from keeplora.experiment import load_config
@@ -88,7 +92,7 @@ def plan_of(config: Path | None, shared: Shared, *, run: Path | None = None, tas
     from keeplora.methods import method_names
     from keeplora.study.analyze.plan import AnalysisPlan
 
-    options = {**shared.told, "tasks": tasks}
+    options = {**shared.told, **inter}
     if run is not None:
         if shared.suite or shared.model or shared.method or shared.set_:
             raise ConfigError(

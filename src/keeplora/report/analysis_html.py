@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keeplora.analysis.words import at_floor, seen
 from keeplora.files import atomic_write_bytes, atomic_write_text
 from keeplora.report import palette
 from keeplora.report.analysis_plots import draw
@@ -16,16 +17,16 @@ from keeplora.report.tables import duration
 SECTIONS = {
     "intra": (
         "The spectrum",
-        "The weights of every block of a tower are rebuilt from their leading singular components alone, or from the rest. What "
-        "general knowledge needs of the spectrum is what ε_w should protect (M1).",
+        "The weights of every block of a tower are rebuilt from their leading singular components alone, or from the trailing "
+        "ones that hold as much of Σσ². What general knowledge needs of the spectrum is what ε_w should protect (M1).",
     ),
     "thirds": (
         "One third of the depth cut",
         "The spectrum of the shallow, the middle or the deep third of every tower is cut, the rest is left as it is.",
     ),
     "windows": (
-        "One third of the depth adapted",
-        "A task is learned with all layer scales at 1 and only one third of the layers adapted. Where a point gained costs more "
+        "One window of the depth adapted",
+        "A task is learned with all layer scales at 1 and only one window of the layers adapted. Where a point gained costs more "
         "general knowledge, layers should move less: that is what γ is for (M6).",
     ),
     "spectra": (
@@ -40,7 +41,7 @@ SECTIONS = {
     ),
     "undo": (
         "Updates taken out again",
-        "The learned updates are removed layer by layer, from the shallow end and from the deep one.",
+        "The learned updates are removed block by block, from the shallow end and from the deep one.",
     ),
     "interference": (
         "What one task does to another",
@@ -88,19 +89,19 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     made: dict[str, list[dict[str, Any]]] = {}
     if results.get("intra"):
         rows = [
-            {**p, "row": f"{c['part']}, {'kept' if c['mode'] == 'leading' else 'left'} {p['energy']:.3f} of Σσ²"}
+            {**p, "row": f"{c['part']}, {c['mode']} {p['energy']:.3f} of Σσ²"}
             for c in results["intra"] for p in c["points"]
         ]  # fmt: skip
-        made["intra"] = [_scores(rows, "what", "row")]
+        made["intra"] = [_scores(rows, "kept", "row"), *_ends(results)]
     if results.get("thirds"):
         rows = [{**p, "row": f"{one['name']}, {p['share']:g}"} for one in results["thirds"] for p in one["points"]]
         made["thirds"] = [_scores(rows, "third, share kept", "row")]
     if results.get("windows"):
-        head = ["adapted", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
+        head = ["adapted", "blocks", "layers", "trained", "gain", "over tasks", "loss", "over tasks"]
         body = [
             [
-                w["name"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]), _cell(w["loss"]),
-                _over_tasks(w["loss"]),
+                w["name"], w["blocks"], str(w["layers"]), f"{w['trained']:,}", _cell(w["gain"]), _over_tasks(w["gain"]),
+                _cell(w["loss"]), _over_tasks(w["loss"]),
             ]
             for w in results["windows"]
         ]  # fmt: skip
@@ -151,6 +152,24 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             ),
         ]  # fmt: skip
     return made
+
+
+def _ends(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Both ends of the spectrum at equal energy kept; no table where there is nothing to compare."""
+    rows = [
+        [
+            f"{row['part']}, {row['energy']:.3f} of Σσ², {name}",
+            *(_cell(row[group][key]) for key in ("difference", "leading_over_floor", "trailing_over_floor")),
+            "at the floor" if at_floor(row[group]) else "told" if seen(row[group]["difference"]) else "not told",
+        ]
+        for row in results.get("ends", ()) for group, name in (("general", "general sets"), ("specific", "tasks"))
+    ]  # fmt: skip
+    head = ["kept", "leading less trailing", "leading less nothing kept", "trailing less nothing kept", "difference"]
+    return (
+        [_table("Leading components beside trailing ones that hold as much, points, sample by sample", head, rows)]
+        if rows
+        else []
+    )
 
 
 def _correlation(one: Mapping[str, Any]) -> list[str]:

@@ -58,26 +58,35 @@ def _legend(figure: Any, axes: Any) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 6), frameon=False, fontsize=9)
 
 
+ENDS = (("leading", "leading components kept", 2), ("trailing", "trailing components kept", 3))
+"""Which end of the spectrum weights are rebuilt from, how it is called, and its colour."""
+
+
 def intra(results: Results) -> Figure:
-    """A column per tower: score against the share of Σσ² kept, from the leading components (above) and without them."""
+    """A column per tower, general sets above and tasks below: score against the share of Σσ² kept, from either end."""
     parts = list(dict.fromkeys(curve["part"] for curve in results["intra"]))
-    joined = not results.get("missing")
-    figure, axes = _figure(len(parts), 2)
+    joined, base = not results.get("missing"), results.get("untouched")
+    curves = {(c["part"], c["mode"]): c["points"] for c in results["intra"]}
+    figure, axes = _figure(len(parts), len(GROUPS))
     for j, part in enumerate(parts):
-        for i, mode in enumerate(("leading", "without")):
+        nothing = [p for p in curves.get((part, "leading"), ()) if p["share"] == 0]
+        whole = [{**base, "energy": 1.0}] if base else []
+        for i, (group, label, _) in enumerate(GROUPS):
             panel = axes[i][j]
-            rows = next((c["points"] for c in results["intra"] if (c["part"], c["mode"]) == (part, mode)), [])
-            if mode == "without" and results.get("untouched"):
-                rows = [{**results["untouched"], "energy": 1.0}, *rows]
-            rows = sorted(rows, key=lambda r: r["energy"])
-            for group, label, k in GROUPS:
-                _band(panel, [r["energy"] for r in rows], [r[group] for r in rows], k, label, joined)
-                if results.get("untouched"):
-                    panel.axhline(results["untouched"][group]["mean"], color=COLOURS[k], linewidth=0.9, linestyle=":")
+            for mode, end, k in ENDS:
+                rows = curves.get((part, mode), [])
+                if mode == "trailing" and rows:  # nothing and everything are the same from either end
+                    rows = [*nothing, *rows, *whole]
+                rows = sorted(rows, key=lambda r: r["energy"])
+                _band(panel, [r["energy"] for r in rows], [r[group] for r in rows], k, end, joined)
+            for one, style, said in (
+                *((p, "--", "nothing kept") for p in nothing),
+                *((p, ":", "untouched") for p in whole),
+            ):
+                panel.axhline(one[group]["mean"], color=SOFT, linewidth=0.9, linestyle=style, label=said)
             name = "all towers" if part == "all" else part
-            how = "leading components alone" if mode == "leading" else "leading components dropped"
-            share = "share of Σσ² kept" if mode == "leading" else "share of Σσ² left, in the trailing components"
-            _style(panel, f"{name}: {how}", share, "score" if j == 0 else "")
+            below = "share of Σσ² kept" if i == len(GROUPS) - 1 else ""
+            _style(panel, f"{name}: {label}", below, "score" if j == 0 else "")
             panel.set_xlim(-0.02, 1.02)
             panel.set_ylim(bottom=0)
     _legend(figure, axes[0][0])
@@ -101,20 +110,30 @@ def thirds(results: Results) -> Figure:
 
 
 def windows(results: Results) -> Figure:
-    """Gain on the new task against loss on the general sets, a mark per window of layers."""
+    """Gain on the new task against loss on the general sets, a mark per window of layers; of more than thirds, numbered."""
     figure, axes = _figure(1, wide=5.6, high=3.6)
     panel = axes[0][0]
+    count = results["windows"][0]["of"]
     for k, row in enumerate(results["windows"]):
         gain, loss = row["gain"], row["loss"]
         panel.errorbar(
             gain["mean"], loss["mean"], xerr=_ends(gain), yerr=_ends(loss), fmt=PLOT_MARKERS[k % 8], color=COLOURS[k % 8],
-            capsize=3, linewidth=1.5, markersize=7, label=f"{row['name']} alone",
+            capsize=3, linewidth=1.5, markersize=7, label=f"{row['name']} alone" if count == 3 else None,
         )  # fmt: skip
+        if count != 3:
+            panel.annotate(
+                str(row["window"] + 1),
+                (gain["mean"], loss["mean"]),
+                xytext=(5, 5),
+                textcoords="offset points",
+                color=INK,
+            )
     panel.axhline(0, color=INK, linewidth=1, zorder=0.6)
     panel.axvline(0, color=INK, linewidth=1, zorder=0.6)
-    _style(
-        panel, "One third of the layers adapted", "gain on the new task (points)", "loss on the general sets (points)"
+    title = (
+        "One third of the layers adapted" if count == 3 else f"One of {count} windows of depth adapted (1: shallowest)"
     )
+    _style(panel, title, "gain on the new task (points)", "loss on the general sets (points)")
     _legend(figure, panel)
     return figure
 

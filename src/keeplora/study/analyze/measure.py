@@ -18,7 +18,7 @@ from keeplora.experiment.training import train_task
 from keeplora.math import Subspace, new_directions
 from keeplora.math.subspace import right_vectors
 from keeplora.study.analyze.measure_run import layers, undo
-from keeplora.study.analyze.plan import Point, in_part, window_of
+from keeplora.study.analyze.plan import WINDOWS, Point, in_part, window_of
 from keeplora.study.analyze.world import World
 from keeplora.tuner import KeepLoraConfig
 from keeplora.tuner.basis_cache import weight_subspace
@@ -48,7 +48,8 @@ def untouched(world: World) -> dict[str, Any]:
 
 
 def _truncated(world: World, targets: Sequence[Target], mode: str, share: float) -> dict[str, Any]:
-    """Scores with ``targets`` rebuilt from the components that hold ``share``, or without those, and what of Σσ² they keep."""
+    """Scores with ``targets`` rebuilt from the leading components that hold ``share``, or from the trailing ones that hold as
+    much of Σσ² as those do, in every layer; what of Σσ² that is, and what share of the components."""
     chosen = {t.name for t in targets}
     kept: list[float] = []
     ranks: list[float] = []
@@ -58,9 +59,13 @@ def _truncated(world: World, targets: Sequence[Target], mode: str, share: float)
             return None
         S = world.spectrum(target.name, W)
         k = S.rank_for(share, world.plan.by)
-        kept.append(S.energy(k) if mode == "leading" else 1.0 - S.energy(k))
+        kept.append(S.energy(k))
+        if mode == "trailing":
+            k, rest = S.trailing(W, S.energy(k))
+        else:
+            rest = S.leading(W, k)
         ranks.append(k / len(S))
-        return S.leading(W, k) if mode == "leading" else S.without(W, k)
+        return rest
 
     with world.weights(change):
         found = world.both()
@@ -68,7 +73,7 @@ def _truncated(world: World, targets: Sequence[Target], mode: str, share: float)
 
 
 def intra(world: World, part: str, mode: str, share: float) -> dict[str, Any]:
-    """One part's weights from their leading components, or without them."""
+    """One part's weights from their leading components, or from their trailing ones."""
     return _truncated(world, [t for t in world.targets if in_part(t, part)], mode, share)
 
 
@@ -80,8 +85,8 @@ def third(world: World, window: int, share: float) -> dict[str, Any]:
 # ---- one window of layers adapted ----------------------------------------------------------------------------------
 
 
-def window(world: World, task: int, window: int) -> dict[str, Any]:
-    """The task learned by the method with all layer scales at 1 and only one third of the depth adapted.
+def window(world: World, task: int, window: int, windows: int = WINDOWS) -> dict[str, Any]:
+    """The task learned by the method with all layer scales at 1 and only one of so many windows of the depth adapted.
 
     What is judged are held-out training samples of the task and the general sets, before and after, sample by sample.
     """
@@ -89,7 +94,7 @@ def window(world: World, task: int, window: int) -> dict[str, Any]:
     data = setup.tasks[task - 1]
     held = {data.name: (data, world.data_set(data.validation))}
     before = world.scores(held), world.scores(world.general)
-    names = [t.name for t in world.targets if window_of(t) == window]
+    names = [t.name for t in world.targets if window_of(t, windows) == window]
     training = setup.config.training.for_task(data.name)
     config = _of_window(setup.tuner_config(data), [t for t in world.targets if t.name in set(names)])
     learner = setup.method.learner(world.family.model, config)

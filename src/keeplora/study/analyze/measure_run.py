@@ -10,7 +10,6 @@ from torch import Tensor
 
 from keeplora.analysis.likeness import linear_cka
 from keeplora.experiment.gradients import starting_gradient, weights_after
-from keeplora.study.analyze.plan import STEPS
 from keeplora.study.analyze.world import World
 from keeplora.tuner.adapter import Factors
 from keeplora.tuner.observers import quiet_model
@@ -53,10 +52,10 @@ def layers(world: World, task: int) -> dict[str, Any]:
     return {"task_name": name, "rows": rows, "inside": inside, "samples": samples}
 
 
-def undo(world: World, first: str, steps: int) -> dict[str, Any]:
-    """Scores with all updates of the first ``steps`` of `STEPS` steps of the depth taken out, from the ``first`` end."""
+def undo(world: World, first: str, steps: int, total: int) -> dict[str, Any]:
+    """Scores with all updates of the first ``steps`` of ``total`` steps of the depth taken out, from the ``first`` end."""
     learner = world.learner
-    gone = {t.name for t in world.targets if undone(t, first, steps)}
+    gone = {t.name for t in world.targets if undone(t, first, steps, total)}
     kept = {name: us for name, us in all_updates(learner.records).items() if name not in gone}
     before = learner.store.snapshot()
     try:
@@ -66,15 +65,15 @@ def undo(world: World, first: str, steps: int) -> dict[str, Any]:
         learner.store.restore(before)
 
 
-def undone(target: Target, first: str, steps: int, of: int = STEPS) -> bool:
+def undone(target: Target, first: str, steps: int, total: int) -> bool:
     """Whether a target's update is out after so many steps; one without depth goes with the deepest.
 
     >>> shallow, deep = (Target("a", "v", d, 12, 4, 4, 1.0, 4, 4.0) for d in (0, 11))
-    >>> undone(shallow, "shallow", 1), undone(deep, "shallow", 1), undone(deep, "deep", 1), undone(deep, "shallow", 6)
-    (True, False, True, True)
+    >>> undone(shallow, "shallow", 1, 12), undone(deep, "shallow", 11, 12), undone(deep, "deep", 1, 12)
+    (True, False, True)
     """
     place = (target.depth + 0.5) / target.blocks if target.depth is not None else 1.0
-    return place <= steps / of if first == "shallow" else place > 1 - steps / of
+    return place <= steps / total if first == "shallow" else place > 1 - steps / total
 
 
 def _sizes(world: World, task: int) -> dict[str, dict[str, float]]:

@@ -16,7 +16,16 @@ from keeplora.analysis.words import read_out
 from keeplora.experiment.similarity import task_similarity
 from keeplora.files import atomic_write_json, atomic_write_text
 from keeplora.report.analysis_html import render_analysis
-from keeplora.study.analyze.plan import STEPS, AnalysisPlan, Point, label_of, window_name
+from keeplora.study.analyze.plan import (
+    MODES,
+    WINDOWS,
+    AnalysisPlan,
+    Point,
+    blocks_of,
+    label_of,
+    window_blocks,
+    window_name,
+)
 from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import NOTES, World
 from keeplora.yaml_text import dump_yaml
@@ -37,7 +46,7 @@ def about(plan: AnalysisPlan, world: World) -> dict[str, Any]:
         "label": label_of(plan.source, plan.run), "model": world.config.model.name, "suite": world.config.suite,
         "kind": world.kind.name, "method": world.config.method, "run": str(plan.run) if plan.run else None,
         "options": plan.told, "note": NOTES[world.general_kind], "general": list(world.general),
-        "specific": list(world.specific), "towers": towers,
+        "specific": list(world.specific), "towers": towers, "blocks": blocks_of(world.targets),
         "now": {
             name: {tower: config.for_tower(name, tower) for tower in towers}
             for name in ("energy_weights", "energy_features", "gamma", "r")
@@ -66,17 +75,21 @@ def conclude(store: AnalysisStore, told: Mapping[str, Any], wanted: Sequence[Poi
         base = found["untouched"][0]["result"]
         curves = _Curves(base)
         results["untouched"] = curves.of(base)
-        results["intra"] = curves.grouped(found["intra"], ("part", "mode"), "share")
+        # Another keeplora dropped leading components by a grid of their own; such points may lie here still.
+        halves = [point for point in found["intra"] if point["mode"] in MODES]
+        results["intra"] = curves.grouped(halves, ("part", "mode"), "share")
+        results["ends"] = _ends(curves, halves)
         thirds = curves.grouped(found["third"], ("window",), "share")
         results["thirds"] = [{**one, "name": window_name(one["window"])} for one in thirds]
-    results["windows"], windows = _windows(found["window"])
+    count, there = _count(wanted, found["window"])
+    results["windows"], windows = _windows(there, count, told["blocks"])
     results["spectra"] = _spectra(found["spectra"])
     results["layers"] = [{"task": p["task"], **p["result"]} for p in sorted(found["layers"], key=lambda p: p["task"])]
     results["undo"] = _undo(found["undo"])
     results["interference"] = _interference(told["run"], results["layers"])
     results["suggestion"], results["as_it_was"] = None, []
     if told["run"] is None and not missing:
-        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, found)
+        results["suggestion"], results["as_it_was"] = _suggestion(results, windows, count, found)
     results["seconds"] = round(sum(p["result"].get("seconds", 0.0) for ps in found.values() for p in ps), 1)
     results["words"] = read_out(results)
     atomic_write_json(store.path / "results.json", results)
@@ -107,9 +120,13 @@ class _Curves:
         row: dict[str, Any] = {}
         for group in GROUPS:
             row[group] = _told(self.draws[group].spread(result[group]))
-            row[f"{group}_change"] = _told(self.draws[group].difference(result[group], self.base[group]))
+            row[f"{group}_change"] = _told(self.difference(group, result, self.base))
             row[f"{group}_sets"] = {name: round(fmean(values), 4) for name, values in result[group].items()}
         return row
+
+    def difference(self, group: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Spread:
+        """``one`` less ``other`` in a group, sample by sample."""
+        return self.draws[group].difference(one[group], other[group])
 
     def grouped(self, points: Sequence[Mapping[str, Any]], keys: Sequence[str], along: str) -> list[dict[str, Any]]:
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -120,7 +137,43 @@ class _Curves:
         return [{**dict(zip(keys, key)), "points": rows} for key, rows in sorted(groups.items())]
 
 
-def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[suggest.Window]]:
+def _ends(curves: _Curves, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per part and share both ends of the spectrum at equal energy kept: leading less trailing, and each less the floor.
+
+    The floor is what is left with nothing of the part's weights kept: two ends that both lie there tell nothing, whatever the
+    difference between them.
+    """
+    at = {(p["part"], p["mode"], p["share"]): p["result"] for p in points}
+    rows: list[dict[str, Any]] = []
+    for (part, mode, share), trailing in at.items():
+        leading, floor = at.get((part, "leading", share)), at.get((part, "leading", 0.0))
+        if mode != "trailing" or leading is None or floor is None:
+            continue
+        row: dict[str, Any] = {"part": part, "share": share, "energy": trailing["energy"]}
+        for group in GROUPS:
+            row[group] = {
+                "difference": _told(curves.difference(group, leading, trailing)),
+                "leading_over_floor": _told(curves.difference(group, leading, floor)),
+                "trailing_over_floor": _told(curves.difference(group, trailing, floor)),
+            }
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["part"], row["share"]))
+
+
+def _count(wanted: Sequence[Point], points: Sequence[Mapping[str, Any]]) -> tuple[int, list[Mapping[str, Any]]]:
+    """(Into how many windows the depth is divided, the points of these windows).
+
+    What is asked for decides; a call that asks for none tells of thirds where there are some, else of the fewest.
+    """
+    asked = {point.values.get("windows", WINDOWS) for point in wanted if point.kind == "window"}
+    counts = asked or {point.get("windows", WINDOWS) for point in points}
+    count = WINDOWS if WINDOWS in counts else min(counts, default=WINDOWS)
+    return count, [point for point in points if point.get("windows", WINDOWS) == count]
+
+
+def _windows(
+    points: Sequence[Mapping[str, Any]], count: int, blocks: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[suggest.Window]]:
     """Per window: gain on the new tasks and loss on the general sets, over the tasks that every window has learned."""
     learned: dict[int, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for point in points:
@@ -144,13 +197,14 @@ def _windows(points: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
                 mine, theirs = resample.means(result[after]), resample.means(result[before])
                 means.append(sign * (mine[0] - theirs[0]))
                 draws.append(sign * (mine[1] - theirs[1]))
-        name = window_name(index)
+        name = window_name(index, count)
         gain, loss = np.stack(gain_draws, axis=1), np.stack(loss_draws, axis=1)
         more, less = (np.take_along_axis(draws, picks, axis=1).mean(1) for draws in (gain, loss))
         windows.append(suggest.Window(name, fmean(gains), fmean(losses), more, less, len(shared)))
         result = learned[index][shared[0]]
         rows.append({
-            "window": index, "name": name, "tasks": [learned[index][t]["task_name"] for t in shared],
+            "window": index, "of": count, "name": name, "blocks": window_blocks(index, count, blocks),
+            "tasks": [learned[index][t]["task_name"] for t in shared],
             "layers": result["layers"], "trained": result["trained"],
             "gain": _of_draws(fmean(gains), gain, picks), "loss": _of_draws(fmean(losses), loss, picks),
         })  # fmt: skip
@@ -166,10 +220,13 @@ def _of_draws(mean: float, draws: Any, picks: Any) -> dict[str, Any]:
 
 def _undo(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Both ends' curves; nothing undone, the model as it is, is the first point of each."""
+    # Of a folder's points the finest steps: those of another keeplora, which took six and named no number, may lie there too.
+    total = max((p.get("total", 6) for p in points), default=0)
+    points = [p for p in points if p.get("total", 6) == total]
     start = [p for p in points if p["steps"] == 0]
     if not start:
         return []
-    everything = [p for p in points if p["steps"] == STEPS]
+    everything = [p for p in points if p["steps"] == total]
     deep = any(p["first"] == "deep" for p in points)
     both = [{**p, "first": "deep"} for p in (*start, *everything)] if deep else []
     return _Curves(start[0]["result"]).grouped([*points, *both], ("first",), "steps")
@@ -224,7 +281,7 @@ def _interference(run: str | None, layers: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _suggestion(
-    results: Mapping[str, Any], windows: Sequence[suggest.Window], points: Found
+    results: Mapping[str, Any], windows: Sequence[suggest.Window], count: int, points: Found
 ) -> tuple[dict[str, Any], list[str]]:
     """(Values by the tuner's own names, None where the figures do not tell, with the evidence for each; towers whose ε_w is not
     told and stands beside the others' as it was)."""
@@ -245,7 +302,7 @@ def _suggestion(
         if "" in value:  # a model of one tower has no name for it
             value = value[""]
     if windows:
-        found["gamma"] = suggest.gamma(windows, list(now["gamma"].values()))
+        found["gamma"] = suggest.gamma(windows, list(now["gamma"].values()), count)
     rate = None
     if "gamma" in found and found["gamma"].value is not None and results["depth"]:
         depth = [(d["blocks"], d["targets"], now["gamma"][tower]) for tower, d in results["depth"].items()]

@@ -19,6 +19,7 @@ from keeplora.study.analyze.plan import (
     check_shares,
     inter_points,
     intra_points,
+    undo_steps,
 )
 from keeplora.study.analyze.plan import run_points as points_of_run
 from keeplora.study.analyze.store import AnalysisStore
@@ -95,6 +96,12 @@ def inter(plan: AnalysisPlan, *, what: Sequence[str] = (), **how: Any) -> Analys
     if plan.run is not None:
         require_finished(plan.run)
         chosen = list(what) or list(INTER_RUN)
-        return analyze(plan, lambda world: points_of_run(chosen, len(world.learner.records)), **how)
+        return analyze(
+            plan, lambda world: points_of_run(chosen, len(world.learner.records), undo_steps(world.targets)), **how
+        )
     chosen = list(what) or list(INTER)
-    return analyze(plan, lambda w: inter_points(w.targets, chosen, min(plan.tasks, len(w.setup.tasks))), **how)
+
+    def points(world: World) -> Sequence[Point]:
+        return inter_points(world.targets, chosen, min(plan.tasks, len(world.setup.tasks)), plan.windows)
+
+    return analyze(plan, points, **how)
