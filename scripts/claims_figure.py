@@ -106,7 +106,9 @@ def draw(panels: dict[str, list[tuple[str, float, float, float]]]) -> Figure:
             colour, sure = blue if mean >= 0 else orange, low > 0 or high < 0
             axes.plot([low, high], [k, k], color=colour, linewidth=2)
             axes.plot(mean, k, "o", color=colour, markersize=7, markerfacecolor=colour if sure else "white")
-    every[-1].set_xlabel("difference in points (%), 95 % interval; right: better; hollow: the interval holds 0", color=INK)
+    every[-1].set_xlabel(
+        "difference in points (%), 95 % interval; right: better; hollow: the interval holds 0", color=INK
+    )
     return figure
 
 
