@@ -50,7 +50,9 @@ def test_each_claim_of_the_abstract_has_a_verdict_and_a_section_with_a_command()
         assert re.search(r"^\| .+ \| .+ \| .+ \|$", section, re.M), number
         assert re.search(r"^ {4}(keeplora|python) ", section, re.M), number
         own = re.search(r"^!\[.+\]\(images/.+\.png\)$", section, re.M) is not None
-        drawn = any(f"(claim {number})" in title for title in figure.PANELS) or (above and "the figure above" in section)
+        drawn = any(f"(claim {number})" in title for title in figure.PANELS) or (
+            above and "the figure above" in section
+        )
         assert own or drawn, f"claim {number} has no figure"
         above = own
 
