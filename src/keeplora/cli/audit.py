@@ -62,13 +62,13 @@ def _show(found: Audit, every_layer: bool) -> None:
     from rich.console import Console
 
     from keeplora.cli.console import print_table, with_layers
-    from keeplora.tuner.leaks.table import WIDTH, _shown, audit_tables, closing_lines
+    from keeplora.tuner.leaks.table import WIDTH, audit_tables, closing_lines, shown_layers
 
     console = Console(file=sys.stdout, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = WIDTH
     for table in audit_tables(found, every_layer):
-        print_table(console, with_layers(console, table, _shown(found, every_layer)))
+        print_table(console, with_layers(console, table, shown_layers(found, every_layer)))
         console.print()
     for line in [*found.notes, *closing_lines(found, every_layer)]:
         console.print(line, style="bold red" if line.startswith("✗") else None, soft_wrap=True)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
-
 from keeplora.methods.lora import SequentialLora
-from keeplora.methods.rank import warn_of_rank
 from keeplora.methods.registry import ONE_SCALE, Method, register
-from keeplora.tuner.learner import OpenTask
 
 
 class Joint(SequentialLora):
@@ -22,11 +18,6 @@ class Joint(SequentialLora):
 
     schedule: ClassVar[str] = "joint"
     irremovable: ClassVar[str] = "trains once on the data of all tasks, so that no part of it belongs to one task"
-
-    def _attach(self, task: OpenTask) -> nn.Module:
-        if self.records:  # of tasks whose turn to be trained is now; the learner's own warning is for a first record
-            warn_of_rank(self, task)
-        return super()._attach(task)
 
 
 register(

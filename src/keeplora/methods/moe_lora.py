@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
-from keeplora.methods.rank import warn_of_rank
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.basis import Bases
 from keeplora.tuner.branch import Branch, BranchLearner, attach_branches
@@ -33,6 +32,7 @@ from keeplora.tuner.config import KeepLoraConfig
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
+from keeplora.tuner.rank_warning import warn_of_rank
 from keeplora.tuner.targets import Target
 from keeplora.tuner.weights import Snapshot
 

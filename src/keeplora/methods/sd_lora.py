@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import ConfigError
-from keeplora.methods.rank import warn_of_rank
 from keeplora.methods.registry import LEARNING_RATE, ONE_SCALE, Method, register
 from keeplora.tuner.adapter import Factors, random_factor
 from keeplora.tuner.branch import Branch, BranchLearner
 from keeplora.tuner.learner import OpenTask
 from keeplora.tuner.ledger import TaskRecord
 from keeplora.tuner.options import option
+from keeplora.tuner.rank_warning import warn_of_rank
 
 
 @dataclass(frozen=True)

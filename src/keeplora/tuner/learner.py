@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from keeplora.tuner.observers import LossFn, MaskFn, attention_masks
 from keeplora.tuner.options import make_options
 from keeplora.tuner.persistence import apply_records, create_ledger, ledger_config, open_ledger
 from keeplora.tuner.protect import check_budget, protect, same_update
+from keeplora.tuner.rank_warning import warn_of_rank
 from keeplora.tuner.sampling import check_repeatable
 from keeplora.tuner.statistics import report_capacity, task_factors, task_features, task_gradients
-from keeplora.tuner.targets import Target, rank_too_large, resolve_targets
+from keeplora.tuner.targets import Target, resolve_targets
 from keeplora.tuner.task import OpenTask, TaskState
 from keeplora.tuner.unlabelled import TaskStream
 from keeplora.tuner.weights import Snapshot, WeightStore
@@ -320,8 +320,7 @@ class ContinualLearner(Inspection):
         return A
 
     def _attach(self, task: OpenTask) -> nn.Module:
-        if not self.records and task.saved is None and (told := rank_too_large(self.targets)):
-            warnings.warn(told, stacklevel=3)
+        warn_of_rank(self, task)
         A = self._initial_A(task) if task.saved is None else task.saved.group("A")
         A = ranks.agreed("A", A)  # from one process: its bits are what the ledger will hold
         task.adapter = TaskAdapter(self.model, self.targets, A, trainable_A=self.trains_A, shard=self.shards_B)

@@ -29,9 +29,14 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
 
     ``exact``: C itself also where the config asks for a sketch.
     """
-    config = learner.config
+    config, batches = learner.config, task.feature_batches
     tolerance, enough = config.statistics_tolerance, None
-    batches = feature_batches(learner, task, endable=tolerance is not None)
+    if batches is None:
+        batches = statistics_batches(
+            task.batches, config.feature_samples, config.seed, task.labels, endable=tolerance is not None
+        )
+    elif ranks.active() and isinstance(batches, DataLoader):  # of several processes each gets its own share
+        batches = statistics_batches(batches, None, config.seed)
     if tolerance is not None:
         enough = Enough(tolerance, BasisChange(learner.U.subspace, learner.feature_energy, algebra=learner.algebra))
     found = collect_features(
@@ -40,16 +45,6 @@ def task_features(learner: ContinualLearner, task: OpenTask, *, exact: bool = Fa
     )  # fmt: skip
     _note(task, "features", enough)
     return found
-
-
-def feature_batches(learner: ContinualLearner, task: OpenTask, *, endable: bool = False) -> Iterable[Any]:
-    """Of the feature pass; of several processes each gets its own share."""
-    config, batches = learner.config, task.feature_batches
-    if batches is None:
-        return statistics_batches(task.batches, config.feature_samples, config.seed, task.labels, endable=endable)
-    if ranks.active() and isinstance(batches, DataLoader):
-        return statistics_batches(batches, None, config.seed)
-    return batches
 
 
 def shielded(learner: ContinualLearner, task: OpenTask) -> Callable[[str], Subspace]:

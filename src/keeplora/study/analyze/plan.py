@@ -108,7 +108,11 @@ def window_of(target: Target, windows: int = WINDOWS) -> int | None:
     """
     if target.depth is None or target.blocks < 2:
         return None
-    return int((target.depth + 0.5) * windows / target.blocks)
+    return _window(target.depth, target.blocks, windows)
+
+
+def _window(depth: int, blocks: int, windows: int) -> int:
+    return int((depth + 0.5) * windows / blocks)
 
 
 def window_name(index: int, windows: int = WINDOWS) -> str:
@@ -136,7 +140,7 @@ def window_blocks(index: int, windows: int, blocks: Mapping[str, int]) -> str:
     """
     there = []
     for tower, n in blocks.items():
-        inside = [d for d in range(n) if n > 1 and int((d + 0.5) * windows / n) == index]
+        inside = [d for d in range(n) if n > 1 and _window(d, n, windows) == index]
         if inside:
             span = f"{inside[0]}–{inside[-1]}" if len(inside) > 1 else f"{inside[0]}"
             there.append((span, f"{span} of {tower or 'the model'}"))

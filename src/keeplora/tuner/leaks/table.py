@@ -178,7 +178,7 @@ def _leak_table(audit: Audit, every_layer: bool) -> Table:
         headers.append("running weights\nleak/floor")
     table = _table("Leak audit: share of the updates that acts on protected inputs", headers)
     rows, of_exports = _by_layer(audit.rows), _by_layer(audit.exports)
-    for layer in _shown(audit, every_layer):
+    for layer in shown_layers(audit, every_layer):
         worst = max(row.factor_leak for row in rows[layer])
         cells = [_marked(f"{worst:.1e}", judge(worst))]
         for key, _ in exports:
@@ -204,7 +204,7 @@ def _stability_table(audit: Audit, every_layer: bool) -> Table:
         "Stability: by how much the answers to protected inputs changed, and later tasks' harm to earlier ones", headers
     )
     of_exports, backward = _by_layer(audit.exports), _by_layer(audit.backward)
-    for layer in _shown(audit, every_layer):
+    for layer in shown_layers(audit, every_layer):
         cells: list[Text] = []
         for key, _ in exports:
             moved = [r for r in of_exports.get(layer, []) if r.export == key and r.worst is not None]
@@ -228,6 +228,7 @@ def _backward_cells(rows: Sequence[BackwardRow]) -> list[Text]:
     return [left, _marked(text, ABOVE if broken else OK)]
 
 
-def _shown(audit: Audit, every_layer: bool) -> list[str]:
+def shown_layers(audit: Audit, every_layer: bool) -> list[str]:
+    """The layers that the tables have, the worst first: all of them, or the first `SHOWN`."""
     layers = _layers(audit)
     return layers if every_layer else layers[:SHOWN]

@@ -1,11 +1,15 @@
-"""The sentence about a rank that no layer can take, for methods whose adapter is not the learner's own."""
+"""The sentence about a rank that no layer can take, once, from every method that has a rank."""
 
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
-from keeplora.tuner.learner import ContinualLearner, OpenTask
 from keeplora.tuner.targets import rank_too_large
+
+if TYPE_CHECKING:
+    from keeplora.tuner.learner import ContinualLearner
+    from keeplora.tuner.task import OpenTask
 
 
 def warn_of_rank(learner: ContinualLearner, task: OpenTask) -> None:
