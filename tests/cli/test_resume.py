@@ -9,7 +9,7 @@ import time
 import pytest
 
 from keeplora.experiment.run_directory import RunDirectory
-from tests.cli.tiny_world import ledger_tensors, results_of, same_tensors, status_of
+from tests.cli.tiny_world import TASKS, ledger_tensors, results_of, same_tensors, status_of
 
 SLOW = {"epochs": {"default": 2, "stripes": 60}}  # task 2 lasts long enough to be hit
 
@@ -189,3 +189,28 @@ def test_resume_refuses_another_model(world, cli, tmp_path):
     assert answer.code == 1
     assert "another base model" in answer.err
     assert "Traceback" not in answer.err
+
+
+def test_further_tasks(world, cli, tmp_path):
+    """The experiment's own file, one task longer; before it `run` says how."""
+    file = world.yaml(tmp_path / "e.yaml", tasks=[{"name": n, "source": "folder", "path": n} for n in TASKS[:2]])
+    path = world.copied(world.run(first_tasks=2)[0], tmp_path / "run")
+    again = cli("run", file, "--output", path)
+    assert again.code == 1
+    assert f"teach it further tasks by `keeplora resume {path} --add-tasks FILE`" in again.err
+    none = cli("resume", path, "--add-tasks", file)
+    assert (none.code, none.err.count("\n")) == (1, 1)
+    assert none.err.startswith(f"Error: {file}: every task of it is learned already (paint, stripes)")
+    answer = cli("resume", path, "--add-tasks", world.yaml(file))
+    assert answer.code == 0, answer.err
+    assert "scores on dots before" in answer.err
+    assert "task 3/3: dots" in answer.err
+    assert "task 2/3" not in answer.err
+    assert_as_undisturbed_but_for_the_order_in_a_row(path, world.run()[0])
+    assert str(path / "report.html") in answer.out
+
+
+def assert_as_undisturbed_but_for_the_order_in_a_row(path, straight):
+    assert results_of(path)["accuracy"] == results_of(straight)["accuracy"]
+    assert same_tensors(ledger_tensors(path), ledger_tensors(straight))
+    assert "dots" in (path / "report.html").read_text(encoding="utf-8")

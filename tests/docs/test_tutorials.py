@@ -26,7 +26,7 @@ def run_page(name: str, folder: Path, at_least: int, namespace: dict[str, Any] |
 @pytest.mark.usefixtures("tiny_models")
 def test_own_photos(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEEPLORA_NO_CACHE", "1")
-    run_page("tutorial-photos.md", here, at_least=9)
+    run_page("tutorial-photos.md", here, at_least=12)
     out = capsys.readouterr().out
     assert "photos/fruit/apple/0.jpg" in out
     assert "0.jpg" in json.dumps(
@@ -39,6 +39,8 @@ def test_own_photos(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert (here / "model/model.safetensors").is_file()
     results = json.loads((here / "runs/shop-keeplora++-seed0/results.json").read_text())
     assert results["removed"] == ["fruit"]
+    assert results["tasks"] == ["fruit", "tools", "toys"]
+    assert all(None not in row for row in results["accuracy"])
     assert results["probes"] == ["signs"]
 
 

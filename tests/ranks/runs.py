@@ -20,7 +20,14 @@ from keeplora.tuner import ranks
 from keeplora.tuner.sharding import is_sharded
 
 
-def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str = "") -> Any:
+def run(
+    config: dict[str, Any],
+    folder: str,
+    at: int = 0,
+    who: int = 1,
+    how: str = "",
+    add_tasks: dict[str, Any] | None = None,
+) -> Any:
     """A run; ``how``: at step ``at`` rank ``who`` is killed ("kill"), asked to stop ("term"), or raises ("raise").
 
     Returns:
@@ -55,7 +62,7 @@ def run(config: dict[str, Any], folder: str, at: int = 0, who: int = 1, how: str
         warnings.simplefilter("ignore")
         try:
             if Path(folder).exists():
-                return Experiment.resume(folder, quiet=True)["metrics"]
+                return Experiment.resume(folder, quiet=True, add_tasks=add_tasks)["metrics"]
             return Experiment(config, {"output": folder}, quiet=True).run()["metrics"]
         except BaseException as error:
             return f"{type(error).__name__}: {error}"

@@ -72,6 +72,18 @@ def test_the_matrix_of_one_process(world: World, straight: Path, tmp_path: Path)
     assert not (straight / "checkpoint").exists()
 
 
+def test_a_task_is_added_by_two(world: World, straight: Path, tmp_path: Path) -> None:
+    config = settings(world)
+    found = run(runs.run, 2, tmp_path / "meet", {**config, "first_tasks": 1}, str(tmp_path / "run"))
+    assert isinstance(found[0], dict), found
+    added = {"tasks": config["tasks"][:2], "base_dir": config["base_dir"]}
+    found = run(runs.run, 2, tmp_path / "meet-again", config, str(tmp_path / "run"), 0, 1, "", added)
+    assert isinstance(found[0], dict), found
+    assert found[0] == found[1]
+    assert results_of(tmp_path / "run")["accuracy"] == results_of(straight)["accuracy"]
+    assert same_tensors(ledger_tensors(tmp_path / "run"), ledger_tensors(straight))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split_by", ["samples", "shards"])
 def test_a_stream_is_divided_too(world: World, tmp_path: Path, split_by: str) -> None:

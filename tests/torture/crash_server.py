@@ -32,7 +32,7 @@ _CALLS = (
     ("keeplora.experiment.runner", "Run", "_write", "results"),
     ("keeplora.experiment.runner", "Run", "_score_last", "results"),
     ("keeplora.experiment.runner", "Run", "_report", "report"),
-    ("keeplora.experiment.runner", "Run", "_leave", "end"),
+    ("keeplora.experiment.run_directory", "RunDirectory", "_leave", "end"),
     ("keeplora.experiment.runner", None, "render_report", "report"),
     ("keeplora.cli.run", None, "finish", "report"),
     ("keeplora.report.study", None, "plot_study", "report"),

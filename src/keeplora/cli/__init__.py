@@ -55,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.command("run", epilog="Example: keeplora run --suite demo --method keeplora++")(run.run)
-app.command("resume", short_help="Go on with a run that was interrupted.")(resume.resume)
+app.command("resume", short_help="Go on with a run, or give it further tasks.")(resume.resume)
 app.command("predict", epilog="Example: keeplora predict RUN --image cat.png --classes cat,dog")(predict.predict)
 app.command("export", short_help="Write what was learned for stock `peft` or `transformers`.")(export.export)
 app.command("copy", short_help="Copy a run, an export or a ledger, also to s3://...")(copy.copy)

@@ -1,4 +1,4 @@
-"""`keeplora resume`: go on with a run that was interrupted."""
+"""`keeplora resume`: go on with a run that was interrupted, or with further tasks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ def resume(
             "-o",
             "--set",
             metavar="KEY=VALUE",
-            help="Change a training rate: -o training.learning_rate=1e-4. Repeatable.",
+            help="Change a training rate: -o training.learning_rate=1e-4; of an added task also its -o "
+            "training.epochs.TASK=5. Repeatable.",
         ),
+    ] = None,
+    add_tasks: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with further `tasks:` for a finished run, learned after its own."),
     ] = None,
     against: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="Other run directories for the report. Repeatable.")
     ] = None,
 ) -> None:
-    """Go on after a crash, from the last checkpoint of the task under way; the numbers end the same."""
+    """Go on after a crash, or with further tasks.
+
+    From the last checkpoint of the task under way; the numbers end the same."""
     from keeplora.cli.run import finish
     from keeplora.experiment import Experiment
     from keeplora.experiment.config import parse_overrides
@@ -33,7 +40,7 @@ def resume(
     from keeplora.tuner import ranks
 
     with listening(), joined():
-        Experiment.resume(directory, parse_overrides(set_ or []), quiet=quiet or None)
+        Experiment.resume(directory, parse_overrides(set_ or []), quiet=quiet or None, add_tasks=add_tasks)
         first = ranks.is_first()
     if first:
         finish(directory, against or [])

@@ -23,6 +23,7 @@ from keeplora.data.sets import PictureSet, TaskData
 from keeplora.data.spec import Source
 from keeplora.data.splits import split_validation
 from keeplora.errors import DataError
+from keeplora.files import expand
 
 _TABLE = {"image_column", "split_column", "delimiter"}
 #: Every source by name.
@@ -81,7 +82,7 @@ def load_task(spec: Mapping[str, Any], base_dir: str | Path, *, probe: bool = Fa
     Args:
         spec: ``name``, ``source`` (one of `SOURCES`), ``path`` or ``train`` / ``test`` / ``validation``,
             and the options that docs/data.md lists.
-        base_dir: where relative paths start.
+        base_dir: where relative paths start; a ``base_dir`` of the spec's own is laid over it.
         probe: only ``test`` is filled; a source without a test split gives all it has.
 
     Returns:
@@ -94,7 +95,7 @@ def load_task(spec: Mapping[str, Any], base_dir: str | Path, *, probe: bool = Fa
     parsed = parse(spec, SOURCES)
     reader = importlib.import_module(SOURCES[parsed.source].module)
     try:
-        raw = reader.read(parsed, Path(base_dir), probe)
+        raw = reader.read(parsed, Path(base_dir) / expand(parsed.base_dir), probe)
         if isinstance(raw, TaskData | ConversationTask):  # a stream is not assembled: it is not known what is in it
             return raw
         if isinstance(parsed, ConversationSpec):

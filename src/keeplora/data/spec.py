@@ -23,7 +23,7 @@ DUPLICATES = ("warn", "refuse", "drop")
 #: Keys of every source.
 SHARED_KEYS = frozenset(
     {"name", "source", "path", "train", "test", "validation", "max_pixels", "on_error", "check", "duplicates"}
-    | {"split_seed", "licence", "expect", "max_skipped"}
+    | {"split_seed", "licence", "expect", "max_skipped", "base_dir"}
 )
 #: Keys of every source of pictures with classes.
 COMMON_KEYS = SHARED_KEYS | {"classes", "templates", "max_train_per_class", "max_test_per_class", "part"}
@@ -86,8 +86,9 @@ class Source(NamedTuple):
 class SourceSpec:
     """What every checked task description has, whatever its kind.
 
-    ``max_skipped`` is the share of a split's files that ``on_error: skip`` may leave out. ``extra`` holds the texts that only
-    some sources know; ``expect`` the published counts, where the description gives them.
+    ``base_dir``, itself relative to the experiment's, is where the relative paths start. ``max_skipped`` is the share of a
+    split's files that ``on_error: skip`` may leave out. ``extra`` holds the texts that only some sources know; ``expect``
+    the published counts, where the description gives them.
     """
 
     name: str
@@ -106,6 +107,7 @@ class SourceSpec:
     expect: dict[str, int] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
     stream: StreamSpec | None = None
+    base_dir: str = "."
 
     @property
     def split_names(self) -> dict[str, str]:
@@ -275,7 +277,7 @@ class Keys:
             "max_skipped": self.share("max_skipped", 0.01),
             "expect": _expect(self.given.get("expect"), self.where, expect),
             "extra": {key: value for key in extra if key != "streaming" and (value := self.text(key)) is not None},
-            "stream": _stream(self.given.get("streaming"), self.where),
+            "stream": _stream(self.given.get("streaming"), self.where), "base_dir": self.text("base_dir") or ".",
         }  # fmt: skip
         if values["path"] is None and values["train"] is None and not isinstance(values["test"], str):
             raise ConfigError(f"{self.where}: no pictures named: give `path`, or `train` and `test`")

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,9 +32,10 @@ from keeplora.experiment.config_schema import (
     TunerConfig,
     variant_of,
 )
+from keeplora.experiment.config_source import Layer, expanded, plain, read
 from keeplora.experiment.presets import WHOLE_KEYS, deep_merge, preset_names, preset_values
 from keeplora.files import expand, real_path
-from keeplora.yaml_text import KeyPath, parse_yaml, read_yaml
+from keeplora.yaml_text import KeyPath, parse_yaml
 
 __all__ = [
     "AcceptConfig",
@@ -70,21 +71,6 @@ _SUITE_KEYS = (
     "best_epoch",
     "accept",
 )
-
-
-class _Layer(NamedTuple):
-    source: str  # how errors name it
-    values: dict[str, Any]
-    lines: Mapping[KeyPath, int]
-
-
-def _plain(value: Any) -> Any:
-    """Copy into dicts, lists and scalars: tuples, paths and other mappings come from Python callers."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +131,7 @@ def _nested(overrides: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str,
     One entry of what is a single number so far (``tuner.gamma.text=1`` over ``gamma: 0.2``) keeps that as default.
     """
     nested: dict[str, Any] = {}
-    for key, value in _plain(overrides).items():
+    for key, value in plain(overrides).items():
         if not isinstance(key, str) or not key:
             raise ConfigError(f"override {key!r}: a key is a dotted word such as 'training.epochs'")
         *parents, last = map(str, _key_path(key))
@@ -176,10 +162,10 @@ def _suite_layer(name: Any, where: str) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: suite is {name!r}, but must be the name of a suite")
     try:
-        suite = _plain(load_suite(name))
+        suite = plain(load_suite(name))
     except KeepLoraError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return _expanded({key: suite[key] for key in _SUITE_KEYS if key in suite})
+    return expanded({key: suite[key] for key in _SUITE_KEYS if key in suite})
 
 
 def _suite_path(name: Any, folder: Path) -> Any:
@@ -208,32 +194,6 @@ def _order(value: Any, suite: Mapping[str, Any], names: Sequence[str], where: st
     raise ConfigError(
         f"{where}: unknown order {name!r}{did_you_mean(name, choices)}; a list of task names will do as well"
     )
-
-
-def _split_classes(spec: Any) -> list[Any]:
-    """A task that asks for `split_classes` as its parts, NAME-1 … NAME-T: class-incremental learning."""
-    split = spec.get("split_classes") if isinstance(spec, Mapping) else None
-    if split is None:
-        return [spec]
-    where = f"task {spec.get('name')!r}: split_classes"
-    if not isinstance(split, Mapping) or not set(split) <= {"tasks", "seed"} or "tasks" not in split:
-        raise ConfigError(f"{where} is {split!r}, but must be {{tasks: T}} or {{tasks: T, seed: S}}")
-    for key, least in (("tasks", 2), ("seed", 0)):
-        value = split.get(key, least)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{where}.{key} is {value!r}, but must be a whole number of at least {least}")
-    if split["tasks"] > 10_000:
-        raise ConfigError(f"{where}.tasks is {split['tasks']}, but must be at most 10,000")
-    rest = {key: value for key, value in spec.items() if key != "split_classes"}
-    part = {"of": split["tasks"], **({"seed": split["seed"]} if split.get("seed") is not None else {})}
-    return [{**rest, "name": f"{spec.get('name')}-{i}", "part": {"index": i, **part}} for i in range(1, part["of"] + 1)]
-
-
-def _expanded(values: dict[str, Any]) -> dict[str, Any]:
-    tasks = values.get("tasks")
-    if isinstance(tasks, list):
-        values = {**values, "tasks": [part for spec in tasks for part in _split_classes(spec)]}
-    return values
 
 
 def _per_method(layer: Mapping[str, Any], method: Any) -> dict[str, Any]:
@@ -285,20 +245,6 @@ def _names_of(tasks: Any) -> list[str]:
     return [spec["name"] for spec in specs if isinstance(spec, Mapping) and isinstance(spec.get("name"), str)]
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[_Layer, Path]:
-    if isinstance(source, Mapping):
-        return _Layer("configuration", _plain(source), {}), Path.cwd()
-    path = expand(source)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give the configuration file itself")
-    values, lines = read_yaml(path)
-    if values is None:
-        raise ConfigError(f"{path} is empty; it needs at least `suite:` (or `tasks:`) and `method:`")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not a mapping (`key: value` lines)")
-    return _Layer(str(path), values, lines), real_path(path).parent
-
-
 def load_config(
     source: str | os.PathLike[str] | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
@@ -329,10 +275,10 @@ def load_config(
     >>> config.training.for_task("pets").epochs, [str(o) for o in config.overridden]
     (3, [])
     """
-    file, folder = _read(source)
-    file = file._replace(values=_expanded(file.values))
+    file, folder = read(source)
+    file = file._replace(values=expanded(file.values))
     known = None if known_methods is None else sorted(known_methods)
-    layers = [_Layer("command line", _nested(overrides or {}, file.values), {}), file]
+    layers = [Layer("command line", _nested(overrides or {}, file.values), {}), file]
 
     def where(path: KeyPath) -> str:
         for layer in layers:
@@ -351,7 +297,7 @@ def load_config(
                 f"{where(('tasks',))}: both `suite:` and `tasks:` are given; keep one (a suite has tasks)"
             )
         suite = _suite_layer(suite_name, where(("suite",)))
-        layers.append(_Layer(f"suite {suite_name}", suite, {}))
+        layers.append(Layer(f"suite {suite_name}", suite, {}))
     tasks = suite.get("tasks", user.get("tasks"))
     given_order = user.get("order", suite.get("order"))
     ordering, order_preset = _order(given_order, suite, _names_of(tasks), where(("order",)))
@@ -365,7 +311,7 @@ def load_config(
     for layer in (preset, suite, _per_method(suite, method), file.values, _per_method(user, method)):
         merged = _merge(merged, layer)
     before = merged
-    layers[0] = _Layer("command line", _nested(overrides or {}, merged), {})
+    layers[0] = Layer("command line", _nested(overrides or {}, merged), {})
     merged = _merge(merged, layers[0].values)
     merged["preset"] = preset_name
     merged |= ordering

@@ -9,6 +9,8 @@ from typing import Any
 from keeplora.errors import KeepLoraError
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.environment import collect_environment
+from keeplora.experiment.looking_back import LookingBack, late_tasks
+from keeplora.experiment.more_tasks import Tasks, check_finished, told, with_tasks
 from keeplora.experiment.results import check_infos, data_entries
 from keeplora.experiment.resuming import check_changes
 from keeplora.experiment.run_directory import RunDirectory
@@ -66,44 +68,86 @@ class Experiment:
 
     @classmethod
     def resume(
-        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None
-    ) -> dict[str, Any]:
-        """Go on with an interrupted run: finished tasks are read from the ledger, the one under way from its checkpoint.
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, quiet: bool | None = None,
+        add_tasks: Tasks | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Go on with an interrupted run, from the ledger and the last checkpoint; or give a finished one further tasks.
+
+        With further tasks it ends as a run ends that had them from the start: the same weights, and the same scores, those on
+        the new tasks before they were learned included, for which the ledger brings each earlier state back.
 
         Args:
-            overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`.
+            overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`; of a task that is
+                added, its own: "training.epochs.TASK", "training.learning_rate.TASK", "validation.TASK".
+            add_tasks: a YAML file with ``tasks:`` (or a mapping that holds them), of which those that the run does not have
+                are learned after its own. Nothing else in it is read: a run keeps its settings.
+
+        >>> Experiment.resume("runs/shop", add_tasks={"tasks": [{"name": "toys", "source": "folder", "path": "toys"}]})
+        ... # doctest: +SKIP
         """
-        check_changes(overrides or {})
+        if add_tasks is None:
+            check_changes(overrides or {})
         with joined():
-            return cls._resume(path, overrides, quiet)
+            return cls._resume(path, overrides, quiet, add_tasks)
 
     @classmethod
     def _resume(
-        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None, quiet: bool | None
+        cls,
+        path: str | os.PathLike[str],
+        overrides: Mapping[str, Any] | None,
+        quiet: bool | None,
+        add_tasks: Tasks | None,
     ) -> dict[str, Any]:
         with open_directory(RunDirectory.open_existing, path) as directory:
             changes = {**(overrides or {}), "output": str(path)}
             with ranks.together("loading model and data"):
-                config = load_config(directory.read_config(), changes, known_methods=method_names())
+                values = directory.read_config()
+                if add_tasks is not None:
+                    check_finished(directory.read_status(), directory.path)
+                    values = with_tasks(load_config(values), add_tasks, overrides or {})
+                config = load_config(values, changes, known_methods=method_names())
                 experiment = cls(config, quiet=quiet)
                 setup = experiment.setup
-            was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
-            now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
-            if not was and directory.ledger_path.is_dir():  # it is written before the ledger
-                raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
-                                    "changed since the run began; restore it from a copy")  # fmt: skip
-            if was and (changed := [name for name in {**now, **was} if was.get(name) != now.get(name)]):
-                raise KeepLoraError(
-                    f"{path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
-                    "its numbers would not belong together; restore them, or start a new run"
-                )
-            if overrides:
+                _check_data(directory, setup)
+            if overrides or add_tasks is not None:
                 directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
                 return _begin(setup, _new_learner(setup), directory, quiet, resumed=True).go()
+            _look_back(setup, directory, quiet)
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             check_infos([*learner.records, *learner.removed], path, setup.kind.name)
             return Run(setup, directory, learner, quiet, resumed=True).go()
+
+
+def _check_data(directory: RunDirectory, setup: Setup) -> None:
+    """What was there when the run began must be there, and the same; beside it may stand tasks that were added."""
+    was = {e.get("name"): e.get("fingerprint") for e in directory.read_data()}
+    now = {e["name"]: e["fingerprint"] for e in data_entries(setup.tasks, setup.probes)}
+    if not was and directory.ledger_path.is_dir():  # it is written before the ledger
+        raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
+                            "changed since the run began; restore it from a copy")  # fmt: skip
+    # A suite's tasks are not added to; those of a run that was given further ones stand in its own configuration.
+    names = was if setup.config.suite is None else {**was, **now} if was else {}
+    if changed := [name for name in names if was.get(name) != now.get(name)]:
+        raise KeepLoraError(
+            f"{directory.path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
+            "its numbers would not belong together; restore them, or start a new run"
+        )
+
+
+def _look_back(setup: Setup, directory: RunDirectory, quiet: bool | None) -> None:
+    """Before tasks that were added are learned: what the states so far score on them."""
+    results = ranks.agreed("the results so far", directory.read_results(whole=True))
+    late = late_tasks(setup, results)
+    if not late:
+        return
+    directory.write_data(data_entries(setup.tasks, setup.probes))
+    if results is not None:
+        before = len(results["tasks"])
+        noted = told(setup.method, before, before + len(late))
+        directory.set_status(state="running", error=None)
+        with directory.learning():
+            LookingBack(setup, directory, {**results, "warnings": [*results["warnings"], *noted]}, quiet).go()
 
 
 def _new_learner(setup: Setup) -> ContinualLearner:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from keeplora.experiment.config import _merge, _nested, _per_method, _read
+from keeplora.experiment.config import _merge, _nested, _per_method
+from keeplora.experiment.config_source import read
 
 
 def own_settings(
@@ -17,7 +18,7 @@ def own_settings(
     >>> own_settings({"suite": "demo", "tuner": {"r": 8}}, {"tuner.gamma.text": 1.0})
     ['gamma', 'r']
     """
-    values = _read(source)[0].values
+    values = read(source)[0].values
     values = _merge(values, _nested(overrides or {}, values))
     found: set[str] = set()
     for layer in (values, _per_method(values, values.get("method"))):

@@ -207,6 +207,7 @@ def _machine(source: Source) -> list[str]:
     """Paths that say where this machine keeps what."""
     keys = ("base_dir", "data_dir", "output")
     folders = [str(source.config[key]) for key in keys if source.config.get(key)] + [str(source.path.resolve())]
+    folders += [spec["base_dir"] for spec in source.config.get("tasks") or [] if spec.get("base_dir")]
     model = str(source.ledger.head["base"]["name"] or "")
     folders += [model] if os.path.isabs(model) else []
     return [str(Path.home()), os.getcwd(), *filter(os.path.isabs, folders)]

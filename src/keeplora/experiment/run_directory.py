@@ -6,29 +6,26 @@ Layout: config.yaml, environment.json, data.json, status.json, metrics.jsonl, re
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import math
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from keeplora.errors import ConfigError, KeepLoraError, reason
+from keeplora.experiment.config_source import own_tasks
+from keeplora.experiment.event_log import EventLog, finite
 from keeplora.experiment.folder_lock import FolderLock
 from keeplora.files import (
-    atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
     expand,
-    read_regular,
     sweep,
 )
-from keeplora.json_text import MAX_BYTES, parse_json, read_object
+from keeplora.json_text import read_object
 from keeplora.report.run_files import check_shape, remedy
 from keeplora.retired import without_retired
 from keeplora.transfer import refuse_address
@@ -46,22 +43,23 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: a loss that diverged is written as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
-
-
 def _read_json(path: Path) -> Any:
     value = read_object(path, remedy(path))
     if value is not None:
         check_shape(value, path.name, path)
     return value
+
+
+def _without_later(config: dict[str, Any], learned: list[str]) -> dict[str, Any]:
+    """The configuration of a run of a person's own suite, whose file may have got further tasks since: not this run's."""
+    suite = config.get("suite")
+    if not learned or not isinstance(suite, str) or not suite.endswith((".yaml", ".yml")) or not Path(suite).is_file():
+        return config
+    names = [str(spec["name"]) for spec in own_tasks(suite)[0]]
+    if not set(learned) < set(names):
+        return config
+    later = [name for name in names if name not in learned]
+    return {**config, "order": [*learned, *later], "first_tasks": len(learned)}
 
 
 class RunDirectory:
@@ -192,7 +190,8 @@ class RunDirectory:
             n = status["tasks_done"]
             name = shlex.quote(str(self.path))
             to_do = (
-                f"see it by `keeplora report {name}`, use it by `keeplora predict {name}`"
+                f"see it by `keeplora report {name}`, use it by `keeplora predict {name}`, teach it further tasks by `keeplora "
+                f"resume {name} --add-tasks FILE`"
                 if status["state"] == "finished"
                 else f"go on with it by `keeplora resume {name}`"
             )
@@ -241,7 +240,8 @@ class RunDirectory:
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
         if isinstance(tuner := value.get("tuner"), dict):
             value["tuner"] = without_retired(tuner)
-        return value
+        learned = [entry["name"] for entry in self.read_data() if entry.get("kind") == "task"]
+        return _without_later(value, learned)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json: what `collect_environment` returns."""
@@ -290,12 +290,29 @@ class RunDirectory:
         seconds = round(self._earlier_seconds + time.monotonic() - self._opened, 3)
         started = {"format": FORMAT, "version": VERSION, "started": _now(), "tasks_done": 0, "error": None}
         status = {**started, **self.read_status(), **changes, "updated": _now(), "seconds": seconds}
-        atomic_write_json(self.status_path, _finite(status))
+        atomic_write_json(self.status_path, finite(status))
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """A block of work on the run: if it does not end well, status.json says by what, and an interruption how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"go on with `keeplora resume {shlex.quote(str(self.path))}`")
+            self._leave("interrupted", "interrupted; go on with `keeplora resume`")
+            raise
+        except BaseException as error:
+            self._leave("failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _leave(self, state: str, error: str) -> None:
+        with contextlib.suppress(OSError):  # on a full disk, what stopped the run matters more than that this fails too
+            self.set_status(state=state, error=error)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json; a value that is not finite becomes null."""
         self._writable()
-        atomic_write_json(self.results_path, _finite(results))
+        atomic_write_json(self.results_path, finite(results))
 
     def read_results(self, *, whole: bool = False) -> dict[str, Any] | None:
         """results.json, or None where it is not written yet; ``whole``: refused where what a resume goes on from is missing."""
@@ -308,75 +325,25 @@ class RunDirectory:
 
     # --- events ---
 
+    @property
+    def _log(self) -> EventLog:
+        return EventLog(self.metrics_path)
+
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; it is in the file when this returns. Values that are not finite become null."""
+        """`EventLog.append` to metrics.jsonl."""
         self._writable()
-        line = json.dumps(_finite(event), allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
-        self._drop_torn_line()
-        try:
-            with open(self.metrics_path, "ab", buffering=0) as handle:
-                if handle.write(line) != len(line):  # the disk was full half-way, which is no error to the system
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(handle.fileno())  # results.json must never tell of more than this file
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics_path)) from error
-
-    def _drop_torn_line(self) -> None:
-        with contextlib.suppress(FileNotFoundError), open(self.metrics_path, "r+b") as handle:
-            size = handle.seek(0, os.SEEK_END)
-            if size == 0:
-                return
-            handle.seek(size - 1)
-            if handle.read(1) != b"\n":
-                handle.seek(0)
-                handle.truncate(handle.read().rfind(b"\n") + 1)
-
-    def _lines(self) -> list[bytes]:
-        try:
-            # What follows the last newline is a line that a crash cut short: the event counts as not written.
-            return read_regular(self.metrics_path, MAX_BYTES).split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise KeepLoraError(f"{self.metrics_path} cannot be read: {error.strerror or error}") from None
+        self._log.append(event)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Every whole event in metrics.jsonl, oldest first; a last line cut short by a crash is left out.
-
-        Raises
-        ------
-        KeepLoraError
-            A line within the file is not JSON: the sentence has its number.
-        """
-        events, lines = [], self._lines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                event = parse_json(line.decode("utf-8"))
-                if not isinstance(event, dict):
-                    raise ValueError("not an object")
-            except ValueError:
-                if number == len(lines):  # a crash of the machine can leave zeros before the newline
-                    break
-                raise KeepLoraError(f"{self.metrics_path}, line {number}: not an event; the file was changed") from None
-            events.append(event)
-        return events
+        """`EventLog.read` of metrics.jsonl."""
+        return self._log.read()
 
     def cut_events(self, tasks_done: int) -> None:
-        """Drop every event after the ``tasks_done``-th ``task_finished``, for a resume that repeats what followed.
-
-        Write an evaluation's events before ``task_finished``; with ``tasks_done`` 0 the file is emptied.
-
-        Raises
-        ------
-        KeepLoraError
-            Fewer tasks are finished in the file than ``tasks_done`` says.
-        """
+        """`EventLog.cut` of metrics.jsonl, for a resume that repeats what followed the last finished task."""
         self._writable()
-        events = self.read_events()
-        ends = [index for index, event in enumerate(events, start=1) if event.get("event") == "task_finished"]
-        if tasks_done > len(ends):
-            raise KeepLoraError(
-                f"{self.metrics_path} tells of {len(ends)} finished tasks where {tasks_done} are recorded; lines are missing"
-            )
-        keep = ends[tasks_done - 1] if tasks_done else 0
-        atomic_write_bytes(self.metrics_path, b"".join(line + b"\n" for line in self._lines()[:keep]))
+        self._log.cut(tasks_done)
+
+    def replace_evaluations(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """`EventLog.replace_evaluations` in metrics.jsonl."""
+        self._writable()
+        self._log.replace_evaluations(events)

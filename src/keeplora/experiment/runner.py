@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Run(Measuring):
         settled = settled_records(self.learner, order)
         done = settled_count((record.name for record in settled), order, self.directory.path)
         self.checkpoints.drop_finished(done)
-        try:
+        with self.directory.learning(), self._closing_loggers():
             if done and not self.scores.tasks:
                 self._recover_first_row()
             # The ledger decides what is finished; scores of a task that it lacks are dropped, missing ones are made again.
@@ -132,15 +132,6 @@ class Run(Measuring):
                     self._score_last(i)
                     if os.environ.get(STOP_AFTER) == str(i):
                         raise KeyboardInterrupt
-        except KeyboardInterrupt as stopped:
-            stopped.add_note(f"go on with `keeplora resume {shlex.quote(str(self.directory.path))}`")
-            self.loggers.close("interrupted")
-            self._leave("interrupted", "interrupted; go on with `keeplora resume`")
-            raise
-        except BaseException as error:
-            self.loggers.close("failed")
-            self._leave("failed", f"{type(error).__name__}: {error}")
-            raise
         self.loggers.close("finished")
         self.directory.set_status(state="finished", tasks_done=len(order))
         results = self._write() if is_sharded(self.learner.model) else ranks.first("writing the results", self._write)
@@ -160,9 +151,13 @@ class Run(Measuring):
             self._warning("results.json was missing; it was made again from the ledger and metrics.jsonl")
         self.scores.add(*row)
 
-    def _leave(self, state: str, error: str) -> None:
-        with contextlib.suppress(OSError):  # on a full disk, what stopped the run matters more than that this fails too
-            self.directory.set_status(state=state, error=error)
+    @contextlib.contextmanager
+    def _closing_loggers(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.loggers.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
 
     def _report(self) -> None:
         """report.html, which anyone can make again from what the folder holds: its failure costs the run nothing."""

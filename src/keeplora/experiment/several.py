@@ -102,6 +102,8 @@ class Follower(RunDirectory):
 
     def cut_events(self, tasks_done: int) -> None: ...
 
+    def replace_evaluations(self, events: Sequence[Mapping[str, Any]]) -> None: ...
+
 
 class NoCheckpoints(Checkpoints):
     """Rank 0 keeps the task under way; the others have the same state."""
