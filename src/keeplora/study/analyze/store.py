@@ -8,15 +8,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel
+
 from keeplora.errors import KeepLoraError, reason
+from keeplora.experiment.config_generation import GenerationConfig
+from keeplora.experiment.config_schema import TrainingConfig, TunerConfig
+from keeplora.experiment.config_video import VideoConfig
 from keeplora.experiment.folder_lock import FolderLock
 from keeplora.files import atomic_write_json, sweep
 from keeplora.json_text import read_object
+from keeplora.retired import without_retired
 from keeplora.study.analyze.plan import Point
 
 FORMAT = "keeplora-analysis"
 VERSION = 0
 REMEDY = "delete it and repeat the command"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "tuner": TunerConfig, "training": TrainingConfig, "generation": GenerationConfig, "video": VideoConfig,
+}  # fmt: skip
+"""Of an analysis's identity, those that are settings."""
 
 
 class AnalysisStore:
@@ -54,7 +66,8 @@ class AnalysisStore:
         Raises:
             KeepLoraError: it holds an analysis of something else, or other files.
         """
-        identity, found = _read_again(identity), self.identity()
+        identity, found = _of_today(_read_again(identity)), self.identity()
+        found = found if found is None else _of_today(found)
         if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
             raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
         if found is not None and found != identity:
@@ -131,3 +144,17 @@ def _read_again(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _of_today(identity: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that an older keeplora did not have, and without those that it had and changed nothing."""
+    out = dict(identity)
+    for name, schema in _SECTIONS.items():
+        if isinstance(section := identity.get(name), dict):
+            fields = {key: field for key, field in schema.model_fields.items() if not field.is_required()}
+            known: Any = schema.model_construct(
+                **{k: f.get_default(call_default_factory=True) for k, f in fields.items()}
+            )
+            defaults = json.loads(known.model_dump_json(include=set(fields)))
+            out[name] = defaults | (without_retired(section) if name == "tuner" else section)
+    return out
