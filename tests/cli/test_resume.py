@@ -204,6 +204,7 @@ def test_further_tasks(world, cli, tmp_path):
     answer = cli("resume", path, "--add-tasks", world.yaml(file))
     assert answer.code == 0, answer.err
     assert "scores on dots before" in answer.err
+    assert "no checkpoint" not in answer.err  # nothing was interrupted
     assert "task 3/3: dots" in answer.err
     assert "task 2/3" not in answer.err
     assert_as_undisturbed_but_for_the_order_in_a_row(path, world.run()[0])

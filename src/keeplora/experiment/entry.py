@@ -116,7 +116,7 @@ class Experiment:
             _look_back(setup, directory, quiet)
             learner = setup.method.learner.from_pretrained(path, setup.family.model, append=True)
             check_infos([*learner.records, *learner.removed], path, setup.kind.name)
-            return Run(setup, directory, learner, quiet, resumed=True).go()
+            return Run(setup, directory, learner, quiet, resumed=add_tasks is None).go()
 
 
 def _check_data(directory: RunDirectory, setup: Setup) -> None:
