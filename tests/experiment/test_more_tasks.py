@@ -12,6 +12,7 @@ import pytest
 from keeplora.errors import ConfigError, DataError, KeepLoraError
 from keeplora.experiment import Experiment
 from keeplora.experiment import runner as runner_module
+from keeplora.experiment import training as training_module
 from keeplora.experiment.looking_back import LookingBack
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.runner import STOP_AFTER
@@ -153,7 +154,7 @@ def test_a_suite_of_ones_own_grows(world, shop, orders):
     write(*TASKS[:2], **orders)
     Experiment(config, quiet=True).run()
     path, before = Path(config["output"]), results_of(Path(config["output"]))
-    write(*TASKS)
+    write(*TASKS, **({"orders": {1: ["dots", *orders["orders"][1]]}} if orders else {}))
     assert TrainedModel(path, device="cpu").tasks == before["tasks"]
     assert Experiment.resume(path, quiet=True)["tasks"] == before["tasks"]
     Experiment.resume(path, quiet=True, add_tasks=file)
@@ -174,10 +175,20 @@ def test_what_first_tasks_left_out_stays_out(world, shop):
     assert_as_from_the_start(path, world.run(tasks=specs("paint", "dots"))[0])
 
 
-@pytest.mark.parametrize("where", ["measuring", "writing", "learning"])
+STOPS = {
+    "before the configuration": (RunDirectory, "write_config"),
+    "before the data": (RunDirectory, "write_data"),
+    "measuring": (LookingBack, "_row"),
+    "after the ledger": (RunDirectory, "replace_evaluations"),
+    "after the events": (RunDirectory, "write_results"),
+}
+
+
+@pytest.mark.parametrize("where", [*STOPS, "learning"])
 def test_an_interruption_loses_nothing(world, tmp_path, monkeypatch, where):
     straight, _ = world.run()
     path = started(world, tmp_path / "run", TASKS[:1])
+    added = {"tasks": specs(*TASKS), "base_dir": str(world.root)}
 
     def stops(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -186,13 +197,43 @@ def test_an_interruption_loses_nothing(world, tmp_path, monkeypatch, where):
         if where == "learning":
             patched.setenv(STOP_AFTER, "2")
         else:
-            patched.setattr(LookingBack, "_row" if where == "measuring" else "_write_beside_tasks", stops)
+            patched.setattr(*STOPS[where], stops)
         with pytest.raises(KeyboardInterrupt) as stopped:
-            Experiment.resume(path, quiet=True, add_tasks={"tasks": specs(*TASKS), "base_dir": str(world.root)})
-    assert stopped.value.__notes__ == [f"go on with `keeplora resume {path}`"]
+            Experiment.resume(path, quiet=True, add_tasks=added)
     assert status_of(path)["state"] == "interrupted"
+    if where not in ("before the configuration", "before the data"):
+        assert stopped.value.__notes__ == [f"go on with `keeplora resume {path}`"]
     Experiment.resume(path, quiet=True)
+    if where == "before the configuration":
+        assert results_of(path)["tasks"] == ["paint"]
+        Experiment.resume(path, quiet=True, add_tasks=added)
     assert_as_from_the_start(path, straight)
+
+
+def test_a_checkpoint_of_a_suites_first_tasks_is_used(world, shop, monkeypatch, capsys):
+    """Also when the suite has got a task since."""
+    _, write, config = shop
+    write(*TASKS[:2])
+    config = {**config, "first_tasks": 1, "training": {**config["training"], "checkpoint_steps": 1}}
+    path = Path(config["output"])
+    steps, gradient = [0], training_module._Loop._gradient
+
+    def step(self: Any, *args: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 3:
+            raise KeyboardInterrupt
+        return gradient(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_module._Loop, "_gradient", step)
+        with pytest.raises(KeyboardInterrupt):
+            Experiment(config, quiet=True).run()
+    assert (path / "checkpoint").is_dir()
+    write(*TASKS)
+    Experiment.resume(path, quiet=True)
+    told = capsys.readouterr().err
+    assert "goes on from its checkpoint" in told
+    assert results_of(path)["tasks"] == ["paint"]
 
 
 def test_a_state_that_was_purged_leaves_its_scores_empty(world, tmp_path):
@@ -220,10 +261,67 @@ def test_settings_of_a_new_task(world, tmp_path):
         Experiment.resume(path, {"tuner.r": 8}, quiet=True, add_tasks={"tasks": specs("dots")})
 
 
+def test_settings_that_the_file_gives_the_new_task_by_name(world, tmp_path):
+    path = started(world, tmp_path / "run", TASKS[:1], training={"epochs": {"paint": 2}})
+    added = {"tasks": specs("paint", "stripes"), "base_dir": str(world.root)}
+    with pytest.raises(ConfigError, match=r"gives no value for task 'stripes'.* -o training\.epochs\.stripes=3"):
+        Experiment.resume(path, quiet=True, add_tasks=added)
+    of_file = {"training": {"epochs": {"paint": 9, "stripes": 1}, "batch_size": 2}, "validation": {"stripes": 0.2}}
+    Experiment.resume(path, quiet=True, add_tasks={**added, **of_file})
+    assert [len(info["epochs"]) for info in results_of(path)["tasks_info"]] == [2, 1]
+    assert [d["validation"] > 0 for d in RunDirectory(path).read_data()[:2]] == [False, True]
+    assert RunDirectory(path).read_config()["training"]["batch_size"] == 8
+
+
+def test_a_suites_file_with_its_data_elsewhere(world, tmp_path):
+    """`fetch` is no key of a task, and `data: external` says where its paths start; a `base_dir` of a task starts there too."""
+    path = started(world, tmp_path / "run", TASKS[:1])
+    shutil.copytree(world.root / "dots", tmp_path / "data" / "more" / "dots")
+    suite = {"tasks": [{**specs("dots")[0], "base_dir": "more", "fetch": "by hand"}], "data": "external", "name": "x"}
+    config = RunDirectory(path).read_config() | {"data_dir": str(tmp_path / "data")}
+    with RunDirectory.open_existing(path) as directory:
+        directory.write_config(config)
+    Experiment.resume(path, quiet=True, add_tasks=suite)
+    assert_as_from_the_start(path, world.run(tasks=specs("paint", "dots"))[0])
+
+
+def test_files_that_are_damaged_or_missing_stop_it_before_anything_is_written(world, tmp_path):
+    added = {"tasks": specs("dots"), "base_dir": str(world.root)}
+    for name, says in (
+        ("results.json", "results.json is missing: `keeplora resume"),
+        ("metrics.jsonl", "line 2: not an event"),
+    ):
+        path = started(world, tmp_path / name, TASKS[:2])
+        if name == "results.json":
+            (path / name).unlink()
+        else:
+            lines = (path / name).read_text().splitlines()
+            (path / name).write_text("\n".join([lines[0], "{", *lines[2:]]) + "\n")
+        with pytest.raises(KeepLoraError, match=says):
+            Experiment.resume(path, quiet=True, add_tasks=added)
+        assert status_of(path)["state"] == "finished"
+        assert len(RunDirectory(path).read_config()["tasks"]) == 2
+    path = tmp_path / "results.json"
+    Experiment.resume(path, quiet=True)  # makes it again
+    Experiment.resume(path, quiet=True, add_tasks=added)
+    assert results_of(path)["accuracy"] == results_of(world.run()[0])["accuracy"]
+
+
+def test_a_ledger_that_went_back_behind_the_runs_back(world, tmp_path):
+    """The rows that it lacks are measured when it has them again."""
+    path = started(world, tmp_path / "run", TASKS[:2])
+    Ledger.open(path / "ledger").rollback("paint")
+    Experiment.resume(path, quiet=True, add_tasks={"tasks": specs("dots"), "base_dir": str(world.root)})
+    assert results_of(path)["accuracy"] == results_of(world.run()[0])["accuracy"]
+
+
 def test_a_schedule_over_all_tasks_says_that_there_are_more(world, tmp_path):
     path = started(world, tmp_path / "run", TASKS[:2], method="inflora")
     Experiment.resume(path, quiet=True, add_tasks={"tasks": specs("dots"), "base_dir": str(world.root)})
     assert any("laid out over 2 tasks" in line and "is over 3" in line for line in results_of(path)["warnings"])
+    told = started(world, tmp_path / "told", TASKS[:2], method="inflora", tuner={"options": {"tasks": 3}})
+    Experiment.resume(told, quiet=True, add_tasks={"tasks": specs("dots"), "base_dir": str(world.root)})
+    assert not any("laid out" in line for line in results_of(told)["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +337,11 @@ def test_a_schedule_over_all_tasks_says_that_there_are_more(world, tmp_path):
         ),
         ({"tasks": specs("Paint")}, r"has the name 'Paint', which .* has already"),
         ({"tasks": [{"name": "dots"}]}, r"has no `source:`"),
-        ({"tasks": specs("nowhere")}, r"nowhere"),
+        ({"tasks": specs("nowhere")}, r"task 'nowhere': .*nowhere: no such folder"),
+        (
+            {"tasks": specs("paint", "dots"), "base_dir": "/elsewhere"},
+            r"paths that start at /elsewhere, but was learned with /",
+        ),
     ],
 )
 def test_what_cannot_be_added_changes_nothing(world, tmp_path, added, says):

@@ -23,7 +23,10 @@ def resume(
     ] = None,
     add_tasks: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="YAML with further `tasks:` for a finished run, learned after its own."),
+        typer.Option(
+            metavar="FILE",
+            help="YAML with further `tasks:` for a finished run, learned after its own. Its other settings stay.",
+        ),
     ] = None,
     against: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="Other run directories for the report. Repeatable.")

@@ -270,7 +270,8 @@ def _task(record: TaskRecord, source: Source) -> TaskFacts:
 def _dataset(spec: Mapping[str, Any], source: Source) -> str | None:
     """The data set's name on the hub, where the task was loaded by it."""
     path = spec.get("path")
-    hub = spec.get("source") == "datasets" and is_repo_id(path) and not Path(source.base_dir, str(path)).exists()
+    beside = Path(source.base_dir, spec.get("base_dir") or ".", str(path))
+    hub = spec.get("source") == "datasets" and is_repo_id(path) and not beside.exists()
     return str(path) if hub else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,10 @@ def plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Layer, Path]:
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any], needs: str = "`suite:` (or `tasks:`) and `method:`"
+) -> tuple[Layer, Path]:
+    """(what the file holds, the folder it is in)."""
     if isinstance(source, Mapping):
         return Layer("configuration", plain(source), {}), Path.cwd()
     path = expand(source)
@@ -35,7 +39,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Layer, Pat
         raise ConfigError(f"{path} is a folder; give the configuration file itself")
     values, lines = read_yaml(path)
     if values is None:
-        raise ConfigError(f"{path} is empty; it needs at least `suite:` (or `tasks:`) and `method:`")
+        raise ConfigError(f"{path} is empty; it needs at least {needs}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not a mapping (`key: value` lines)")
     return Layer(str(path), values, lines), real_path(path).parent
@@ -67,16 +71,29 @@ def expanded(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def own_tasks(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[list[Any], Path, str]:
-    """(the task specs under ``tasks:``, where their relative paths start, how errors name the source) of a YAML file, an
-    experiment's, a suite's or one with nothing else, or of what such a file holds.
+@dataclass(frozen=True)
+class OwnTasks:
+    """The tasks of a file.
 
-    Raises
-    ------
-    ConfigError
-        There are none, or one is no mapping with a name.
+    Attributes:
+        specs: as they stand there, but for what a suite says beside them (`fetch`); where classes are split, the parts.
+        base: where their relative paths start; None: where those of data that is kept elsewhere do (`data: external`).
+        where: how errors name the file. values: all that it holds.
     """
-    layer, folder = read(source)
+
+    specs: list[dict[str, Any]]
+    base: Path | None
+    where: str
+    values: Mapping[str, Any]
+
+
+def own_tasks(source: str | os.PathLike[str] | Mapping[str, Any]) -> OwnTasks:
+    """The tasks of a YAML file, an experiment's, a suite's or one with nothing else, or of what such a file holds.
+
+    Raises:
+        ConfigError: there are none, or one is no mapping with a name.
+    """
+    layer, folder = read(source, needs="`tasks:`")
     specs = expanded(layer.values).get("tasks")
     if not isinstance(specs, list) or not specs:
         raise ConfigError(f"{layer.source}: it lists no `tasks:`; write them as in an experiment's file")
@@ -84,4 +101,8 @@ def own_tasks(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[list[
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise ConfigError(f"{layer.source}: tasks.{index} is {spec!r}, but must be a mapping with a `name:` (text)")
     base = layer.values.get("base_dir")
-    return specs, real_path(folder / expand(base)) if isinstance(base, str) else folder, layer.source
+    place = real_path(folder / expand(base)) if isinstance(base, str) else folder
+    return OwnTasks(
+        [{key: value for key, value in spec.items() if key != "fetch"} for spec in specs],
+        None if layer.values.get("data") == "external" else place, layer.source, layer.values,
+    )  # fmt: skip

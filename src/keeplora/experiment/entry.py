@@ -10,7 +10,7 @@ from keeplora.errors import KeepLoraError
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.environment import collect_environment
 from keeplora.experiment.looking_back import LookingBack, late_tasks
-from keeplora.experiment.more_tasks import Tasks, check_finished, told, with_tasks
+from keeplora.experiment.more_tasks import Tasks, check_ready, told, with_tasks
 from keeplora.experiment.results import check_infos, data_entries
 from keeplora.experiment.resuming import check_changes
 from keeplora.experiment.run_directory import RunDirectory
@@ -20,6 +20,8 @@ from keeplora.experiment.several import joined, open_directory
 from keeplora.methods import method_names
 from keeplora.tuner import ContinualLearner, ranks
 from keeplora.tuner.protect import check_budget
+
+_MORE = "not all tasks are learned; go on with `keeplora resume`"
 
 
 class Experiment:
@@ -80,7 +82,8 @@ class Experiment:
             overrides: settings to change from here on, those of `keeplora.experiment.resuming.CHANGEABLE`; of a task that is
                 added, its own: "training.epochs.TASK", "training.learning_rate.TASK", "validation.TASK".
             add_tasks: a YAML file with ``tasks:`` (or a mapping that holds them), of which those that the run does not have
-                are learned after its own. Nothing else in it is read: a run keeps its settings.
+                are learned after its own. A run keeps its settings: of the file's others those alone are read that it gives
+                the new tasks by name, under `training.epochs`, `training.learning_rate` and `validation`.
 
         >>> Experiment.resume("runs/shop", add_tasks={"tasks": [{"name": "toys", "source": "folder", "path": "toys"}]})
         ... # doctest: +SKIP
@@ -92,23 +95,22 @@ class Experiment:
 
     @classmethod
     def _resume(
-        cls,
-        path: str | os.PathLike[str],
-        overrides: Mapping[str, Any] | None,
-        quiet: bool | None,
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None, quiet: bool | None,
         add_tasks: Tasks | None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         with open_directory(RunDirectory.open_existing, path) as directory:
             changes = {**(overrides or {}), "output": str(path)}
             with ranks.together("loading model and data"):
-                values = directory.read_config()
                 if add_tasks is not None:
-                    check_finished(directory.read_status(), directory.path)
-                    values = with_tasks(load_config(values), add_tasks, overrides or {})
-                config = load_config(values, changes, known_methods=method_names())
+                    check_ready(directory)
+                    config = with_tasks(load_config(directory.read_config()), add_tasks, changes)
+                else:
+                    config = load_config(directory.read_config(), changes, known_methods=method_names())
                 experiment = cls(config, quiet=quiet)
                 setup = experiment.setup
                 _check_data(directory, setup)
+            if add_tasks is not None:
+                directory.set_status(state="interrupted", error=_MORE)
             if overrides or add_tasks is not None:
                 directory.write_config(config.resolved())
             if not directory.ledger_path.is_dir():  # killed before anything was learned
@@ -127,7 +129,8 @@ def _check_data(directory: RunDirectory, setup: Setup) -> None:
         raise KeepLoraError(f"{directory.data_path} is missing or empty, so there is no telling whether the data has "
                             "changed since the run began; restore it from a copy")  # fmt: skip
     # A suite's tasks are not added to; those of a run that was given further ones stand in its own configuration.
-    names = was if setup.config.suite is None else {**was, **now} if was else {}
+    more = [probe.name for probe in setup.probes] if setup.config.suite is None else list(now)
+    names = dict.fromkeys([*was, *more]) if was else {}
     if changed := [name for name in names if was.get(name) != now.get(name)]:
         raise KeepLoraError(
             f"{directory.path}: the pictures or classes of {', '.join(map(str, changed))} have changed since the run began, so "
@@ -137,17 +140,16 @@ def _check_data(directory: RunDirectory, setup: Setup) -> None:
 
 def _look_back(setup: Setup, directory: RunDirectory, quiet: bool | None) -> None:
     """Before tasks that were added are learned: what the states so far score on them."""
+    if {task.name for task in setup.tasks} - {entry.get("name") for entry in directory.read_data()}:
+        directory.write_data(data_entries(setup.tasks, setup.probes))
     results = ranks.agreed("the results so far", directory.read_results(whole=True))
-    late = late_tasks(setup, results)
-    if not late:
+    if results is None or not (late := late_tasks(setup, results)):
         return
-    directory.write_data(data_entries(setup.tasks, setup.probes))
-    if results is not None:
-        before = len(results["tasks"])
-        noted = told(setup.method, before, before + len(late))
-        directory.set_status(state="running", error=None)
-        with directory.learning():
-            LookingBack(setup, directory, {**results, "warnings": [*results["warnings"], *noted]}, quiet).go()
+    before = len(results["tasks"])
+    noted = told(setup.config, setup.method, before, before + len(late))
+    with directory.learning():
+        LookingBack(setup, directory, {**results, "warnings": [*results["warnings"], *noted]}, quiet).go()
+    directory.set_status(state="interrupted", error=_MORE)  # until they are
 
 
 def _new_learner(setup: Setup) -> ContinualLearner:

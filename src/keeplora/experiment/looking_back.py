@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keeplora.errors import KeepLoraError
 from keeplora.evaluation.metrics import summary
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.measuring import Measuring
 from keeplora.experiment.progress import Progress
-from keeplora.experiment.results import Scores, settled_records
+from keeplora.experiment.results import Scores, comparison_key, settled_records
 from keeplora.experiment.rows import Columns
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup
@@ -47,28 +46,32 @@ class LookingBack(Measuring):
         # Among every task's classes a new task has the older ones named among more of them.
         everything = self.config.candidates == "all"
         again = [*setup.tasks, *probes] if everything else self._late
+        # The ledger decides what is learned; rows that it lacks are measured when it has them.
         entries = [0, *(record.entry for record in self._settled)]
+        rows = list(zip(entries, results["accuracy"], results["probe_accuracy"], strict=False))
         setup.kind.begin(self.directory.path, results)
         scores = Scores()
         with self.progress, setup.kind.running(self.learner):
-            steps = len(results["accuracy"]) * sum(setup.kind.steps(setup.sets[t.name].test) for t in again)
+            steps = len(rows) * sum(setup.kind.steps(setup.sets[t.name].test) for t in again)
             self.progress.phase(f"scores on {', '.join(t.name for t in again)} before", steps)
-            for i, (tasks, of_probes) in enumerate(zip(results["accuracy"], results["probe_accuracy"], strict=True)):
+            for i, (entry, tasks, of_probes) in enumerate(rows):
                 known = dict(zip(before.tasks, tasks, strict=True)) | dict(zip(before.probes, of_probes, strict=True))
-                known |= self._row(i, entries, again)
+                known |= self._row(i, entry, again)
                 scores.add([known[t.name] for t in setup.tasks], [known[p.name] for p in probes])
             self.learner.rollback(0)
         self._write(scores, again)
 
-    def _row(self, i: int, entries: Sequence[int], again: Sequence[Any]) -> dict[str, float | None]:
+    def _row(self, i: int, entry: int, again: Sequence[Any]) -> dict[str, float | None]:
         """What the state after task ``i`` scores; None where it cannot be had any more."""
-        try:
-            self.learner.rollback(entries[i])
-        except KeepLoraError as error:  # a task of that state was purged
+        chain = self.learner._chain
+        if gone := [k for k in chain.states[entry].active if k in chain.state.purged]:
+            names = ", ".join(task.name for task in again)
             self._warning(
-                f"what the model scored after {i} tasks on {', '.join(t.name for t in again)} stays empty: {error}"
+                f"what the model scored on {names} after {i} tasks stays empty: {', '.join(chain.names(gone))} was part of that "
+                "state, and was purged"
             )
             return {task.name: None for task in again}
+        self.learner.rollback(entry)
         keep = self.directory.path / "predictions" / f"after-{i}"
         with self.setup.kind.evaluation(self.learner):
             return {t.name: self._score(t, self.setup.sets[t.name].test, keep=keep / f"{t.name}.jsonl") for t in again}
@@ -83,18 +86,22 @@ class LookingBack(Measuring):
             for event in self.columns.events(i, *rows) if event["set"] in names
         ]  # fmt: skip
         self.directory.replace_evaluations(events)
-        self.directory.write_results(
-            {
-                **results, **self.setup.kind.results(), "tasks": list(self.columns.tasks), "accuracy": scores.tasks,
-                "probe_accuracy": scores.probes, "test_counts": dict(self.columns.counts),
-                "metrics": summary(scores.tasks, scores.probes), "warnings": list(dict.fromkeys(self.warnings)),
-            }
-        )  # fmt: skip
+        told = {
+            "suite": self.config.suite, "name": self.config.label, "order": self.config.order_name,
+            "comparison_key": self._key(), "tasks": list(self.columns.tasks), "accuracy": scores.tasks,
+            "probe_accuracy": scores.probes, "test_counts": dict(self.columns.counts),
+            "metrics": summary(scores.tasks, scores.probes), "warnings": list(dict.fromkeys(self.warnings)),
+        }  # fmt: skip
+        self.directory.write_results({**results, **self.setup.kind.results(), **told})
+
+    def _key(self) -> str:
+        setup = self.setup
+        return comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
 
     def _write_beside_tasks(self, scores: Scores) -> None:
         ledger = Ledger.open(self.directory.ledger_path)
         kept = ledger.entries()
-        for record, tasks, probes in zip(self._settled, scores.tasks[1:], scores.probes[1:], strict=True):
+        for record, tasks, probes in zip(self._settled, scores.tasks[1:], scores.probes[1:], strict=False):
             was = kept[record.entry - 1].metrics() or {}
             seconds = was.get("seconds") or record.info.get("seconds", {})
             ledger.write_metrics(record.entry, self.columns.kept(record.name, tasks, probes, seconds))

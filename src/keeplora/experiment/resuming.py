@@ -33,6 +33,9 @@ _ELSEWHERE = (
     "tasks",
     "probes",
     "reference",
+    "order",
+    "order_name",
+    "first_tasks",
 )
 """Settings that no number depends on, or that the rest of an `Identity` stands for."""
 _PACKAGES = ("keeplora", "torch", "transformers", "peft", "numpy")

@@ -50,18 +50,6 @@ def _read_json(path: Path) -> Any:
     return value
 
 
-def _without_later(config: dict[str, Any], learned: list[str]) -> dict[str, Any]:
-    """The configuration of a run of a person's own suite, whose file may have got further tasks since: not this run's."""
-    suite = config.get("suite")
-    if not learned or not isinstance(suite, str) or not suite.endswith((".yaml", ".yml")) or not Path(suite).is_file():
-        return config
-    names = [str(spec["name"]) for spec in own_tasks(suite)[0]]
-    if not set(learned) < set(names):
-        return config
-    later = [name for name in names if name not in learned]
-    return {**config, "order": [*learned, *later], "first_tasks": len(learned)}
-
-
 class RunDirectory:
     """The folder of one run, locked against other writers until `close`; use it in a ``with`` block.
 
@@ -240,8 +228,24 @@ class RunDirectory:
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
         if isinstance(tuner := value.get("tuner"), dict):
             value["tuner"] = without_retired(tuner)
+        return self._without_later(value)
+
+    def _without_later(self, config: dict[str, Any]) -> dict[str, Any]:
+        """For a run of a person's own suite, whose file may have got further tasks since: those are not this run's."""
+        suite = config.get("suite")
+        if not isinstance(suite, str) or not suite.endswith((".yaml", ".yml")):
+            return config
+        try:
+            names = [str(spec["name"]) for spec in own_tasks(suite).specs]
+        except KeepLoraError:  # whoever needs the tasks will be told
+            return config
         learned = [entry["name"] for entry in self.read_data() if entry.get("kind") == "task"]
-        return _without_later(value, learned)
+        given = config["order"] if isinstance(config.get("order"), list) else names
+        if not learned or not set(learned) <= set(names):
+            return config
+        if set(names) <= set(given) and given[: config.get("first_tasks")] == learned:
+            return config  # as it was
+        return {**config, "order": [*learned, *(n for n in names if n not in learned)], "first_tasks": len(learned)}
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json: what `collect_environment` returns."""
