@@ -107,11 +107,11 @@ def differences(ours: Sequence[Row], theirs: Sequence[Row], method: str, against
         f"| | {against} | {method} | difference over {units['order']} orders | over {units['seed']} seeds | by order |"
     )
     lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name, title in METRICS.items():
-
-        def value(row: Row, name: str = name) -> float:
-            return row["metrics"][name]
-
+    values: dict[str, Callable[[Row], float]] = {
+        title: lambda row, name=name: row["metrics"][name] for name, title in METRICS.items()
+    }  # fmt: skip
+    values["Probe, last"] = lambda row: row["probes"][-1]  # Probe is the mean over the sequence
+    for title, value in values.items():
         means = [fmean(map(value, side)) for side in (theirs, ours)]
         columns = []
         for unit in units:

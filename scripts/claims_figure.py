@@ -31,16 +31,19 @@ PANELS = {
         "pictures: forgetting, sign turned": "abstract.forgetting",
         "questions: BWT": "abstract.vqa.bwt",
         "videos: BWT": "abstract.video.bwt",
+        "pictures, 22 tasks: BWT": "long.bwt",
     },
     "Keeping what was known before (claim 6)": {
         "pictures: Transfer and Probe": "abstract.unseen",
         "questions: general": "abstract.vqa.general",
         "videos: general": "abstract.video.general",
+        "pictures, 22 tasks: probes at the end": "long.probe.last",
     },
     "After the last task (claim 8)": {
         "pictures: Last": "demo-small.difference",
         "questions: MFN": "vqa.difference",
         "videos: MFN": "video.difference",
+        "pictures, 22 tasks: Last": "long.last",
     },
     "γ < 1 less γ = 1, pictures (claim 7)": {
         "Last, own rates, n = 2": "abstract.front",
