@@ -194,7 +194,8 @@ def test_second_run_into_the_directory_is_refused(world, cli, tmp_path):
     assert (answer.code, answer.out) == (1, "")
     assert answer.err == (
         f"Error: {path} already holds a run (finished, 3 tasks done); see it by `keeplora report {path}`, use it by `keeplora "
-        f"predict {path}`, or choose another --output (`output:` in the file)\n"
+        f"predict {path}`, teach it further tasks by `keeplora resume {path} --add-tasks FILE`, or choose another --output "
+        "(`output:` in the file)\n"
     )
     assert files_below(path) == before
 
