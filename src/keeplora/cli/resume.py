@@ -25,7 +25,7 @@ def resume(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="YAML with further `tasks:` for a finished run, learned after its own. Its other settings stay.",
+            help="YAML with further `tasks:` for a finished run, learned after its own; the run keeps its settings.",
         ),
     ] = None,
     against: Annotated[

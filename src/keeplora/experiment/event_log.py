@@ -125,8 +125,6 @@ class EventLog:
                 continue
             rows.add(after)  # a row stands together: all of it goes where it begins
             row = [e for e in found if e.get("event") == "evaluation" and e.get("after") == after]
-            row = [e for e in row if (after, e.get("set")) not in given] + [
-                dict(e) for e in events if e["after"] == after
-            ]
+            row = [e for e in row if (after, e.get("set")) not in given] + [e for e in events if e["after"] == after]
             out += sorted(row, key=lambda e: e.get("kind") != "task")
         atomic_write_bytes(self.path, b"".join(_line(event) for event in out))

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keeplora.evaluation.metrics import summary
-from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.measuring import Measuring
 from keeplora.experiment.progress import Progress
-from keeplora.experiment.results import Scores, comparison_key, settled_records
+from keeplora.experiment.results import Scores, settled_records
 from keeplora.experiment.rows import Columns
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup
@@ -36,8 +35,6 @@ class LookingBack(Measuring):
         self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings = list(results["warnings"])
         self.progress = Progress(quiet) if ranks.is_first() else Progress.silent()
-        self.loggers = Loggers({}, 0, self._warning)
-        self._joint = False
         self._late = late_tasks(setup, results)
 
     def go(self) -> None:
@@ -88,15 +85,11 @@ class LookingBack(Measuring):
         self.directory.replace_evaluations(events)
         told = {
             "suite": self.config.suite, "name": self.config.label, "order": self.config.order_name,
-            "comparison_key": self._key(), "tasks": list(self.columns.tasks), "accuracy": scores.tasks,
+            "comparison_key": self.key, "tasks": list(self.columns.tasks), "accuracy": scores.tasks,
             "probe_accuracy": scores.probes, "test_counts": dict(self.columns.counts),
             "metrics": summary(scores.tasks, scores.probes), "warnings": list(dict.fromkeys(self.warnings)),
         }  # fmt: skip
         self.directory.write_results({**results, **self.setup.kind.results(), **told})
-
-    def _key(self) -> str:
-        setup = self.setup
-        return comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
 
     def _write_beside_tasks(self, scores: Scores) -> None:
         ledger = Ledger.open(self.directory.ledger_path)

@@ -11,7 +11,7 @@ from typing import Any
 from keeplora.experiment.config import ExperimentConfig
 from keeplora.experiment.loggers import Loggers
 from keeplora.experiment.progress import Progress
-from keeplora.experiment.results import Scores
+from keeplora.experiment.results import Scores, comparison_key
 from keeplora.experiment.rows import Columns
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import Setup
@@ -32,6 +32,12 @@ class Measuring:
     warnings: list[str]
     evaluation_seconds: float
     _joint: bool
+
+    @property
+    def key(self) -> str:
+        """The run's `comparison_key`."""
+        setup = self.setup
+        return comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
 
     def _event(self, event: Mapping[str, Any]) -> None:
         self.directory.append_event(event)

@@ -12,11 +12,12 @@ from typing import Any
 from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.config import ExperimentConfig, load_config
 from keeplora.experiment.config_source import own_tasks
-from keeplora.experiment.resuming import CHANGEABLE
+from keeplora.experiment.resuming import CHANGEABLE, is_changeable
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import data_folder
 from keeplora.files import expand
 from keeplora.methods import Method, get_method, method_names
+from keeplora.suites import external_folder
 
 Tasks = str | os.PathLike[str] | Mapping[str, Any]
 """A YAML file with ``tasks:`` (an experiment, a suite, or nothing but them), or what it holds."""
@@ -43,7 +44,7 @@ def with_tasks(config: ExperimentConfig, source: Tasks, overrides: Mapping[str, 
             f"method {method.name!r} learns all tasks of a run at once, so none can be added; start a new run with all of them"
         )
     given, base = own_tasks(source), data_folder(config)
-    folder = given.base or expand(config.data_dir or os.environ.get("KEEPLORA_DATA") or "data").absolute()
+    folder = given.base or external_folder(config.data_dir)
     learned = {spec["name"]: spec for spec in config.ordered_tasks}
     for spec in given.specs:
         if spec["name"] in learned:
@@ -117,9 +118,7 @@ def _refuse_another(spec: Mapping[str, Any], learned: Mapping[str, Any], where: 
 def _check_changes(overrides: Mapping[str, Any], new: Sequence[str]) -> None:
     allowed = {f"{field}{name}" for field in _PER_TASK for name in new}
     for key in overrides:
-        if key not in (*allowed, "output") and not any(
-            key == known or key.startswith(f"{known}.") for known in CHANGEABLE
-        ):
+        if key not in (*allowed, "output") and not is_changeable(key):
             raise ConfigError(
                 f"-o {key}: a run keeps its settings for all its tasks; beside {', '.join(sorted(CHANGEABLE))}, only the new "
                 f"tasks' own can be given, for example -o training.epochs.{new[0]}=5"

@@ -62,6 +62,11 @@ def _installed(package: str) -> bool:
     return True
 
 
+def is_changeable(key: str) -> bool:
+    """Whether a resume may set a dotted key."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
+
+
 def check_changes(overrides: Mapping[str, Any]) -> None:
     """Refuse overrides that would make the run's tasks incomparable.
 
@@ -72,7 +77,7 @@ def check_changes(overrides: Mapping[str, Any]) -> None:
     keeplora.errors.ConfigError: -o tuner.r: a resume may change training.checkpoint_minutes, ...
     """
     for key in overrides:
-        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE):
+        if not is_changeable(key):
             raise ConfigError(
                 f"-o {key}: a resume may change {', '.join(sorted(CHANGEABLE))} and nothing else; start a new run for more"
             )

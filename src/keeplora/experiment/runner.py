@@ -21,7 +21,6 @@ from keeplora.experiment.progress import Progress
 from keeplora.experiment.results import (
     Scores,
     build_results,
-    comparison_key,
     peak_memory,
     settled_count,
     settled_records,
@@ -71,7 +70,6 @@ class Run(Measuring):
             self.progress.line(f"warning: {directory.warning}")
         self.columns = Columns.of(setup.tasks, setup.probes)
         self.warnings: list[str] = [f"{t.name}: {w}" for t in [*setup.tasks, *setup.probes] for w in t.warnings]
-        self.key = comparison_key(setup.config, setup.tasks, setup.probes, setup.kind.comparison())
         earlier = directory.read_results(whole=True)
         setup.kind.begin(directory.path, earlier)
         self.scores = Scores.from_results(earlier)

@@ -56,8 +56,11 @@ def data_folder(suite: str | os.PathLike[str], data: str | os.PathLike[str] | No
     ('data', '/big/disk', 'suites')
     >>> if before: os.environ["KEEPLORA_DATA"] = before
     """
-    if load_suite(suite).get("data") != "external":
-        return suite_folder(suite)
+    return suite_folder(suite) if load_suite(suite).get("data") != "external" else external_folder(data)
+
+
+def external_folder(data: str | os.PathLike[str] | None = None) -> Path:
+    """Where data lies that comes with no suite: ``data``, else ``KEEPLORA_DATA``, else the folder ``data`` in the current one."""
     return expand(data or os.environ.get("KEEPLORA_DATA") or "data").absolute()
 
 
