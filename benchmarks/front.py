@@ -1,19 +1,26 @@
 """The front of learning against keeping: one line per γ through its learning rates, and what differs at like keeping.
 
     keeplora compare studies/front.yaml
-    python benchmarks/front.py runs/front --figure docs/images/front.png
+    python benchmarks/front.py runs/front --output docs/evidence/front.json --figure docs/images/front.png
     python benchmarks/front.py docs/evidence/front.json                      # what is in docs/results.md
 
-Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), then for every γ its learning
-rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen by the numbers it is told with),
-and the paired differences of those against γ = 1. The test pictures are the same for all seeds: what is left out is the seed's
-luck, not the pictures'.
+Prints, as Markdown, Last, Transfer and Probe of every cell (mean and 95 % t interval over seeds), and two comparisons of each γ
+with γ = 1, paired by seed:
+
+- at its best rate: the learning rate with the highest Last on *other* seeds (leave one seed out, so that a rate is never chosen
+  by the numbers it is told with). The test pictures are the same for all seeds: what is left out is the seed's luck, not the
+  pictures'.
+- at like keeping: Last where a seed's line through its learning rates falls to a Probe that was asked for, which asks whether one
+  front lies above the other without choosing a point of it.
+
+Several studies (or files of numbers) may be named: they are laid together, the later one's runs in place of the earlier one's.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -30,14 +37,14 @@ NAMES = ("gamma", "learning_rate")
 Cells = dict[tuple[float, float], Seeds]
 
 
-def read(study: Path) -> Cells:
-    """(γ, learning rate) → its finished runs."""
+def read(studies: Sequence[Path]) -> Cells:
+    """(γ, learning rate) → its finished runs, by γ and rate."""
 
     def label(cell: StudyCell) -> tuple[float, float]:
         config = config_of(cell.run) if cell.run is not None else {}
         return (float(config["tuner"]["gamma"]), float(config["training"]["learning_rate"]))
 
-    return dict(sorted(study_runs.read([study], NAMES, label).items()))
+    return dict(sorted(study_runs.read(studies, NAMES, label).items()))
 
 
 def chosen(cells: Cells, gamma: float, seed: str) -> float | None:
@@ -67,7 +74,35 @@ def at_their_best(cells: Cells) -> dict[float, dict[str, tuple[float, Mapping[st
     return dict(sorted(found.items()))
 
 
-def tables(cells: Cells, against: float) -> list[str]:
+def at_level(line: Sequence[Mapping[str, float]], level: float) -> float | None:
+    """Last where Probe first falls to ``level`` along one seed's learning rates, upwards, between two of them in proportion.
+
+    None if the line never comes from ``level`` or above to below it: nothing is read beyond the rates that were run.
+
+    >>> at_level([{"probe": 30.0, "last": 50.0}, {"probe": 20.0, "last": 60.0}], 25.0)
+    55.0
+    >>> at_level([{"probe": 30.0, "last": 50.0}, {"probe": 26.0, "last": 60.0}], 25.0) is None
+    True
+    """
+    for left, right in pairwise(line):
+        if left["probe"] >= level > right["probe"]:
+            share = (left["probe"] - level) / (left["probe"] - right["probe"])
+            return left["last"] + share * (right["last"] - left["last"])
+    return None
+
+
+def at_like_keeping(cells: Cells, level: float) -> dict[float, dict[str, float]]:
+    """γ → seed → Last at that Probe; of seeds that ran every rate of their γ."""
+    found: dict[float, dict[str, float]] = {}
+    for gamma in {g for g, _ in cells}:
+        rates = [seeds for (g, _), seeds in sorted(cells.items()) if g == gamma]
+        for seed in sorted(set.intersection(*(set(seeds) for seeds in rates))):
+            if (last := at_level([seeds[seed] for seeds in rates], level)) is not None:
+                found.setdefault(gamma, {})[seed] = last
+    return dict(sorted(found.items()))
+
+
+def tables(cells: Cells, against: float, levels: Sequence[float]) -> list[str]:
     """Lines of Markdown."""
     lines = ["| γ | learning rate | n | Last | Transfer | Probe |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for (gamma, rate), seeds in cells.items():
@@ -84,6 +119,22 @@ def tables(cells: Cells, against: float) -> list[str]:
             ours, theirs = ([side[s][1][name] for s in pairs] for side in (seeds, best.get(against, {})))
             columns.append(told(paired_difference(ours, theirs)) if pairs and gamma != against else "")
         lines.append(f"| {gamma:g} | {rates} | {' | '.join(columns)} |")
+    lines += [
+        "",
+        f"| at Probe | γ | n | Last | n of both | Last less γ = {against:g} |",
+        f"| ---: | ---: |{' ---: |' * 4}",
+    ]
+    for level in levels:
+        like = at_like_keeping(cells, level)
+        for gamma, lasts in like.items():
+            columns = [str(len(lasts)), told(mean_interval(list(lasts.values())))]
+            pairs = sorted(lasts.keys() & like.get(against, {}).keys()) if gamma != against else []
+            columns.append(str(len(pairs)) if pairs else "")
+            difference = (
+                paired_difference([lasts[s] for s in pairs], [like[against][s] for s in pairs]) if pairs else None
+            )
+            columns.append(told(difference) if difference else "")
+            lines.append(f"| {level:g} | {gamma:g} | {' | '.join(columns)} |")
     return lines
 
 
@@ -117,16 +168,21 @@ def figure(cells: Cells, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the study's folder, or the front.json that was written there")
+    parser.add_argument(
+        "studies", type=Path, nargs="+", help="a study's folder, or the numbers that were written of it"
+    )
     parser.add_argument("--against", type=float, default=1.0, help="the γ that differences are taken against")
+    parser.add_argument("--levels", type=float, nargs="+", default=[25.0, 20.0, 15.0], help="Probe, percent")
+    parser.add_argument("--output", type=Path, help="write the numbers of the runs here as well")
     parser.add_argument("--figure", type=Path, help="write the figure here as well")
     args = parser.parse_args()
-    cells = read(args.study) if args.study.exists() else {}
-    if not cells:
-        parser.error(f"{args.study} holds no finished run; give the folder of a study, or its front.json")
-    print("\n".join(tables(cells, args.against)))
-    if args.study.is_dir():
-        study_runs.write(args.study / "front.json", NAMES, cells)
+    if missing := [path for path in args.studies if not path.exists()]:
+        parser.error(f"{missing[0]} is not there; give the folder of a study, or a file of its numbers")
+    if not (cells := read(args.studies)):
+        parser.error("no finished run in there; give the folder of a study, or a file of its numbers")
+    print("\n".join(tables(cells, args.against, args.levels)))
+    if args.output:
+        study_runs.write(args.output, NAMES, cells)
     if args.figure:
         figure(cells, args.figure)
 
