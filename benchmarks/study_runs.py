@@ -19,7 +19,7 @@ Seeds = dict[str, Mapping[str, float]]
 """Seed and order → metrics."""
 
 
-def read(paths: Sequence[Path], names: Label, label: Callable[[StudyCell], Label]) -> dict[Label, Seeds]:
+def read(paths: Sequence[Path], names: Sequence[str], label: Callable[[StudyCell], Label]) -> dict[Label, Seeds]:
     """What is compared → its runs, in the order of the studies' plans, laid together where several hold the same.
 
     Args:
