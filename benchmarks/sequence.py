@@ -6,9 +6,10 @@
 
 Prints, as Markdown: every metric of both methods and their paired difference, once over orders (the seeds of an order averaged
 first: would it be so in another order?) and once over seeds (the orders averaged first: would it be so with other luck?),
-with the least and the largest difference of any order; what a task has lost so many tasks after it was learned; and in how
-many layers the method could still learn (M4: a layer without residual dimensions sits the task out). Intervals are of 95 %
-(Student's t).
+with the least and the largest difference of any order; the tasks learned so far, after five, ten, ... of them (does the
+difference grow with the sequence?); what a task has lost so many tasks after it was learned; and in how many layers the method
+could still learn (M4: a layer without residual dimensions sits the task out). Intervals are of 95 % (Student's t). Those over
+the orders of one seed say nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from keeplora.study.store import StudyStore
 METRICS = {
     "last": "Last", "average": "Avg", "transfer": "Transfer", "probe": "Probe", "forgetting": "Forgetting", "bwt": "BWT",
 }  # fmt: skip
+AFTER = (5, 10, 15)
 AGES = ((1, 1), (2, 5), (6, 10), (11, 15), (16, 99))
 Row = Mapping[str, Any]
 """A finished run: method, order, seed, metrics, ``accuracy`` (T + 1 rows of T, the first before any task), ``probes``
@@ -125,6 +127,20 @@ def differences(ours: Sequence[Row], theirs: Sequence[Row], method: str, against
     return lines
 
 
+def growing(ours: Sequence[Row], theirs: Sequence[Row], method: str, against: str) -> list[str]:
+    """The table of the mean accuracy over the tasks learned so far; intervals over orders. Of a sequence longer than five."""
+    lines = [f"| tasks learned | {against} | {method} | difference |", "| ---: | ---: | ---: | ---: |"]
+    tasks = len(ours[0]["accuracy"]) - 1
+    for after in (*(n for n in AFTER if n < tasks), tasks):
+        a, b = (
+            by_unit(side, "order", lambda row, n=after: learned_so_far(row["accuracy"])[n - 1])
+            for side in (ours, theirs)
+        )
+        difference = told(paired_difference(list(a.values()), list(b.values())))
+        lines.append(f"| {after} | {fmean(b.values()):.1f} | {fmean(a.values()):.1f} | {difference} |")
+    return lines if len(lines) > 3 else []
+
+
 def ageing(sides: Mapping[str, Sequence[Row]]) -> list[str]:
     """The table of what is lost with age; intervals over orders."""
     lines = ["| points lost, tasks learned since | " + " | ".join(sides) + " |", "| --- |" + " ---: |" * len(sides)]
@@ -203,7 +219,8 @@ def main() -> None:
             f"{args.study} holds no seed with finished runs of {args.method} and {args.against} in the same orders"
         )
     sides = {args.against: theirs, args.method: ours}
-    tables = [differences(ours, theirs, args.method, args.against), ageing(sides), room(sides)]
+    pair = (ours, theirs, args.method, args.against)
+    tables = [differences(*pair), growing(*pair), ageing(sides), room(sides)]
     print("\n\n".join("\n".join(table) for table in tables if table))
     if args.study.is_dir():
         atomic_write_json(args.study / "sequence.json", rows)

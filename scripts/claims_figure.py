@@ -38,6 +38,7 @@ PANELS = {
         "questions: general": "abstract.vqa.general",
         "videos: general": "abstract.video.general",
         "pictures, 22 tasks: probes at the end": "long.probe.last",
+        "pictures, 22 tasks: probes, mean": "long.probe",
     },
     "After the last task (claim 8)": {
         "pictures: Last": "demo-small.difference",

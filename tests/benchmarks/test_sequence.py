@@ -70,6 +70,11 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert metrics["Probe"][2:] == ["0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]", "0.0 to 0.0"]
     assert "over 2 orders" in told
     assert "over 2 seeds" in told
+    # After five of seven tasks they have lost 6 points on average, after all 9.
+    assert rows_of(told, "tasks learned") == [
+        ["5", "44.0", "59.0", "15.0 [-48.5, 78.5]"],
+        ["7", "41.0", "56.0", "15.0 [-48.5, 78.5]"],
+    ]
     ages = rows_of(told, "points lost")
     # 2 to 5 tasks later: 5, 4, 3 and 2 tasks have lost 6, 9, 12 and 15 points.
     assert ages == [
