@@ -16,7 +16,7 @@ def test_the_interval_of_a_share_is_about_its_normal_one():
     found = Resamples({"a": 200}).spread(scores)
     half = 1.96 * 100 * math.sqrt(0.3 * 0.7 / 200)
     assert found.mean == pytest.approx(30.0)
-    assert found.half == pytest.approx(half, rel=0.1)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
     assert found.low_tasks is None
     assert (found.n, found.sets) == (200, 1)
 
@@ -28,7 +28,8 @@ def test_a_paired_difference_leaves_out_what_both_share():
     draws = Resamples({"a": 100})
     paired = draws.difference(better, base)
     assert paired.low >= 0
-    assert paired.half < draws.spread(base).half / 2
+    whole = draws.spread(base)
+    assert paired.high - paired.low < (whole.high - whole.low) / 2
 
 
 def test_over_tasks_that_differ_the_interval_is_wider():
@@ -38,6 +39,17 @@ def test_over_tasks_that_differ_the_interval_is_wider():
     assert found.high_tasks is not None
     assert found.high_tasks - found.low_tasks > 20 > found.high - found.low
     assert found.mean == pytest.approx(40.5)
+
+
+def test_it_takes_a_byte_a_draw_and_gives_what_the_whole_would():
+    """Of fifty thousand samples two thousand draws as floats would be 800 MB."""
+    values = np.random.default_rng(1).normal(size=300)
+    draws = Resamples({"a": 300}, repeats=250)
+    assert draws._counts["a"].nbytes == 250 * 300
+    assert (draws._counts["a"].sum(axis=1) == 300).all()
+    mean, over, _ = draws.means({"a": list(values)})
+    np.testing.assert_allclose(over, draws._counts["a"].astype(float) @ values / 300, rtol=1e-9, atol=1e-12)
+    assert mean == pytest.approx(values.mean())
 
 
 def test_another_set_beside_it_changes_nothing():

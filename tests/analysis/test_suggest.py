@@ -119,6 +119,14 @@ def test_gamma_is_one_where_deep_layers_cost_more():
     assert "the configured γ = 1 is the best of the linear schedules" in found.why
 
 
+def test_prices_below_nothing_give_no_gamma():
+    """Deep layers whose adapting helps the general sets as well ask for less of the shallow ones, and no γ says how much less."""
+    windows = [window("shallow", 20, -2), window("deeper", 20, -20)]
+    found = suggest.gamma(windows, [0.2])
+    assert found.value is None
+    assert "no γ follows from it" in found.why
+
+
 def test_prices_that_differ_may_still_fit_the_configured_gamma():
     """Prices 1 and 0.385 are what γ = 0.2 is for: that they visibly differ from each other is no reason to leave it."""
     windows = [window("shallow", 20, 20), window("deeper", 20, 7.7)]
@@ -176,6 +184,10 @@ def test_a_larger_energy_features_than_the_configured_one_is_not_suggested():
     assert found.value is None
     assert "the configured 0.95 leaves room enough; a larger one is not suggested" in found.why
     assert "0.9999 was not tried" in suggest.energy_features(tried, 16, 0.9999).why
+    # Room at 0.95 and none at 0.99 does not say that there is none at 0.97.
+    tried = [Protected(0.95, [50], [0.5], [0.6]), Protected(0.99, [5], [0.5], [0.6])]
+    assert suggest.energy_features(tried, 16, 0.97).value is None
+    assert suggest.energy_features([*tried, Protected(0.97, [7], [0.5], [0.6])], 16, 0.97).value == 0.95
 
 
 def test_a_curve_without_the_whole_model_tells_nothing():

@@ -317,14 +317,45 @@ def test_a_folder_of_another_analysis_is_refused(looked_at, cli):
         (("inter", "CONFIG", "--what", "window"), "did you mean 'windows'?"),
         (("inter", "CONFIG", "--windows", "4"), "--windows is 4, but the deepest tower has 3 blocks: give 2 to 3"),
         (("inter", "CONFIG", "--what", "undo"), "an untouched model has no 'undo'"),
+        (("inter", "RUN", "--general", "probes"), "of a run its own probes are looked at; leave the option out"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(looked_at, cli, tmp_path, words, said):
-    words = [str(looked_at[0]) if word == "CONFIG" else word for word in words]
+def test_what_is_wrong_is_said_in_one_sentence(looked_at, world, cli, tmp_path, words, said):
+    places = {"CONFIG": str(looked_at[0]), "RUN": str(world.run()[0]) if "RUN" in words else ""}
+    words = [places.get(word, word) for word in words]
     answer = cli("analyze", *words, "--output", tmp_path / "a")
     assert answer.code == 1
     assert said in answer.err
     assert not (tmp_path / "a").exists()
+
+
+def test_the_seed_is_the_experiments_where_none_is_asked_for(world, tmp_path):
+    from keeplora.cli.analyze import plan_of
+    from keeplora.cli.analyze_options import Shared
+
+    config = world.yaml(tmp_path / "e.yaml", seed=7)
+    assert plan_of(config, Shared()).seed == 7
+    assert plan_of(config, Shared(set_=["seed=3"])).seed == 3
+    assert plan_of(config, Shared(seed=5, set_=["seed=3"])).seed == 5
+    assert plan_of(None, Shared(), run=world.run()[0]).seed == 0
+
+
+def test_without_the_outer_windows_no_gamma_follows(world, cli, tmp_path):
+    config = world.yaml(tmp_path / "e.yaml", tuner={"target_modules": r".*layers\.[12]\.self_attn\.(q|v)_proj"})
+    assert cli("analyze", "inter", config, "--what", "windows", "--output", tmp_path / "a", "--quiet").code == 0
+    found = results_of(tmp_path / "a")
+    assert [row["window"] for row in found["windows"]] == [1, 2]
+    assert found["suggestion"]["gamma"] is None
+    assert found["suggestion"]["evidence"]["gamma"] == "of the shallow third alone nothing was measured"
+
+
+def test_towers_with_energies_of_their_own_are_left_as_they_are(world, cli, tmp_path):
+    config = world.yaml(tmp_path / "e.yaml", tuner={"energy_features": {"vision_model": 0.97, "text_model": 0.9}})
+    assert cli("analyze", "inter", config, "--what", "spectra", "--output", tmp_path / "a", "--quiet").code == 0
+    found = results_of(tmp_path / "a")
+    assert 0.97 in [one["energy"] for one in found["spectra"]["protected"]]
+    assert found["suggestion"]["energy_features"] is None
+    assert "each tower has an ε_f of its own" in found["suggestion"]["evidence"]["energy_features"]
 
 
 def test_without_general_sets_nothing_is_begun(world, cli, tmp_path):
@@ -474,6 +505,13 @@ def test_the_scale_stays_where_the_rank_changes(world, cli, tmp_path, monkeypatc
     assert "tuner.gamma" not in taken.overrides
     assert "lora_alpha" not in str(take(Analysis(results, tmp_path), config, own=["lora_alpha"]).overrides)
     assert "tuner.r" not in take(Analysis(results, tmp_path), config, own=["r"]).overrides
+    # ε_f makes room for the suggested rank: without it there is no reason for it.
+    made["energy_features"] = 0.9
+    results = {"suggestion": {**made, "evidence": {}}, "note": ""}
+    assert take(Analysis(results, tmp_path), config, own=[]).overrides["tuner.energy_features"] == 0.9
+    without = take(Analysis(results, tmp_path), config, own=["r"])
+    assert "tuner.energy_features" not in without.overrides
+    assert "energy_features: 0.99, for 0.9 was made for rank 8, which the run does not take" in without.said
 
 
 def test_a_gamma_brings_the_rate_at_which_the_layers_move_as_far(world, tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from keeplora.cli import main  # noqa: F401  the command line before transformers
+from keeplora.tuner.ledger import Ledger
+from keeplora.tuner.ledger_files import seal
 from tests.cli.tiny_world import results_of
 
 ORDER = ["paint", "stripes", "dots"]
@@ -72,6 +75,26 @@ def test_similarity_of_runs(run, lora, cli, tmp_path):
     assert "cannot be told" in text.out
     assert "ledger's own columns" in text.out
     assert (tmp_path / "s.png").stat().st_size > 5000
+
+
+def test_a_run_that_has_learned_nothing_stands_in_no_ones_way(run, cli, tmp_path):
+    """The first ledger that holds subspaces of tasks is compared, not the first that could."""
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun, ignore=shutil.ignore_patterns(".lock", "results.json", "metrics.jsonl"))
+    Ledger.open(begun / "ledger").rollback(0)
+    assert told(cli("analyze", "similarity", begun, run, "--json"))["source"] == run.name
+
+
+def test_subspaces_of_another_base_are_refused(run, cli, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns(".lock"))
+    head = next((other / "ledger").glob("*.json"))
+    values = json.loads(head.read_text(encoding="utf-8"))
+    values["base"]["hash"] = "0" * 64
+    head.write_text(json.dumps({**values, "seal": seal(values)}), encoding="utf-8")
+    answer = cli("analyze", "similarity", run, "--subspaces", other)
+    assert answer.code == 1
+    assert "was learned on another base model" in answer.err
 
 
 def test_similarity_takes_gradients_of_runs_by_any_method(run, lora, cli, tmp_path):

@@ -335,6 +335,10 @@ def test_a_schedule_over_all_tasks_says_that_there_are_more(world, tmp_path):
             {"tasks": [{**specs("paint")[0], "path": "dots"}]},
             r"task 'paint' has `path: 'dots'`, but was learned with 'paint'",
         ),
+        (
+            {"tasks": [{**specs("paint")[0], "templates": ["a {}"]}]},
+            r"task 'paint' has `templates: \['a {}'\]`, but was learned without it",
+        ),
         ({"tasks": specs("Paint")}, r"has the name 'Paint', which .* has already"),
         ({"tasks": [{"name": "dots"}]}, r"has no `source:`"),
         ({"tasks": specs("nowhere")}, r"task 'nowhere': .*nowhere: no such folder"),

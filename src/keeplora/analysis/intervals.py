@@ -13,6 +13,7 @@ from keeplora.errors import KeepLoraError
 
 REPEATS = 2000
 LEVEL = 0.95
+CHUNK = 100
 Scores = Mapping[str, Sequence[float]]
 """What each sample earns, 0 to 100, by set."""
 
@@ -33,11 +34,6 @@ class Spread(NamedTuple):
     n: int
     sets: int
 
-    @property
-    def half(self) -> float:
-        """Half of the interval over samples."""
-        return (self.high - self.low) / 2
-
 
 class Resamples:
     """The same resamples for everything measured on the same sets, so that differences are paired.
@@ -57,21 +53,28 @@ class Resamples:
         if not sizes or min(sizes.values()) < 1:
             raise KeepLoraError("an interval needs at least one sample of every set")
         self.sizes = dict(sizes)
-        self._counts: dict[str, NDArray[np.float64]] = {}
+        self._counts: dict[str, NDArray[np.uint8]] = {}
         for name, n in self.sizes.items():
             # Seeded by the set's name: another set beside it changes nothing here.
             key = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "big")
-            draws = np.random.default_rng(key).multinomial(n, np.full(n, 1 / n), size=repeats)
-            self._counts[name] = draws / n
+            source, even = np.random.default_rng(key), np.full(n, 1 / n)
+            # How often each sample is drawn; of more than 255 samples none is drawn 256 times.
+            counts = np.empty((repeats, n), np.uint8)
+            for rows in _chunks(counts):
+                rows[:] = source.multinomial(n, even, size=len(rows))
+            self._counts[name] = counts
         self._sets = np.random.default_rng(seed).integers(0, len(sizes), (repeats, len(sizes)))
 
     def means(self, scores: Scores) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
         """(mean over sets, (repeats,) of it over samples, (repeats,) over sets and samples)."""
         if {name: len(values) for name, values in scores.items()} != self.sizes:
             raise KeepLoraError("scores of other sets, or of other numbers of samples, cannot be paired")
-        each = np.stack([self._counts[name] @ np.asarray(scores[name], float) for name in self.sizes], axis=1)
+        each = np.stack([self._over(name, np.asarray(scores[name], float)) for name in self.sizes], axis=1)
         mean = float(np.mean([np.mean(np.asarray(scores[name], float)) for name in self.sizes]))
         return mean, each.mean(axis=1), np.take_along_axis(each, self._sets, axis=1).mean(axis=1)
+
+    def _over(self, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([(rows / len(values)) @ values for rows in _chunks(self._counts[name])])
 
     def spread(self, scores: Scores) -> Spread:
         """Mean and intervals of one model's scores."""
@@ -86,6 +89,11 @@ class Resamples:
         low, high = ends(over)
         pair = ends(tasks) if len(self.sizes) > 1 else (None, None)
         return Spread(mean, low, high, *pair, sum(self.sizes.values()), len(self.sizes))
+
+
+def _chunks(counts: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Views of its rows, few enough that they can be floats for a moment however many samples there are."""
+    return [counts[i : i + CHUNK] for i in range(0, len(counts), CHUNK)]
 
 
 def ends(draws: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:

@@ -215,6 +215,11 @@ def gamma(windows: Sequence[Window], configured: Sequence[float], count: int = 3
             return Suggestion(None, f"{told}. {fits}, so a difference cannot be told")
         if value == now:
             return Suggestion(None, f"{told}, for which the configured γ = {now:g} is the best of the linear schedules")
+        if (value > now) != (low > 0):  # a price below 0: no schedule of positive scales stands in such a ratio
+            return Suggestion(
+                None,
+                f"{told}. {fits}, but where adapting layers gains in the general sets as well no γ follows from it",
+            )
         told += f". {fits}"
     why = (
         "the shallow layers cost nothing"
@@ -335,8 +340,6 @@ def energy_features(tried: Sequence[Protected], r: int, configured: float, tasks
         return Suggestion(
             None, f"the configured {configured:g} leaves room enough; a larger one is not suggested: {detail}"
         )
-    if best == max(fits):
-        return Suggestion(
-            None, f"the configured {configured:g} was not tried, and nothing below it speaks against it: {detail}"
-        )
+    if configured not in fits:
+        return Suggestion(None, f"the configured {configured:g} was not tried, so nothing speaks against it: {detail}")
     return Suggestion(best, f"the configured {configured:g} does not leave room enough: {detail}")

@@ -98,9 +98,13 @@ def plan_of(config: Path | None, shared: Shared, *, run: Path | None = None, **i
             raise ConfigError(
                 f"{run} is a run, which says itself of which suite, model and settings it is: leave them out"
             )
+        if shared.general != "auto":
+            raise ConfigError(
+                f"--general {shared.general}: of a run its own probes are looked at; leave the option out"
+            )
         moved = {"data_dir": str(shared.data.absolute())} if shared.data else {}
         source = {**RunDirectory(run).read_config(), **moved}
-        return AnalysisPlan(source, shared.output or run / "analysis", run=run, **options)
+        return AnalysisPlan(source, shared.output or run / "analysis", run=run, seed=shared.seed or 0, **options)
     if config is not None and config.is_dir():
         raise ConfigError(
             f"{config} is a folder; intra looks at an untouched model: give an experiment's YAML file or --suite "
@@ -116,7 +120,8 @@ def plan_of(config: Path | None, shared: Shared, *, run: Path | None = None, **i
     where: Any = config if config is not None else {"suite": shared.suite, "method": shared.method or "keeplora++"}
     loaded = load_config(where, overrides, known_methods=method_names())
     folder = shared.output or Path("runs") / f"analysis-{loaded.label.replace('/', '-')}"
-    return AnalysisPlan(loaded.resolved(), folder, **options)
+    seed = loaded.seed if shared.seed is None else shared.seed
+    return AnalysisPlan(loaded.resolved(), folder, seed=seed, **options)
 
 
 def finish(make: Any, plan: AnalysisPlan) -> Analysis:

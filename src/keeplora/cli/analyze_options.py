@@ -40,7 +40,10 @@ class Shared:
         ),
     ] = "auto"
     limit: Annotated[int, typer.Option(help="Most samples of each set; 0: all.")] = 200
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples, and of training.")] = 0
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the choice of samples, and of training; default the experiment's, of a run 0."),
+    ] = None
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each opens the model for itself.")] = 1
     output: Annotated[
         Path | None, typer.Option(help="The analysis's folder; default runs/analysis-NAME, of a run RUN/analysis.")
@@ -57,7 +60,7 @@ class Shared:
     @property
     def told(self) -> dict[str, Any]:
         """Of the plan, what is not where the model and the data come from."""
-        return {"limit": self.limit or None, "by": self.by, "general": self.general, "seed": self.seed}
+        return {"limit": self.limit or None, "by": self.by, "general": self.general}
 
     @property
     def how(self) -> dict[str, Any]:

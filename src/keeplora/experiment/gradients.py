@@ -49,7 +49,8 @@ def starting_gradient(
     """G (M2) of the learner's task ``number`` (from 1) at the weights that it found: per target (out, in), on the model's device.
 
     Args:
-        task: its data. samples: of it, `limited_training`'s. They are gone through whole, whatever ``statistics_tolerance`` says.
+        task: its data. samples: of it, `limited_training`'s. They are gone through whole, whatever ``statistics_tolerance`` says,
+            or up to a ``gradient_samples`` that is a number.
     """
     training = setup.config.training.for_task(task.name)
     objective = setup.kind.objective(task)

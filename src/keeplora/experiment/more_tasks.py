@@ -105,12 +105,18 @@ def _of_file(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _refuse_another(spec: Mapping[str, Any], learned: Mapping[str, Any], where: str) -> None:
     """The same name for something else would be passed over without a word."""
-    for key in spec.keys() & learned.keys():
-        if spec[key] != learned[key]:
+    for key in spec:
+        if key not in learned or spec[key] != learned[key]:
             what = f"paths that start at {spec[key]}" if key == "base_dir" else f"`{key}: {spec[key]!r}`"
-            was = str(learned[key]) if key == "base_dir" else repr(learned[key])
+            was = (
+                f"with {learned[key]}"
+                if key == "base_dir"
+                else f"with {learned[key]!r}"
+                if key in learned
+                else "without it"
+            )
             raise ConfigError(
-                f"{where}: task {spec['name']!r} has {what}, but was learned with {was}; a task that is learned stays as it "
+                f"{where}: task {spec['name']!r} has {what}, but was learned {was}; a task that is learned stays as it "
                 "is: give the new one another name, or leave it out"
             )
 

@@ -45,13 +45,15 @@ class Setup:
         return self.kind.family
 
     def tuner_config(self, task: Any = None) -> KeepLoraConfig:
-        """The learner's settings; shares of the data become counts for ``task``."""
+        """The learner's settings; shares of the data become counts for ``task``, and without one no cap at all."""
         values: dict[str, Any] = self.config.tuner.model_dump(exclude={"parts", "token_weights"})
         if values["target_modules"] is None:
             values |= self.kind.default_targets()
         for name in ("gradient_samples", "feature_samples"):
-            available = len(task.train) if task is not None else 1
-            values[name] = self.config.tuner.samples(name, available)
+            if task is not None:
+                values[name] = self.config.tuner.samples(name, len(task.train))
+            elif isinstance(values[name], float):
+                values[name] = None
         # A schedule over the whole sequence (inflora's) needs its length, which the run knows.
         if "tasks" in {f.name for f in fields(self.method.learner.Options)}:
             values["options"] = {"tasks": len(self.tasks), **values["options"]}

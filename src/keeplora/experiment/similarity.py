@@ -86,6 +86,8 @@ def task_similarity(
             "two of the runs have the same folder name, so their rows could not be told apart; rename one"
         )
     hashes = {name: place.ledger.head["base"]["hash"] for name, place in places.items()}
+    if subspaces is not None:
+        hashes[str(subspaces)] = LedgerPlace.open(subspaces).ledger.head["base"]["hash"]
     first = next(iter(hashes))
     if odd := [name for name, found in hashes.items() if found != hashes[first]]:
         raise KeepLoraError(
@@ -151,10 +153,12 @@ def _features(places: dict[str, LedgerPlace], subspaces: Path | None) -> tuple[s
             continue
         if features and all(t.exact for t in features.values()):
             return name, features
-        found = found or (name, features)
+        found = found or ((name, features) if features else None)
     if found is not None:
         return found
-    raise problem or KeepLoraError("give at least one run directory or ledger")
+    raise problem or KeepLoraError(
+        "no task has been learned in what was given; give a run directory or ledger with tasks"
+    )
 
 
 def _association(groups: Sequence[Sequence[Pair]], predictor: str) -> Association:

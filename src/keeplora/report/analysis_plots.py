@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Any]
 COLOURS = SERIES["light"]
-GROUPS = (("general", "general sets", 0), ("specific", "tasks", 1))
+GROUPS = (("general", "general sets"), ("specific", "tasks"))
 DPI = 110
 
 
@@ -71,7 +71,7 @@ def intra(results: Results) -> Figure:
     for j, part in enumerate(parts):
         nothing = [p for p in curves.get((part, "leading"), ()) if p["share"] == 0]
         whole = [{**base, "energy": 1.0}] if base else []
-        for i, (group, label, _) in enumerate(GROUPS):
+        for i, (group, label) in enumerate(GROUPS):
             panel = axes[i][j]
             for mode, end, k in ENDS:
                 rows = curves.get((part, mode), [])
@@ -97,7 +97,7 @@ def thirds(results: Results) -> Figure:
     """Score with one third of the depth cut to a share of its spectrum."""
     joined = not results.get("missing")
     figure, axes = _figure(2)
-    for panel, (group, label, _) in zip(axes[0], GROUPS):
+    for panel, (group, label) in zip(axes[0], GROUPS):
         for k, one in enumerate(results["thirds"]):
             _band(panel, [p["share"] for p in one["points"]], [p[group] for p in one["points"]], k, one["name"], joined)
         base = (results.get("untouched") or {}).get(group)
@@ -221,7 +221,7 @@ def undo(results: Results) -> Figure:
     """Scores while updates are taken out, from the shallow end and from the deep one."""
     figure, axes = _figure(2)
     names = {"shallow": "shallow layers first", "deep": "deep layers first"}
-    for panel, (group, label, _) in zip(axes[0], reversed(GROUPS)):
+    for panel, (group, label) in zip(axes[0], reversed(GROUPS)):
         for k, one in enumerate(sorted(results["undo"], key=lambda o: o["first"], reverse=True)):
             shares = [p["layers"] / p["of"] for p in one["points"]]
             _band(

@@ -88,6 +88,8 @@ def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Ta
     for name in SETTINGS:
         value, now = made[name], getattr(config.tuner, name)
         why = _kept(name, value, config, own)
+        if name == "energy_features" and why is None and made["r"] is not None and _kept("r", made["r"], config, own):
+            why = f"for {_text(value)} was made for rank {made['r']}, which the run does not take"
         if why is None:
             overrides[f"tuner.{name}"] = value
             said.append(f"{name}: {_text(value)} from the analysis (was {_text(now)})")

@@ -160,9 +160,15 @@ def _measured(world: World, point: Point) -> Measured:
 def _in_processes(plan: AnalysisPlan, points: Sequence[Point], jobs: int) -> Generator[Measured, None, None]:
     free = slots(len(points), jobs=jobs, threads=None, settings=plan.source)
     before = os.environ.get("OMP_NUM_THREADS")
+    context = multiprocessing.get_context("spawn")
+    gpus = context.SimpleQueue()
+    for i in range(jobs if free.gpus else 0):
+        gpus.put(free.gpus[i % len(free.gpus)])
+    others = set(multiprocessing.active_children())  # the caller's own
     os.environ["OMP_NUM_THREADS"] = str(free.threads)  # read when a process imports torch
     pool = ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_open, initargs=(plan, free.threads, os.getpid())
+        jobs, mp_context=context, initializer=_open,
+        initargs=(plan, free.threads, os.getpid(), gpus if free.gpus else None),
     )  # fmt: skip
     try:
         waiting = {pool.submit(_one, point) for point in points}
@@ -180,13 +186,18 @@ def _in_processes(plan: AnalysisPlan, points: Sequence[Point], jobs: int) -> Gen
         else:
             os.environ["OMP_NUM_THREADS"] = before
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.terminate()
 
 
-def _open(plan: AnalysisPlan, threads: int, parent: int) -> None:
-    """A worker's start: Ctrl-C is the parent's to hear, and without a parent there is nothing to do."""
+def _open(plan: AnalysisPlan, threads: int, parent: int, gpus: Any = None) -> None:
+    """A worker's start: Ctrl-C is the parent's to hear, and without a parent there is nothing to do.
+
+    ``gpus``: a queue with one GPU for each worker, set before anything asks CUDA; None where there is none.
+    """
     global _world
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch

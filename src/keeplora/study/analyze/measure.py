@@ -15,7 +15,7 @@ from keeplora.analysis.spectrum import captured
 from keeplora.errors import CapacityError
 from keeplora.experiment.progress import Progress
 from keeplora.experiment.training import train_task
-from keeplora.math import Subspace, new_directions
+from keeplora.math import Subspace, new_directions, new_gradient_directions
 from keeplora.math.subspace import right_vectors
 from keeplora.study.analyze.measure_run import layers, undo
 from keeplora.study.analyze.plan import WINDOWS, Point, in_part, window_of
@@ -28,10 +28,11 @@ from keeplora.tuner.task import OpenTask
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 FEATURE_ENERGIES = (0.9, 0.95, 0.99, 0.999)
+"""ε_f that are tried, and the configured ones."""
 SAMPLED_BLOCKS = 4
 """Blocks of each tower, evenly over its depth, whose subspaces are grown over all tasks: each takes an eigendecomposition per
 task and ε_f."""
-PER_TOWER = ("energy_weights", "energy_features", "gamma", "r", "schedule")
+PER_TOWER = ("energy_weights", "energy_features", "energy_general", "gamma", "r", "schedule")
 
 
 def measure(world: World, point: Point) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def window(world: World, task: int, window: int, windows: int = WINDOWS) -> dict
     setup, kind = world.setup, world.kind
     data = setup.tasks[task - 1]
     held = {data.name: (data, world.data_set(data.validation))}
-    before = world.scores(held), world.scores(world.general)
+    before = world.scores(held)
     names = [t.name for t in world.targets if window_of(t, windows) == window]
     training = setup.config.training.for_task(data.name)
     config = _of_window(setup.tuner_config(data), [t for t in world.targets if t.name in set(names)])
@@ -111,6 +112,10 @@ def window(world: World, task: int, window: int, windows: int = WINDOWS) -> dict
     except CapacityError as error:
         return {"not_learned": str(error)}
     try:
+        # Only now, with B = 0: with `candidates: seen` the open task's classes are candidates before and after. Scoring draws
+        # from the generator that training goes by.
+        with torch.random.fork_rng(devices=[]):
+            general_before = world.scores(world.general, learner)
         batches = kind.batches(objective, train, training, seed)
         with objective.training():
             train_task(
@@ -121,7 +126,7 @@ def window(world: World, task: int, window: int, windows: int = WINDOWS) -> dict
     finally:
         learner.abort_task()
     return {
-        "task_name": data.name, "before": before[0], "after": after[0], "general_before": before[1],
+        "task_name": data.name, "before": before, "after": after[0], "general_before": general_before,
         "general_after": after[1], "layers": len(names), "trained": learner.planned_parameters(),
     }  # fmt: skip
 
@@ -139,7 +144,8 @@ def _of_window(config: KeepLoraConfig, targets: Sequence[Target]) -> KeepLoraCon
 
 
 def spectra(world: World) -> dict[str, Any]:
-    """Of the untouched model: the residual gradient's spectrum per task and layer, and what protecting features leaves.
+    """Of the untouched model: the residual gradient's spectrum per task and layer, and what protecting tasks leaves: their
+    features (M8), or with ``memory: gradients`` their gradients (M8g).
 
     The features and gradients of later tasks are those of the untouched model too, which a run's will differ from.
     """
@@ -150,6 +156,7 @@ def spectra(world: World) -> dict[str, Any]:
         for t in world.targets
     }
     sampled = _sampled(world.targets)
+    energies = sorted({*FEATURE_ENERGIES, *(config.for_tower("energy_features", t.tower) for t in world.targets)})
     U: dict[float, dict[str, Subspace]] = {}
     rows: list[dict[str, Any]] = []
     last: dict[str, Tensor] = {}
@@ -166,14 +173,18 @@ def spectra(world: World) -> dict[str, Any]:
                 "outside": float(residual.square().sum()) / total if total > 0 else 0.0,
                 "captured": [round(v, 5) for v in captured(sigma, RANKS)],
             })  # fmt: skip
-        features = task_features(learner, opened, exact=True)
-        leaders = [t for t in sampled if features.leader[t.name] == t.name]
+        by_features = config.memory == "features"
+        features = task_features(learner, opened, exact=True) if by_features else None
+        leaders = [t for t in sampled if features is None or features.leader[t.name] == t.name]
         last = {t.name: G[t.name].cpu() for t in leaders}
-        for energy in FEATURE_ENERGIES:
+        for energy in energies:
             grown = U.setdefault(energy, {t.name: U0[t.name] for t in leaders})
             if task is not world.setup.tasks[-1]:  # nothing is learned after the last
                 for t in leaders:
-                    V, _ = new_directions(grown[t.name], features.C(t.name), energy)  # type: ignore[arg-type]
+                    if features is None:
+                        V, _ = new_gradient_directions(grown[t.name], last[t.name], energy)
+                    else:
+                        V, _ = new_directions(grown[t.name], features.C(t.name).cpu(), energy)  # type: ignore[union-attr]  # exact
                     grown[t.name] = grown[t.name].extended(V)
     protected = [
         {

@@ -302,7 +302,14 @@ def _suggestion(
         if "" in value:  # a model of one tower has no name for it
             value = value[""]
     if windows:
-        found["gamma"] = suggest.gamma(windows, list(now["gamma"].values()), count)
+        outer = {0, count - 1} - {row["window"] for row in results["windows"]}
+        found["gamma"] = (
+            suggest.Suggestion(
+                None, f"of {' and '.join(window_name(w, count) for w in sorted(outer))} alone nothing was measured"
+            )
+            if outer
+            else suggest.gamma(windows, list(now["gamma"].values()), count)
+        )
     rate = None
     if "gamma" in found and found["gamma"].value is not None and results["depth"]:
         depth = [(d["blocks"], d["targets"], now["gamma"][tower]) for tower, d in results["depth"].items()]
@@ -316,11 +323,13 @@ def _suggestion(
         tried = [
             suggest.Protected(o["energy"], o["room"], o["left"], o["start"]) for o in result["protected"] if o["room"]
         ]
-        found["energy_features"] = suggest.energy_features(
-            tried,
-            int(found["r"].value or max(now["r"].values())),
-            max(now["energy_features"].values()),
-            int(result["tasks"]),
+        energies = set(now["energy_features"].values())
+        found["energy_features"] = (
+            suggest.Suggestion(None, "each tower has an ε_f of its own, and one for all would not be better than these")
+            if len(energies) > 1
+            else suggest.energy_features(
+                tried, int(found["r"].value or max(now["r"].values())), energies.pop(), int(result["tasks"])
+            )
         )
     evidence |= {key: one.why for key, one in found.items()}
     for key, measured_by in suggest.MEASURED_BY.items():

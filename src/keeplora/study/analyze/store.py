@@ -22,6 +22,8 @@ from keeplora.study.analyze.plan import Point
 
 FORMAT = "keeplora-analysis"
 VERSION = 0
+NOTED_LATER = ("general_sets", "max_length")
+"""Of an identity, what older folders do not say: taken to be as it is today."""
 REMEDY = "delete it and repeat the command"
 
 
@@ -67,7 +69,8 @@ class AnalysisStore:
             KeepLoraError: it holds an analysis of something else, or other files.
         """
         identity, found = _of_today(_read_again(identity)), self.identity()
-        found = found if found is None else _of_today(found)
+        if found is not None:
+            found = {key: identity[key] for key in NOTED_LATER if key in identity} | _of_today(found)
         if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
             raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
         if found is not None and found != identity:

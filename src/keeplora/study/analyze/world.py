@@ -199,7 +199,8 @@ class World:
         told = {
             "model": config.model.name, "weights": self.learner.store.base_hash(), "sets": sets,
             "tasks": {t.name: t.fingerprint for t in setup.tasks}, "candidates": config.candidates,
-            **self.plan.told,
+            "general_sets": {name: task.fingerprint for name, (task, _) in self.general.items()},
+            "max_length": config.model.max_length, **self.plan.told,
         }  # fmt: skip
         if self.plan.run is not None:
             entries = [[r.name, r.time, r.entry] for r in self.learner.records]
@@ -209,7 +210,20 @@ class World:
             "generation": config.generation.model_dump(), "video": config.video.model_dump(),
             "image_size": config.model.image_size,
         }  # fmt: skip
+        if revised := self._revised():
+            settings["revised"] = revised
         return told | settings
+
+    def _revised(self) -> list[str]:
+        """Settings under which points of an earlier keeplora mean something else, so that they are not mixed with today's: a
+        share of the samples was taken for one sample, ``memory: gradients`` was judged by features, and general sets were scored
+        without the open task's classes before it was learned and with them after."""
+        tuner = self.config.tuner
+        return [
+            *(n for n in ("gradient_samples", "feature_samples") if isinstance(getattr(tuner, n), float)),
+            *(["memory"] if tuner.memory == "gradients" else []),
+            *(["candidates"] if self.config.candidates == "seen" else []),
+        ]  # fmt: skip
 
 
 def data_digest(data: Any) -> str:

@@ -1,0 +1,97 @@
+"""What the points of an analysis are taken from, on the tiny world: all the samples, the memory and the candidates of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keeplora.experiment import load_config
+from keeplora.experiment.setup import prepare
+from keeplora.math import new_gradient_directions
+from keeplora.study.analyze.measure import FEATURE_ENERGIES, spectra, window
+from keeplora.study.analyze.plan import AnalysisPlan
+from keeplora.study.analyze.world import World
+from keeplora.tuner.basis_cache import weight_subspace
+from tests.cli.tiny_world import the_world
+
+Opened = Callable[..., World]
+
+
+@pytest.fixture
+def opened(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Opened:
+    tiny = the_world(tmp_path_factory)
+
+    def call(seed: int = 0, **changes: Any) -> World:
+        return World(AnalysisPlan(load_config(tiny.config(**changes)).resolved(), tmp_path / "a", seed=seed))
+
+    return call
+
+
+def test_a_share_of_the_samples_is_one_of_each_tasks_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = the_world(tmp_path_factory).config(tuner={"gradient_samples": 0.5, "feature_samples": 7})
+    setup = prepare(load_config(config))
+    task = setup.tasks[0]
+    assert setup.tuner_config(task).gradient_samples == len(task.train) // 2
+    # Without a task there is nothing that it could be half of; it was one sample once.
+    assert setup.tuner_config().gradient_samples is None
+    assert setup.tuner_config().feature_samples == 7
+
+
+def test_gradients_of_an_analysis_are_of_all_its_samples(opened: Opened) -> None:
+    share, whole = (spectra(opened(tuner=values)) for values in ({"gradient_samples": 0.25}, {}))
+    assert share["rows"] == whole["rows"]
+
+
+def test_where_gradients_are_remembered_they_are_what_grows(opened: Opened) -> None:
+    world = opened(tuner={"memory": "gradients", "energy_features": 0.97})
+    found = spectra(world)
+    assert [one["energy"] for one in found["protected"]] == sorted({*FEATURE_ENERGIES, 0.97})
+    from keeplora.study.analyze.measure import _opened
+    from keeplora.tuner.statistics import task_gradients
+
+    one = next(one for one in found["protected"] if one["energy"] == 0.97)
+    target = next(t for t in world.targets if t.name == one["layers"][0])
+    config = world.setup.tuner_config()
+    S = weight_subspace(world.learner.store.W0[target.name], config.for_tower("energy_weights", target.tower))
+    for task in world.setup.tasks[:-1]:
+        G = task_gradients(world.learner, _opened(world, task))[target.name]
+        S = S.extended(new_gradient_directions(S, G.cpu(), 0.97)[0])
+    assert one["room"][0] == S.n_in - S.k
+
+
+def test_a_window_is_judged_among_the_same_candidates_before_and_after(opened: Opened) -> None:
+    """With a rate of nothing the model stays as it is, and what the general sets lose is what other candidates cost."""
+    world = opened(candidates="seen", training={"learning_rate": 1e-12, "epochs": 1})
+    found = window(world, task=1, window=0)
+    assert found["general_after"] == found["general_before"]
+    assert found["general_before"] != world.scores(world.general)  # without the task's classes it is another question
+
+
+def test_scoring_before_leaves_the_training_as_it_is(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = window(opened(), task=1, window=0)
+    real = World.scores
+
+    def drawing(self: World, *args: Any, **more: Any) -> Any:
+        torch.rand(3)  # as a loader of samples does
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(World, "scores", drawing)
+    assert window(opened(), task=1, window=0) == first
+
+
+def test_what_earlier_numbers_meant_otherwise_is_another_analysis(opened: Opened) -> None:
+    assert "revised" not in opened().identity()
+    assert opened(tuner={"feature_samples": 0.5}, candidates="seen").identity()["revised"] == [
+        "feature_samples",
+        "candidates",
+    ]
+    assert opened(tuner={"memory": "gradients"}).identity()["revised"] == ["memory"]
+
+
+def test_how_general_sets_are_judged_is_part_of_the_analysis(opened: Opened, tmp_path_factory: Any) -> None:
+    probe = {**the_world(tmp_path_factory).config()["probes"][0], "templates": ["a {} thing"]}
+    assert opened(probes=[probe]).identity()["general_sets"] != opened().identity()["general_sets"]
