@@ -36,7 +36,7 @@ def audit(
     from keeplora.experiment import TrainedModel
 
     if plot is not None:
-        from keeplora.report.audit_plot import check_plot_name
+        from keeplora.report.plot_file import check_plot_name
 
         check_plot_name(plot)  # before minutes are spent on the audit
     learner = TrainedModel(directory, device="cpu").learner

@@ -21,7 +21,7 @@ def capacity(
     from keeplora.tuner.persistence import open_ledger
 
     if plot is not None:
-        from keeplora.report.audit_plot import check_plot_name
+        from keeplora.report.plot_file import check_plot_name
 
         check_plot_name(plot)
     found = gauge_ledger(open_ledger(directory))

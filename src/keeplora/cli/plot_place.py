@@ -10,7 +10,7 @@ from keeplora.errors import KeepLoraError
 
 def check_plot(path: Path) -> None:
     """`KeepLoraError` unless a picture can be written there: its ending, and its folder."""
-    from keeplora.report.audit_plot import check_plot_name
+    from keeplora.report.plot_file import check_plot_name
 
     folder = check_plot_name(path).parent
     if not folder.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,24 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
 from keeplora.report.audit_charts import LEAST, LIMIT, Precision, leak_grid, precisions, short_names
 from keeplora.report.palette import HEAT, SERIES
+from keeplora.report.plot_file import check_plot_name, write_figure
 
 INK, SOFT, LINE, OVER, NONE = "#16202a", "#526070", "#d9e0e8", "#c0392b", "#e9edf1"
-SUFFIXES = (".png", ".svg", ".pdf")
 ROWS = 96
 """Layers beyond this many are named in the picture every so often only."""
-
-
-def check_plot_name(path: str | os.PathLike[str]) -> Path:
-    """The path, if it ends as a picture does; `KeepLoraError` otherwise."""
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise KeepLoraError(
-            f"{target}: a plot is written as .png, .svg or .pdf, not as {target.suffix or 'a bare name'!r}"
-        )
-    return target
 
 
 def plot_audit(
@@ -65,11 +53,7 @@ def plot_audit(
         _strips(figure.add_subplot(grid_spec[0, 1] if share < 1 else grid_spec[:, 1]), found)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    buffer = io.BytesIO()
-    kind = target.suffix[1:].lower()
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})  # the same audit, the same bytes
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(figure, target, dpi=dpi)
 
 
 def _grid(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
-from keeplora.report.audit_plot import INK, LINE, OVER, SOFT, check_plot_name
+from keeplora.report.audit_plot import INK, LINE, OVER, SOFT
 from keeplora.report.palette import SERIES
+from keeplora.report.plot_file import check_plot_name, write_figure
 
 
 def plot_boundary(
@@ -69,8 +68,4 @@ def plot_boundary(
         f"{heading}{found['kind']} stream, {found['alarm_rate']:g} false alarms per sample asked for", x=0.01, ha="left",
         fontsize=11, color=INK,
     )  # fmt: skip
-    buffer = io.BytesIO()
-    kind = target.suffix[1:].lower()
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(figure, target, dpi=dpi)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,10 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
-from keeplora.report.audit_plot import check_plot_name
 from keeplora.report.charts import WIDTH, _rect, _svg, _text, number
 from keeplora.report.palette import HEAT, HEAT_LEVELS
+from keeplora.report.plot_file import check_plot_name, write_figure
 from keeplora.report.tables import Cell, Table
 
 ROW = 16
@@ -127,7 +125,6 @@ def plot_capacity(
     from matplotlib.figure import Figure
 
     target = check_plot_name(path)
-    kind = target.suffix.lower()
     towers = by_tower(capacity)
     if not towers:
         raise KeepLoraError(f"{target}: there is no layer whose capacity could be drawn")
@@ -166,8 +163,4 @@ def plot_capacity(
     figure.suptitle(
         f"{title}: protected dimensions" if title else "Protected dimensions", x=0.01, ha="left", fontsize=12
     )
-    buffer = io.BytesIO()
-    # Fixed metadata: the same run gives the same bytes.
-    metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(buffer, format=kind[1:], dpi=dpi, metadata=metadata)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(figure, target, dpi=dpi)

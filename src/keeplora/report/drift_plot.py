@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
 from keeplora.report.audit_charts import short_names
-from keeplora.report.audit_plot import INK, NONE, ROWS, SOFT, check_plot_name
+from keeplora.report.audit_plot import INK, NONE, ROWS, SOFT
 from keeplora.report.palette import HEAT
+from keeplora.report.plot_file import check_plot_name, write_figure
 
 MEASURES = (
     ("relative", "‖D‖/‖W‖\n%", 100.0, None), ("moved", "‖D‖", 1.0, None), ("overlap", "overlap\nof U", 1.0, 1.0),
@@ -64,8 +63,4 @@ def plot_drift(found: Mapping[str, Any], path: str | os.PathLike[str], *, dpi: i
         axes.tick_params(colors=SOFT, length=0)
         axes.spines[:].set_visible(False)
     figure.suptitle(f"Drift from a = {found['a']} to b = {found['b']}", x=0.01, ha="left", fontsize=11, color=INK)
-    buffer = io.BytesIO()
-    kind = target.suffix[1:].lower()
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(figure, target, dpi=dpi)

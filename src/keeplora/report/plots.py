@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
 from keeplora.report.charts import nice_top
 from keeplora.report.compare import GREY, Entry, entries
 from keeplora.report.kinds import Kind
 from keeplora.report.palette import DASHES, SERIES
+from keeplora.report.plot_file import check_plot_name, write_figure
 from keeplora.report.runs import Run, load_run
 
 INK, SOFT, LINE = "#16202a", "#526070", "#d9e0e8"
@@ -88,11 +87,7 @@ def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.Path
     """
     from matplotlib.figure import Figure
 
-    target = Path(path)
-    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise KeepLoraError(
-            f"{target}: a plot is written as .png, .svg or .pdf, not as {target.suffix or 'a bare name'!r}"
-        )
+    target = check_plot_name(path)
     if len(run_dirs) < 2:
         raise KeepLoraError(f"a summary plot sets at least two runs side by side, got {len(run_dirs)}")
     runs = [load_run(Path(one)) for one in run_dirs]
@@ -123,14 +118,4 @@ def plot_summary(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.Path
     last = figure.add_subplot(grid[0, len(panels)])
     _bars(last, kind, shown, top)
     last.legend(loc="upper left", frameon=False, fontsize=9, ncols=2)
-    buffer = io.BytesIO()
-    # Fixed metadata: the same runs give the same bytes.
-    metadata = (
-        {"Date": None}
-        if target.suffix.lower() == ".svg"
-        else {"CreationDate": None}
-        if target.suffix.lower() == ".pdf"
-        else {}
-    )
-    figure.savefig(buffer, format=target.suffix[1:].lower(), dpi=dpi, metadata=metadata)
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(figure, target, dpi=dpi)

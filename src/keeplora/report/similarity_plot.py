@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keeplora.errors import KeepLoraError
-from keeplora.files import atomic_write_bytes
-from keeplora.report.audit_plot import INK, LINE, NONE, SOFT, check_plot_name
+from keeplora.report.audit_plot import INK, LINE, NONE, SOFT
 from keeplora.report.palette import HEAT, SERIES
+from keeplora.report.plot_file import check_plot_name, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,13 +40,7 @@ def plot_similarity(found: Mapping[str, Any], path: str | os.PathLike[str], *, d
     target = check_plot_name(path)
     if not found["tasks"]:
         raise KeepLoraError(f"{target}: there is no task to draw; learn one first")
-    buffer = io.BytesIO()
-    kind = target.suffix[1:].lower()
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    similarity_figure(found).savefig(
-        buffer, format=kind, dpi=dpi, metadata=metadata, bbox_inches="tight", pad_inches=0.1
-    )
-    return atomic_write_bytes(target, buffer.getvalue())
+    return write_figure(similarity_figure(found), target, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
 
 
 def similarity_figure(found: Mapping[str, Any]) -> Figure:
@@ -101,5 +94,9 @@ def similarity_figure(found: Mapping[str, Any]) -> Figure:
         axes.tick_params(colors=SOFT, labelsize=8)
     if predictors:
         panels[1].set_ylabel("points the earlier task fell", fontsize=8, color=INK)
-        panels[-1].legend(frameon=False, fontsize=8, labelcolor=SOFT)
+        # Below the panels: inside them it would lie on the points.
+        figure.legend(
+            *panels[-1].get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor=SOFT,
+            ncols=min(len(runs), 2 + len(predictors)), loc="outside lower right",
+        )  # fmt: skip
     return figure
