@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import fmean
 
@@ -92,12 +92,13 @@ def at_level(line: Sequence[Mapping[str, float]], level: float) -> float | None:
 
 
 def at_like_keeping(cells: Cells, level: float) -> dict[float, dict[str, float]]:
-    """γ → seed → Last at that Probe; of seeds that ran every rate of their γ."""
+    """γ → seed → Last at that Probe; a seed's line ends where it lacks a rate."""
     found: dict[float, dict[str, float]] = {}
     for gamma in {g for g, _ in cells}:
         rates = [seeds for (g, _), seeds in sorted(cells.items()) if g == gamma]
-        for seed in sorted(set.intersection(*(set(seeds) for seeds in rates))):
-            if (last := at_level([seeds[seed] for seeds in rates], level)) is not None:
+        for seed in sorted(set().union(*rates)):
+            line = [seeds[seed] for seeds in takewhile(lambda seeds, seed=seed: seed in seeds, rates)]
+            if (last := at_level(line, level)) is not None:
                 found.setdefault(gamma, {})[seed] = last
     return dict(sorted(found.items()))
 

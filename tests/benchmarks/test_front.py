@@ -39,7 +39,8 @@ def numbers(tmp_path: Path) -> Path:
             (1.0, 0.001, {"0": (50.0, 30.0), "1": (50.0, 28.0)}),
             (0.2, 0.001, {"0": (48.0, 30.0), "1": (50.0, 30.0)}),
             (0.2, 0.002, {"0": (64.0, 20.0), "1": (64.0, 20.0)}),
-            (0.2, 0.004, {"0": (30.0, 10.0), "1": (30.0, 10.0)}),
+            (0.2, 0.004, {"0": (30.0, 10.0), "1": (30.0, 10.0), "3": (9.0, 9.0)}),
+            (0.2, 0.0005, {"0": (40.0, 33.0), "1": (40.0, 33.0), "3": (40.0, 33.0)}),
         )
     )
     return path
@@ -70,6 +71,7 @@ def test_last_at_the_same_probe(numbers: Path, run: Run) -> None:
 
 
 def test_nothing_is_read_beyond_the_rates_that_were_run(numbers: Path, run: Run) -> None:
+    """Nor across one that was not: seed 3 has the first and the last rate of γ 0.2."""
     found = run(numbers, "--levels", 11, 35)
     assert "| 11 | 1 | 1 | 59.5 |" in found  # seed 1 ends at 12
     assert "| 11 | 0.2 | 2 | 33.4 [33.4, 33.4] | 1 | -26.1 |" in found

@@ -478,12 +478,17 @@ def test_auto_takes_what_the_user_did_not_say(world, cli, tmp_path, monkeypatch)
     scales = {row["layer"]: row["scale"] for row in results_of(tmp_path / "run")["layers"]}
     assert min(scales.values()) == pytest.approx(0.5)
 
-    # The same again, from a folder of another name with the same hash: nothing is measured.
-    folder = folder.rename(folder.with_name(f"analysis-another-name-{folder.name.rsplit('-', 1)[1]}"))
+    # The same again, from a folder of another name that an older keeplora wrote, which noted less: nothing is measured.
+    folder = folder.rename(folder.with_name("analysis-another-name"))
+    (tmp_path / "runs/analysis-a-damaged-one").mkdir()
+    (tmp_path / "runs/analysis-a-damaged-one/analysis.json").write_text("{")
+    about = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    del about["identity"]["general_sets"], about["identity"]["max_length"]
+    (folder / "analysis.json").write_text(json.dumps(about), encoding="utf-8")
     again = cli("run", config, "--auto", "--output", tmp_path / "run2", "--quiet")
     assert again.code == 0
     assert "[1/" not in again.err.split("Settings after")[0]
-    assert [f.name for f in (tmp_path / "runs").glob("analysis-*")] == [folder.name]
+    assert sorted(f.name for f in (tmp_path / "runs").glob("analysis-*")) == ["analysis-a-damaged-one", folder.name]
     full = cli("run", config, "--auto", "--output", tmp_path / "run", "--quiet")
     assert full.code == 1
     assert "is not empty" in full.err

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keeplora.errors import ConfigError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment import ExperimentConfig
 from keeplora.files import sha256_file
 from keeplora.methods import get_method
 from keeplora.study.analyze.plan import LIMIT, SHARES, AnalysisPlan, Point, inter_points, intra_points
 from keeplora.study.analyze.run import Analysis, analyze
+from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import World
 from keeplora.study.plan_values import safe
 from keeplora.tuner import ContinualLearner
@@ -52,16 +53,16 @@ def analysis_for(
 ) -> Analysis:  # fmt: skip
     """The analysis that a run of ``config`` goes by: found where it was made before of the same model, data and options.
 
-    It lies in ``runs/analysis-LABEL-HASH`` below the current folder, or in ``folder``.
+    It lies in ``runs/analysis-LABEL-HASH`` below the current folder, or in ``folder``; of another name there, by what it is of.
     """
     check_method(config.method)
     source = {k: v for k, v in config.resolved().items() if k not in ("output", "loggers", "order_name")}
     plan = AnalysisPlan(source, Path(), limit=limit, seed=config.seed)
     world = World(plan)
-    key = hashlib.sha256(json.dumps(world.identity(), sort_keys=True).encode()).hexdigest()[:10]
-    # By the key alone: what is in a folder of another name is the same analysis.
-    there = sorted(Path("runs").glob(f"analysis-*-{key}"))
-    place = folder or (there[0] if there else Path("runs") / f"analysis-{safe(config.label)}-{key}")
+    identity = world.identity()
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+    there = (path for path in sorted(Path("runs").glob("analysis-*")) if _is_of(path, identity))
+    place = folder or next(there, Path("runs") / f"analysis-{safe(config.label)}-{key}")
     plan = AnalysisPlan(source, place, limit=limit, seed=config.seed)
 
     def points(world: World) -> Iterator[Point]:
@@ -69,6 +70,13 @@ def analysis_for(
         yield from inter_points(world.targets, WHAT, min(plan.tasks, len(world.setup.tasks)))
 
     return analyze(plan, lambda w: list(points(w)), jobs=jobs, quiet=quiet, world=world)
+
+
+def _is_of(folder: Path, identity: Mapping[str, Any]) -> bool:
+    try:
+        return AnalysisStore(folder).check(identity) is not None
+    except KeepLoraError:  # of something else, or of no one's
+        return False
 
 
 def take(analysis: Analysis, config: ExperimentConfig, own: Sequence[str]) -> Taken:
