@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -12,10 +18,13 @@ import torch
 from keeplora.experiment import load_config
 from keeplora.experiment.setup import prepare
 from keeplora.math import new_gradient_directions
-from keeplora.study.analyze.measure import FEATURE_ENERGIES, spectra, window
-from keeplora.study.analyze.plan import AnalysisPlan
+from keeplora.study.analyze import execute
+from keeplora.study.analyze.measure import FEATURE_ENERGIES, _opened, spectra, window
+from keeplora.study.analyze.plan import AnalysisPlan, Point
 from keeplora.study.analyze.world import World
+from keeplora.study.resources import Slots
 from keeplora.tuner.basis_cache import weight_subspace
+from keeplora.tuner.statistics import task_gradients
 from tests.cli.tiny_world import the_world
 
 Opened = Callable[..., World]
@@ -50,9 +59,6 @@ def test_where_gradients_are_remembered_they_are_what_grows(opened: Opened) -> N
     world = opened(tuner={"memory": "gradients", "energy_features": 0.97})
     found = spectra(world)
     assert [one["energy"] for one in found["protected"]] == sorted({*FEATURE_ENERGIES, 0.97})
-    from keeplora.study.analyze.measure import _opened
-    from keeplora.tuner.statistics import task_gradients
-
     one = next(one for one in found["protected"] if one["energy"] == 0.97)
     target = next(t for t in world.targets if t.name == one["layers"][0])
     config = world.setup.tuner_config()
@@ -95,3 +101,39 @@ def test_what_earlier_numbers_meant_otherwise_is_another_analysis(opened: Opened
 def test_how_general_sets_are_judged_is_part_of_the_analysis(opened: Opened, tmp_path_factory: Any) -> None:
     probe = {**the_world(tmp_path_factory).config()["probes"][0], "templates": ["a {} thing"]}
     assert opened(probes=[probe]).identity()["general_sets"] != opened().identity()["general_sets"]
+
+
+def test_each_process_gets_a_gpu_of_its_own_and_ends_no_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a GPU and without processes: what the pool is given, and what a worker makes of it."""
+    pools: list[dict[str, Any]] = []
+
+    class Pool:
+        def __init__(self, jobs: int, **given: Any) -> None:
+            pools.append(given)
+
+        def submit(self, function: Any, point: Point) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result((point, {}, 1.0))
+            return future
+
+        def shutdown(self, **how: Any) -> None:
+            pass
+
+    mine = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    mine.start()
+    monkeypatch.setattr(execute, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(execute, "slots", lambda *_, **__: Slots(3, 1, ("4", "7")))
+    plan = AnalysisPlan({}, tmp_path)
+    assert len(list(execute._in_processes(plan, [Point("intra", {"share": i}) for i in range(3)], 3))) == 3
+    assert mine.is_alive()  # the caller's own process
+    mine.kill()
+    monkeypatch.setattr(execute, "World", lambda plan: SimpleNamespace(learner=None, kind=MagicMock()))
+    for name in ("signal.signal", "threading.Thread", "torch.set_num_threads"):
+        monkeypatch.setattr(name, Mock())
+    monkeypatch.setattr(execute, "_world", None)
+    seen = []
+    for _ in range(3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        execute._open(*pools[0]["initargs"])
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["4", "7", "4"]
