@@ -124,7 +124,11 @@ def test_prices_below_nothing_give_no_gamma():
     windows = [window("shallow", 20, -2), window("deeper", 20, -20)]
     found = suggest.gamma(windows, [0.2])
     assert found.value is None
-    assert "no γ follows from it" in found.why
+    assert "no γ stands in such a ratio" in found.why
+    assert "no γ stands in such a ratio" in suggest.gamma(windows, [1.0]).why
+    # Both prices are above 0, and the γ that they ask for is below the least that is suggested.
+    windows = [window("shallow", 20, 20, 0.1), window("deeper", 20, 0.2, 0.1)]
+    assert "the best of the linear schedules" in suggest.gamma(windows, [0.05]).why
 
 
 def test_prices_that_differ_may_still_fit_the_configured_gamma():

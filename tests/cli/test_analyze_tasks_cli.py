@@ -83,6 +83,9 @@ def test_a_run_that_has_learned_nothing_stands_in_no_ones_way(run, cli, tmp_path
     shutil.copytree(run, begun, ignore=shutil.ignore_patterns(".lock", "results.json", "metrics.jsonl"))
     Ledger.open(begun / "ledger").rollback(0)
     assert told(cli("analyze", "similarity", begun, run, "--json"))["source"] == run.name
+    answer = cli("analyze", "similarity", run, "--subspaces", begun)
+    assert answer.code == 1
+    assert "has learned no task, so it has no subspaces" in answer.err
 
 
 def test_subspaces_of_another_base_are_refused(run, cli, tmp_path):

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,18 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 
+from keeplora.errors import KeepLoraError
 from keeplora.experiment import load_config
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.experiment.setup import prepare
 from keeplora.math import new_gradient_directions
 from keeplora.study.analyze import execute
 from keeplora.study.analyze.measure import FEATURE_ENERGIES, _opened, spectra, window
 from keeplora.study.analyze.plan import AnalysisPlan, Point
+from keeplora.study.analyze.store import AnalysisStore
 from keeplora.study.analyze.world import World
 from keeplora.study.resources import Slots
+from keeplora.tuner import ContinualLearner
 from keeplora.tuner.basis_cache import weight_subspace
 from keeplora.tuner.statistics import task_gradients
 from tests.cli.tiny_world import the_world
@@ -48,6 +53,25 @@ def test_a_share_of_the_samples_is_one_of_each_tasks_own(tmp_path_factory: pytes
     # Without a task there is nothing that it could be half of; it was one sample once.
     assert setup.tuner_config().gradient_samples is None
     assert setup.tuner_config().feature_samples == 7
+
+
+def test_a_run_of_an_older_keeplora_is_looked_at_whole(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger says one sample, where a share was asked for."""
+    run, _ = the_world(tmp_path_factory).run(tuner={"gradient_samples": 0.5})
+    real = ContinualLearner.from_pretrained
+
+    def older(*args: Any, **more: Any) -> ContinualLearner:
+        learner = real(*args, **more)
+        assert learner.config.gradient_samples is None  # what is written today
+        learner.config = replace(learner.config, gradient_samples=1)
+        return learner
+
+    monkeypatch.setattr(ContinualLearner, "from_pretrained", older)
+    world = World(AnalysisPlan(RunDirectory(run).read_config(), tmp_path / "a", run=run))
+    assert world.learner.config.gradient_samples is None
+    assert world.identity()["revised"] == ["gradient_samples"]
 
 
 def test_gradients_of_an_analysis_are_of_all_its_samples(opened: Opened) -> None:
@@ -89,13 +113,19 @@ def test_scoring_before_leaves_the_training_as_it_is(opened: Opened, monkeypatch
     assert window(opened(), task=1, window=0) == first
 
 
-def test_what_earlier_numbers_meant_otherwise_is_another_analysis(opened: Opened) -> None:
+def test_what_earlier_numbers_meant_otherwise_is_another_analysis(opened: Opened, tmp_path: Path) -> None:
     assert "revised" not in opened().identity()
     assert opened(tuner={"feature_samples": 0.5}, candidates="seen").identity()["revised"] == [
         "feature_samples",
         "candidates",
     ]
-    assert opened(tuner={"memory": "gradients"}).identity()["revised"] == ["memory"]
+    now = opened(tuner={"memory": "gradients"}).identity()
+    assert now["revised"] == ["memory"]
+    before = {key: value for key, value in now.items() if key != "revised"}
+    with AnalysisStore(tmp_path / "older").writing(before):
+        pass
+    with pytest.raises(KeepLoraError, match="by another keeplora, for which memory meant something else"):
+        AnalysisStore(tmp_path / "older").check(now)
 
 
 def test_how_general_sets_are_judged_is_part_of_the_analysis(opened: Opened, tmp_path_factory: Any) -> None:

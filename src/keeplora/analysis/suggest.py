@@ -213,13 +213,10 @@ def gamma(windows: Sequence[Window], configured: Sequence[float], count: int = 3
         )
         if low <= 0 <= high:
             return Suggestion(None, f"{told}. {fits}, so a difference cannot be told")
-        if value == now:
+        if low < 0 and prices[0] <= 0:  # deep layers gain in the general sets as well, and more than shallow ones
+            return Suggestion(None, f"{told}. {fits}: no γ stands in such a ratio")
+        if value == now or (value > now) != (low > 0):
             return Suggestion(None, f"{told}, for which the configured γ = {now:g} is the best of the linear schedules")
-        if (value > now) != (low > 0):  # a price below 0: no schedule of positive scales stands in such a ratio
-            return Suggestion(
-                None,
-                f"{told}. {fits}, but where adapting layers gains in the general sets as well no γ follows from it",
-            )
         told += f". {fits}"
     why = (
         "the shallow layers cost nothing"
@@ -329,7 +326,7 @@ def energy_features(tried: Sequence[Protected], r: int, configured: float, tasks
         )
         fits[one.energy] = roomy >= ROOM_LAYERS
     if not told:
-        return Suggestion(None, "no features were measured")
+        return Suggestion(None, "what the tasks leave free was not measured")
     start = median(tried[0].start or [0.0])
     detail = f"{'; '.join(told)} (outside U₀ alone {start:.0%})"
     best = max((energy for energy, there in fits.items() if there), default=None)

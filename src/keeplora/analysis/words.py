@@ -285,8 +285,8 @@ def _spectra(results: Results) -> list[str]:
         )
     for one in found["protected"]:
         said.append(
-            f"At ε_f = {one['energy']:g} the features of all tasks but the last leave {one['room']:g} free dimensions at "
-            f"the median layer (least {one['least_room']}), and {percent(one['left'])} of the last task's gradient energy, of "
+            f"At ε_f = {one['energy']:g} the {found['memory']} of all tasks but the last leave {one['room']:g} free dimensions "
+            f"at the median layer (least {one['least_room']}), and {percent(one['left'])} of the last task's gradient energy, of "
             f"{percent(one['start'])} before the first."
         )
     if found["protected"]:

@@ -84,7 +84,7 @@ def gradients_inside(
     """
     config = load_config(RunDirectory(path).read_config(), {"device": device}, known_methods=method_names())
     setup = prepare(config)
-    learner = setup.method.learner.from_pretrained(path, setup.family.model)
+    learner = setup.opened(path)
     if not learner.accumulates:
         raise KeepLoraError(
             f"{path}: method {setup.method.name!r} keeps a model per task, so no task started from the weights of the one before"

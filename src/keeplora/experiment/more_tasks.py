@@ -104,17 +104,13 @@ def _of_file(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_another(spec: Mapping[str, Any], learned: Mapping[str, Any], where: str) -> None:
-    """The same name for something else would be passed over without a word."""
+    """The same name for something else would be passed over without a word; keys that the file leaves out are not compared."""
     for key in spec:
         if key not in learned or spec[key] != learned[key]:
             what = f"paths that start at {spec[key]}" if key == "base_dir" else f"`{key}: {spec[key]!r}`"
-            was = (
-                f"with {learned[key]}"
-                if key == "base_dir"
-                else f"with {learned[key]!r}"
-                if key in learned
-                else "without it"
-            )
+            was = "without it"
+            if key in learned:
+                was = f"with {learned[key] if key == 'base_dir' else repr(learned[key])}"
             raise ConfigError(
                 f"{where}: task {spec['name']!r} has {what}, but was learned {was}; a task that is learned stays as it "
                 "is: give the new one another name, or leave it out"

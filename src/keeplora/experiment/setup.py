@@ -19,7 +19,7 @@ from keeplora.experiment.kinds import Kind, Sets, make_kind
 from keeplora.experiment.loggers import check_loggers
 from keeplora.methods import Method, get_method
 from keeplora.models import load_model
-from keeplora.tuner import KeepLoraConfig
+from keeplora.tuner import ContinualLearner, KeepLoraConfig
 from keeplora.tuner.options import make_options
 
 
@@ -43,6 +43,17 @@ class Setup:
     def family(self) -> Any:
         """The model with its processors."""
         return self.kind.family
+
+    def opened(self, run: Path) -> ContinualLearner:
+        """The learner of a run's ledger, at the caps that the run's configuration has without a task: an older keeplora wrote one
+        sample into the ledger where a share of them was asked for.
+        """
+        learner = self.method.learner.from_pretrained(run, self.family.model)
+        caps = self.tuner_config()
+        learner.config = replace(
+            learner.config, gradient_samples=caps.gradient_samples, feature_samples=caps.feature_samples
+        )
+        return learner
 
     def tuner_config(self, task: Any = None) -> KeepLoraConfig:
         """The learner's settings; shares of the data become counts for ``task``, and without one no cap at all."""

@@ -78,7 +78,8 @@ def task_similarity(
             where it was kept. None: the gradients are not taken, and predict nothing.
 
     Raises:
-        KeepLoraError: none of the ledgers protects anything, two are of different base models, or a name is given twice.
+        KeepLoraError: none of the ledgers protects anything or has learned a task, two are of different base models, or a name is
+            given twice.
     """
     places = {_name(path): LedgerPlace.open(path) for path in paths}
     if len(places) < len(paths):
@@ -86,14 +87,12 @@ def task_similarity(
             "two of the runs have the same folder name, so their rows could not be told apart; rename one"
         )
     hashes = {name: place.ledger.head["base"]["hash"] for name, place in places.items()}
-    if subspaces is not None:
-        hashes[str(subspaces)] = LedgerPlace.open(subspaces).ledger.head["base"]["hash"]
     first = next(iter(hashes))
     if odd := [name for name, found in hashes.items() if found != hashes[first]]:
         raise KeepLoraError(
             f"{odd[0]} was learned on another base model than {first}: their features cannot be compared"
         )
-    source, features = _features(places, subspaces)
+    source, features = _features(places, subspaces, hashes[first])
     pairs: list[Pair] = []
     titles: dict[str, str] = {}
     for name, place in places.items():
@@ -140,9 +139,16 @@ def _name(path: Path) -> str:
     return path.resolve().name
 
 
-def _features(places: dict[str, LedgerPlace], subspaces: Path | None) -> tuple[str, dict[str, TaskFeatures]]:
+def _features(places: dict[str, LedgerPlace], subspaces: Path | None, base: str) -> tuple[str, dict[str, TaskFeatures]]:
     if subspaces is not None:
-        return str(subspaces), ledger_features(LedgerPlace.open(subspaces).ledger)
+        ledger = LedgerPlace.open(subspaces).ledger
+        if ledger.head["base"]["hash"] != base:
+            raise KeepLoraError(
+                f"{subspaces} was learned on another base model than the runs: their features cannot be compared"
+            )
+        if not (features := ledger_features(ledger)):
+            raise KeepLoraError(f"{subspaces} has learned no task, so it has no subspaces; name another --subspaces")
+        return str(subspaces), features
     found: tuple[str, dict[str, TaskFeatures]] | None = None
     problem: KeepLoraError | None = None
     for name, place in places.items():

@@ -32,7 +32,7 @@ SECTIONS = {
     "spectra": (
         "Gradients and features",
         "How many directions the residual gradient has (M3, M4), how much of it lies outside the weights’ subspace at each "
-        "depth, and what is left of it when the features of the tasks are protected (M8).",
+        "depth, and what is left of it when the features of the tasks are protected (M8), or their gradients (M8g).",
     ),
     "layers": (
         "Every layer after each task",
@@ -118,7 +118,7 @@ def _tables(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if found["protected"]:
             made["spectra"].append(
                 _table(
-                    "After the features of all tasks but the last are protected, in a few blocks of each tower",
+                    f"After the {found['memory']} of all tasks but the last are protected, in a few blocks of each tower",
                     ["ε_f", "free dimensions", "least", "last task’s gradient left", "outside U₀ alone"],
                     [
                         [f"{o['energy']:g}", f"{o['room']:g}", str(o["least_room"]), f"{o['left']:.3f}", f"{o['start']:.3f}"]

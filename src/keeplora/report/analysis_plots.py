@@ -143,7 +143,7 @@ def _ends(spread: Mapping[str, Any]) -> list[list[float]]:
 
 
 def spectra(results: Results) -> Figure:
-    """Gradient energy by rank, by depth, and what protecting features leaves."""
+    """Gradient energy by rank, by depth, and what protecting the tasks leaves."""
     found = results["spectra"]
     figure, axes = _figure(3 if found["protected"] else 2, wide=3.7)
     panel = axes[0][0]

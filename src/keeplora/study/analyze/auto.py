@@ -61,8 +61,10 @@ def analysis_for(
     world = World(plan)
     identity = world.identity()
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    there = (path for path in sorted(Path("runs").glob("analysis-*")) if _is_of(path, identity))
-    place = folder or next(there, Path("runs") / f"analysis-{safe(config.label)}-{key}")
+    usual = Path("runs") / f"analysis-{safe(config.label)}-{key}"
+    # The folder that `--auto` made first: one of `keeplora analyze` has a grid and a page of its own.
+    there = (p for p in sorted(Path("runs").glob("analysis-*"), key=lambda p: p != usual) if _is_of(p, identity))
+    place = folder or next(there, usual)
     plan = AnalysisPlan(source, place, limit=limit, seed=config.seed)
 
     def points(world: World) -> Iterator[Point]:

@@ -195,7 +195,9 @@ def spectra(world: World) -> dict[str, Any]:
         }
         for energy, grown in U.items()
     ]  # fmt: skip
-    return {"ranks": list(RANKS), "rows": rows, "protected": protected, "tasks": len(world.setup.tasks)}
+    return {
+        "ranks": list(RANKS), "rows": rows, "protected": protected, "tasks": len(world.setup.tasks), "memory": config.memory,
+    }  # fmt: skip
 
 
 def _outside(G: Tensor, S: Subspace) -> float:

@@ -262,7 +262,7 @@ def _spectra(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             }
             for one in result["protected"]
         ],
-        "tasks": result["tasks"],
+        "tasks": result["tasks"], "memory": result.get("memory", "features"),
     }  # fmt: skip
 
 

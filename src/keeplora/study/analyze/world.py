@@ -138,7 +138,7 @@ class World:
         method, model = self.setup.method, self.family.model
         if self.plan.run is None:
             return method.learner(model, self.setup.tuner_config())
-        learner = method.learner.from_pretrained(self.plan.run, model)
+        learner = self.setup.opened(self.plan.run)
         if not learner.accumulates:
             raise KeepLoraError(
                 f"{self.plan.run}: method {method.name!r} keeps a model per task, so there are no updates to add up or undo"
@@ -202,6 +202,8 @@ class World:
             "general_sets": {name: task.fingerprint for name, (task, _) in self.general.items()},
             "max_length": config.model.max_length, **self.plan.told,
         }  # fmt: skip
+        if revised := self._revised():
+            told["revised"] = revised
         if self.plan.run is not None:
             entries = [[r.name, r.time, r.entry] for r in self.learner.records]
             return told | {"run": hashlib.sha256(json.dumps(entries).encode()).hexdigest()}
@@ -210,8 +212,6 @@ class World:
             "generation": config.generation.model_dump(), "video": config.video.model_dump(),
             "image_size": config.model.image_size,
         }  # fmt: skip
-        if revised := self._revised():
-            settings["revised"] = revised
         return told | settings
 
     def _revised(self) -> list[str]:
