@@ -107,7 +107,8 @@ def test_paired_t_test_agrees_with_its_interval() -> None:
 def test_paired_t_test_without_spread() -> None:
     assert stats.paired_t_test([1.0], [0.0]) is None
     assert stats.paired_t_test([3.0, 4.0], [3.0, 4.0]) == 1.0
-    assert stats.paired_t_test([0.3, 0.7, 1.1], [0.2, 0.6, 1.0]) == 0.0  # 0.1 each, up to rounding
+    # 0.1 each, up to rounding: what methods that ignore the seed give, however often they are run.
+    assert stats.paired_t_test([0.3, 0.7, 1.1], [0.2, 0.6, 1.0]) is None
 
 
 @pytest.mark.parametrize(

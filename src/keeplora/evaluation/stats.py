@@ -115,7 +115,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
 def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Two-sided p of the paired t test; None for fewer than two pairs.
 
-    Differences that are all equal leave no spread: p is 0 where they are not 0, and 1 where they are.
+    Differences that are all equal leave no spread to judge them by: p is None, or 1 where they are 0. (Methods that ignore the
+    seed give one number several times over, which is not several.)
 
     >>> round(paired_t_test([5.0, 6.0, 4.0], [0.0, 0.0, 0.0]), 4)  # t = 5 / (1 / sqrt 3), 2 degrees of freedom
     0.0131
@@ -126,7 +127,7 @@ def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float | None:
     mean, sd = fmean(differences), stdev(differences)
     # Equal differences come out of floating point with an sd of rounding's size, never quite 0.
     if sd <= 1e-12 * max(1.0, *(abs(d) for d in differences)):
-        return 1.0 if abs(mean) <= 1e-12 else 0.0
+        return 1.0 if abs(mean) <= 1e-12 else None
     return 2.0 * student_t_cdf(-abs(mean) / (sd / math.sqrt(len(differences))), len(differences) - 1)
 
 

@@ -231,6 +231,10 @@ class ExperimentConfig(Section):
     validation: ValidationPer | None = Field(
         default=None, description="a share of the training data, a path, or a mapping of those from task names"
     )
+    validation_seed: int = Field(
+        default=0, ge=0, lt=2**32, description="which samples a share holds out (with `accept`, of each probe): the same for "
+        "every `seed`, whose runs learn and are judged on the same data"
+    )  # fmt: skip
     early_stopping: EarlyStoppingConfig | None = None
     generation: GenerationConfig = Field(
         default_factory=GenerationConfig, description="how a generative model answers when it is scored"

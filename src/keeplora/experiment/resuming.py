@@ -21,23 +21,10 @@ CHANGEABLE = frozenset(
     }
 )
 """Settings that a resume may change; a checkpoint is used whatever they are."""
-_ELSEWHERE = (
-    "name",
-    "auto",
-    "output",
-    "base_dir",
-    "data_dir",
-    "loggers",
-    "threads",
-    "device",
-    "tasks",
-    "probes",
-    "reference",
-    "order",
-    "order_name",
-    "first_tasks",
-)
-"""Settings that no number depends on, or that the rest of an `Identity` stands for."""
+_UNSEEN = ("name", "auto", "output", "base_dir", "data_dir", "loggers", "threads", "device", "order_name")
+"""Settings that no number depends on."""
+_ELSEWHERE = (*_UNSEEN, "tasks", "probes", "reference", "order", "first_tasks")
+"""Those, and what the rest of an `Identity` stands for."""
 _PACKAGES = ("keeplora", "torch", "transformers", "peft", "numpy")
 
 
@@ -60,6 +47,24 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return False
     return True
+
+
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key old (now new)`` for each setting that numbers depend on and that both have with other values, but for the seed.
+
+    Args:
+        was: as a run's config.yaml says it. now: resolved settings. What one of them lacks came later or has gone.
+
+    >>> changed_settings({"seed": 1, "training": {"epochs": 10, "gone": 1}}, {"seed": 0, "training": {"epochs": 3, "new": 2}})
+    ['training.epochs 10 (now 3)']
+    """
+    found: list[str] = []
+    for key in sorted(was.keys() & now.keys() - {"seed", *_UNSEEN}):
+        if isinstance(was[key], Mapping) and isinstance(now[key], Mapping):
+            found += [f"{key}.{told}" for told in changed_settings(was[key], now[key])]
+        elif was[key] != now[key]:
+            found.append(f"{key} {was[key]!r} (now {now[key]!r})")
+    return found
 
 
 def is_changeable(key: str) -> bool:

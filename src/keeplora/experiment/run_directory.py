@@ -228,6 +228,7 @@ class RunDirectory:
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
         if isinstance(tuner := value.get("tuner"), dict):
             value["tuner"] = without_retired(tuner)
+        value.setdefault("validation_seed", value.get("seed", 0))  # before there was one
         return self._without_later(value)
 
     def _without_later(self, config: dict[str, Any]) -> dict[str, Any]:

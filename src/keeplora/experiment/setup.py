@@ -107,7 +107,7 @@ def load_tasks(config: ExperimentConfig) -> tuple[list[Any], list[Any]]:
                     f"task {task.name!r}: `validation: {wanted}` would cut a stream, which is read once and in order; name a "
                     f"split of its own, or give `validation: {{{task.name}: SPLIT}}`"
                 )
-            task.train, task.validation = split_validation(task.train, wanted, config.seed)
+            task.train, task.validation = split_validation(task.train, wanted, config.validation_seed)
         if config.evaluate_on == "validation":
             assert task.validation is not None  # checked with the configuration
             task.test = task.validation
@@ -150,7 +150,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     guards: dict[str, Any] = {}
     for probe in probes:
         if config.accept is not None:
-            probe.test, guard = split_validation(probe.test, 0.5, config.seed)
+            probe.test, guard = split_validation(probe.test, 0.5, config.validation_seed)
             guards[probe.name] = kind.data_set(guard)
         sets[probe.name] = kind.sets(probe)
     reference = None

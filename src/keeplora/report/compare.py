@@ -34,6 +34,11 @@ class Entry:
         """Whether it can forget at all; a model that never changes is no rival in forgetting."""
         return self.run is not None and self.run.learns
 
+    @property
+    def bound(self) -> bool:
+        """Whether it shows what could be had with more than a learner may see: no rival either."""
+        return self.run is not None and self.run.bound
+
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
@@ -41,8 +46,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def untouched(run: Run) -> dict[str, float | None]:
-    """The metrics of a model that is never trained, from row 0: each value holds at every moment."""
-    if not run.accuracy:
+    """The metrics of a model that is never trained, from row 0: each value holds at every moment.
+
+    Nothing with ``candidates: seen``: later more classes stand to choose from than before the first task, and a model that is
+    never trained would name fewer right as well.
+    """
+    if not run.accuracy or run.results.get("candidates") == "seen":
         return {}
     row = run.accuracy[0]
     mean = _mean(row)
@@ -120,7 +129,8 @@ def entries(run: Run, others: Sequence[Run]) -> list[Entry]:
         if index is not None:
             found[i] = replace(found[i], index=index, charted=True)
     if run.accuracy and all(one.learns for one in runs):
-        found.append(Entry("Untouched model", None, untouched(run)))
+        if base := untouched(run):
+            found.append(Entry("Untouched model", None, base))
     return found
 
 
@@ -129,7 +139,7 @@ def best(found: Sequence[Entry], key: str, higher: bool) -> set[int]:
     values = {
         i: value
         for i, entry in enumerate(found)
-        if (value := entry.metrics.get(key)) is not None and (entry.learns or key not in IN_POINTS)
+        if (value := entry.metrics.get(key)) is not None and (entry.learns or key not in IN_POINTS) and not entry.bound
     }
     if len(values) < 2:
         return set()

@@ -30,6 +30,10 @@ METHOD_LABELS = {
 }
 
 
+BOUNDS = ("joint", "oracle")
+"""Methods that see more than a learner may: upper bounds, which are never starred as the best."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run directory says about itself; every part may be missing except its path."""
@@ -118,6 +122,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return bool(self.tasks) and self.done == len(self.tasks)
+
+    @property
+    def bound(self) -> bool:
+        """Whether its method sees more than a learner may."""
+        return self.method in BOUNDS
 
     @property
     def learns(self) -> bool:

@@ -14,9 +14,6 @@ from keeplora.report.kinds import CLASSIFICATION, IN_POINTS, Kind
 from keeplora.report.runs import Run
 
 FINISHED = "finished"
-BOUNDS = ("joint", "oracle")
-"""Methods that see more than a learner may: upper bounds, which are never starred as the best."""
-
 FEWEST = 3
 """Seeds from which on a mean may be called the best."""
 
@@ -62,16 +59,15 @@ class StudyCell:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method: its name in configurations, its title in tables, and the index of its colour and marker."""
+    """A method: its name in configurations, its title in tables, the index of its colour and marker, and of what a variant is
+    one: whether it learns, and whether it is an upper bound (`BOUNDS`).
+    """
 
     name: str
     title: str
     index: int
     learns: bool = True
-
-    @property
-    def bound(self) -> bool:
-        return self.name in BOUNDS
+    bound: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def differences_table(study: Study, scope: str | None) -> Table | None:
 
 
 def tests_table(study: Study, scope: str | None) -> Table | None:
-    """Every paired test: t over seeds, Wilcoxon over cells, both as they are and adjusted."""
+    """Every paired test, t and Wilcoxon, over seeds: both as they are and adjusted."""
     rows: list[list[Cell | str]] = []
     for key, name, *_ in study.kind.metrics:
         for method in study.methods:
@@ -125,7 +125,7 @@ def tests_table(study: Study, scope: str | None) -> Table | None:
         "seeds",
         "t: p",
         "Holm",
-        "cells that differ",
+        "seeds that differ",
         "Wilcoxon: p",
         "Holm",
         "smallest possible p",

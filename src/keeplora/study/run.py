@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keeplora.errors import KeepLoraError
+from keeplora.experiment.resuming import changed_settings
+from keeplora.experiment.run_directory import RunDirectory
 from keeplora.report.study import render_study
 from keeplora.report.study_data import Study
 from keeplora.study.collect import read_runs, study_cells, study_of
@@ -51,6 +53,7 @@ def run_study(plan: StudyPlan, *, keys: Sequence[CellKey] | None = None, quiet: 
     """
     plan.check()
     store, found = open_study(plan)
+    refuse_changed(store)
     found = [key for key in found if keys is None or key in set(keys)]
     store.lock()
     try:
@@ -73,6 +76,28 @@ def run_study(plan: StudyPlan, *, keys: Sequence[CellKey] | None = None, quiet: 
         return Outcome(study, report, failed)
     finally:
         store.close()
+
+
+def refuse_changed(store: StudyStore) -> None:
+    """Refuse runs that were made before their experiment's file or suite changed: they cannot stand beside new ones.
+
+    Raises
+    ------
+    KeepLoraError
+        Names the run, and the settings with their old and new values.
+    """
+    plan, now = store.as_plan(), dict[tuple[str, str], dict[str, Any]]()
+    for key in store.cells:
+        directory = RunDirectory(store.folder(key))
+        if not directory.config_path.is_file():
+            continue
+        if (key.method, key.order) not in now:
+            now[key.method, key.order] = plan.config(key.method, key.order).resolved()
+        if told := changed_settings(directory.read_config(), now[key.method, key.order]):
+            raise KeepLoraError(
+                f"{directory.path} was run with {', '.join(told[:3])}: what the study's runs go by has changed since; restore "
+                "it, or choose another --output"
+            )
 
 
 def write_tables(store: StudyStore, against: str | None = None) -> tuple[Study, Path]:

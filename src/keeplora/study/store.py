@@ -230,10 +230,12 @@ class StudyStore:
         for label in old["orders"].keys() & plan.orders.keys():
             if old["orders"][label] != plan.orders[label]:
                 told.append(f"order {label} = {old['orders'][label]} (asked for now: {plan.orders[label]})")
-        for method in plan.methods:
+        based = {old["variants"].get(name, {}).get("method", name) for name in old["methods"]}
+        for method in dict.fromkeys(plan.method_of(name) for name in plan.methods):
             was, now = old["per_method"].get(method, {}), dict(plan.per_method.get(method, {}))
-            if method in old["methods"] and was != now:
+            if method in based and was != now:
                 told.append(f"{method}'s own settings {was or 'none'} (asked for now: {now or 'none'})")
+        for method in plan.methods:
             was, now = old["variants"].get(method, {}), dict(plan.variants.get(method, {}))
             if method in old["methods"] and was != now:
                 told.append(f"variant {method} = {was or 'none'} (asked for now: {now or 'none'})")

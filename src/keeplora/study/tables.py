@@ -24,7 +24,7 @@ from keeplora.evaluation.stats import (
 )
 from keeplora.report.compare import untouched
 from keeplora.report.kinds import CLASSIFICATION, Kind
-from keeplora.report.runs import learning_settings
+from keeplora.report.runs import BOUNDS, learning_settings
 from keeplora.report.study_data import (
     Difference,
     Key,
@@ -104,18 +104,16 @@ def choose_reference(methods: Sequence[str], wanted: str | None) -> str | None:
 
 
 def _difference(values: _Values, method: str, against: str, scope: str | None, metric: str) -> Difference | None:
-    """Interval and t test over seeds; Wilcoxon over cells, since its null (the two are interchangeable) is each cell's."""
+    """Interval and tests over seeds: the cells of one share their random starts, and are no values of their own."""
     mine, theirs = (values.by_seed(name, scope, metric) for name in (method, against))
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
     a, b = [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-    cells, others = (values.by_cell(name, scope, metric) for name in (method, against))
-    pairs = sorted(cells.keys() & others.keys())
-    ranks = wilcoxon_signed_rank([cells[p] for p in pairs], [others[p] for p in pairs]) if len(pairs) > 1 else None
+    ranks = wilcoxon_signed_rank(a, b) if len(seeds) > 1 else None
     return Difference(
         interval=paired_difference(a, b),
-        pairs=len(pairs),
+        pairs=len(seeds),
         t_p=paired_t_test(a, b),
         wilcoxon_p=ranks.p if ranks else None,
         wilcoxon_n=ranks.n if ranks else 0,
@@ -284,10 +282,14 @@ def summarise(
         c.method: c.run.label for c in cells if c.run is not None and c.run.results and c.run.method == c.method
     }
     colours = {m: i for i, m in enumerate(m for m in methods if m != "zero-shot")}
+    runs = {c.method: c.run for c in cells if c.run is not None and c.run.results}
     rows = tuple(
-        MethodRow(m, known_titles.get(m) or (titles or {}).get(m, m), colours.get(m, 5), m != "zero-shot")
+        MethodRow(
+            m, known_titles.get(m) or (titles or {}).get(m, m), colours.get(m, 5),
+            runs[m].learns if m in runs else m != "zero-shot", runs[m].bound if m in runs else m in BOUNDS,
+        )
         for m in methods
-    )
+    )  # fmt: skip
     tasks = {c.order: tuple(c.run.tasks) for c in reversed(cells) if c.run is not None and c.run.tasks}
     settings = settings_of(configs, methods)
     ranked = (_ranking(values, methods, key, label) for key, label, *_ in kind.metrics if key in kind.percents)
