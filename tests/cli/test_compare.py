@@ -228,6 +228,35 @@ def test_wrong_words_are_a_sentence_and_start_nothing(cli, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_from_before_their_file_changed_are_refused(world, cli, tmp_path):
+    """The path is the same, the study is the same, and what its new runs would learn is another thing."""
+    file = world.yaml(tmp_path / "e.yaml")
+    words = ("compare", "--experiment", file, "--output", tmp_path / "s", "--quiet", "--jobs", "1")
+    assert cli(*words, "--methods", "zero-shot").code == 0
+    assert cli(*words, "--methods", "zero-shot,wise-ft", "--dry-run").code == 0
+    world.yaml(file, training={"epochs": 9})
+    answer = cli(*words, "--methods", "zero-shot,wise-ft")
+    assert answer.code == 1
+    assert "was run with training.epochs 2 (now 9): what the study's runs go by has changed since" in answer.err
+    world.yaml(file)
+    assert cli(*words, "--methods", "zero-shot").code == 0
+
+
+def test_seeds_of_a_study_hold_out_the_same_samples(world, cli, tmp_path):
+    """Else each would stand alone, made on other data than the rest."""
+    file = world.yaml(tmp_path / "e.yaml", validation=0.2, accept={"max_drop": 100.0})
+    words = ("--experiment", file, "--methods", "zero-shot", "--seeds", "0-1", "--output", tmp_path / "s", "--quiet")
+    answer = cli("compare", *words, "--jobs", "1")
+    assert answer.code == 0, answer.err
+    assert "left out" not in answer.out
+    prints = [
+        {task["name"]: task["fingerprint"] for task in json.loads((run / "data.json").read_text())["tasks"]}
+        for run in sorted((tmp_path / "s").glob("cells/*/*/*"))
+    ]
+    assert len(prints) == 2
+    assert prints[0] == prints[1]
+
+
 def test_another_study_in_the_folder_is_refused(world, cli, tmp_path):
     from keeplora.study.plan import make_plan
     from keeplora.study.store import StudyStore

@@ -212,6 +212,14 @@ def test_untouched_model_is_row_zero_at_every_moment(tmp_path: Path) -> None:
         assert value == pytest.approx(still[key]), key
 
 
+def test_with_the_classes_seen_there_is_no_untouched_model(tmp_path: Path) -> None:
+    """Before the first task it chose among fewer classes than at any later moment."""
+    run = runs.load_run(make_run(tmp_path, "run"))
+    run.results["candidates"] = "seen"
+    assert compare.untouched(run) == {}
+    assert [entry.label for entry in compare.entries(run, [])] == ["KeepLoRA++"]
+
+
 def test_one_line_per_method_same_seed_first_and_all_in_the_table(tmp_path: Path) -> None:
     run = runs.load_run(make_run(tmp_path, "kpp-1", seed=1))
     others = [runs.load_run(make_run(tmp_path, f"lora-{s}", "lora", seed=s)) for s in (0, 1, 2)]
@@ -281,6 +289,8 @@ def test_best_marks_ties_and_leaves_out_models_that_cannot_forget(tmp_path: Path
     assert compare.best(found[:1], "last", True) == set()
     twin = compare.Entry("twin", run, dict(run.metrics))
     assert compare.best([found[0], twin, found[2]], "last", True) == {0, 1}
+    joint = compare.Entry("joint", runs.load_run(make_run(tmp_path, "j", "joint")), {"last": 99.0})
+    assert compare.best([found[0], joint, found[2]], "last", True) == {0}  # what could be had, no rival
 
 
 def test_headline_says_the_numbers(runs: dict[str, Path]) -> None:

@@ -84,6 +84,18 @@ def test_a_contradicting_plan_is_refused_and_changes_nothing(tmp_path: Path, cha
     assert (tmp_path / "study.json").read_bytes() == before
 
 
+def test_settings_of_the_method_that_a_variant_is_one_of_are_its_own(tmp_path: Path) -> None:
+    """And of a method that joins beside its variant, which goes by them already."""
+    variants = {"short": {"method": "ewc", "training": {"epochs": 1}}}
+    own = {"ewc": {"tuner": {"r": 4}}}
+    stored(tmp_path, methods=("short",), variants=variants, per_method=own)
+    for methods in (("short",), ("ewc",)):
+        with pytest.raises(
+            KeepLoraError, match=r"ewc's own settings {'tuner': {'r': 4}} .asked for now: {'tuner': {'r': 8}}."
+        ):
+            stored(tmp_path, methods=methods, variants=variants, per_method={"ewc": {"tuner": {"r": 8}}})
+
+
 def test_new_method_may_bring_its_own_settings(tmp_path: Path) -> None:
     stored(tmp_path)
     own = {"l2": {"training": {"epochs": 2}}}
