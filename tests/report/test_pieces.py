@@ -212,6 +212,22 @@ def test_untouched_model_is_row_zero_at_every_moment(tmp_path: Path) -> None:
         assert value == pytest.approx(still[key]), key
 
 
+def test_a_task_that_sat_out_is_not_said_to_be_kept(tmp_path: Path) -> None:
+    run = runs.load_run(make_run(tmp_path, "run"))
+    run.tasks_info[1]["not_learned"] = "no target has room"
+    results = [str(row[-1]) for row in tables.task_table(run).rows]
+    assert results == ["kept", "not learned", "kept", "kept", "kept"]
+
+
+def test_a_run_on_held_out_samples_says_so(tmp_path: Path) -> None:
+    from keeplora.report.html import _facts
+
+    run = runs.load_run(make_run(tmp_path, "run"))
+    assert "judged on" not in dict(_facts(run))
+    run.results["evaluate_on"] = "validation"
+    assert dict(_facts(run))["judged on"] == "held-out training samples, no test sample"
+
+
 def test_with_the_classes_seen_there_is_no_untouched_model(tmp_path: Path) -> None:
     """Before the first task it chose among fewer classes than at any later moment."""
     run = runs.load_run(make_run(tmp_path, "run"))

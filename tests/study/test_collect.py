@@ -163,3 +163,20 @@ def test_what_defines_a_method_wins_in_the_settings(tmp_path: Path) -> None:
     paths = [fake_cell(tmp_path, m, settings="tuner: {gamma: 0.2}\n") for m in ("keeplora", "keeplora++")]
     study = read_study(paths, output=tmp_path / "out", name=None, against=None).study
     assert dict(study.settings)["tuner.gamma"] == {"keeplora": "1.0", "keeplora++": "0.2"}
+
+
+def test_one_sequence_under_two_names_is_not_two_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two studies of one experiment may call the same order differently; pooled, every run would count twice."""
+    from keeplora.study import collect
+
+    run = load_run(fake_cell(tmp_path, "lora", seed=0))
+    names = {tmp_path / "a": "back", tmp_path / "b": "reverse"}
+    monkeypatch.setattr(collect, "is_study", lambda path: path in names)
+    monkeypatch.setattr(collect, "StudyStore", lambda path: type("Store", (), {"load": lambda self: path})())
+    monkeypatch.setattr(
+        collect, "study_cells", lambda path: [StudyCell("lora", names[path], 0, "finished", run.path, run)]
+    )
+    with pytest.raises(
+        KeepLoraError, match=r"the same sequence of tasks under two names of orders \(back and reverse\)"
+    ):
+        read_runs(list(names))

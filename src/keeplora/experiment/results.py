@@ -41,11 +41,14 @@ class Scores:
 def comparison_key(
     config: ExperimentConfig, tasks: Sequence[Any], probes: Sequence[Any], more: Sequence[Any] = ()
 ) -> str:
-    """Equal for runs whose numbers may stand in one table: same model, pictures, order, held-out share."""
+    """Equal for runs whose numbers may stand in one table: same model and precision, pictures, order, held-out share."""
     value = [
         config.model.name, config.model.revision, config.model.image_size,
         [[t.name, t.fingerprint] for t in tasks], [[p.name, p.fingerprint] for p in probes],
     ]  # fmt: skip
+    model = {"dtype": config.model.dtype, "quantize": config.model.quantize, "max_length": config.model.max_length}
+    # Only what is said: keys of runs that leave them all to the defaults stay what they were.
+    value += [[key, said] for key, said in model.items() if said not in (None, "auto")]
     value += more
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -131,7 +134,7 @@ def task_info(name: str, info: Mapping[str, Any]) -> dict[str, Any]:
         "best_epoch": info.get("best_epoch"), "data_wait": info.get("data_wait"), "accepted": not info.get("undone", False),
         "trained_parameters": info.get("trained_parameters", 0),
         "rank_shrunk": info.get("rank_shrunk", []), "not_adapted": info.get("not_adapted", []),
-        "frozen": info.get("frozen", []),
+        "frozen": info.get("frozen", []), "not_learned": info.get("not_learned"),
     }  # fmt: skip
 
 

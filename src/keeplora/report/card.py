@@ -223,7 +223,8 @@ def _model_index(facts: CardFacts) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     run = facts.run
-    if run is None or not run.done or facts.measured_with:  # a leaderboard must not tell of another model
+    # A leaderboard must not tell of another model, nor of samples that settings were chosen on.
+    if run is None or not run.done or facts.measured_with or run.on_validation:
         return {}
     found = []
     for task in facts.learned:

@@ -128,9 +128,8 @@ def entries(run: Run, others: Sequence[Run]) -> list[Entry]:
         index = GREY if not runs[i].learns else next(colours, None)
         if index is not None:
             found[i] = replace(found[i], index=index, charted=True)
-    if run.accuracy and all(one.learns for one in runs):
-        if base := untouched(run):
-            found.append(Entry("Untouched model", None, base))
+    if run.accuracy and all(one.learns for one in runs) and (base := untouched(run)):
+        found.append(Entry("Untouched model", None, base))
     return found
 
 

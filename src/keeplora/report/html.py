@@ -37,6 +37,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("model", run.results.get("model")),
         ("suite", run.results.get("suite")),
         ("seed", run.seed),
+        ("judged on", "held-out training samples, no test sample" if run.on_validation else None),
         ("started", tables.moment(run.status.get("started"))),
         ("time", tables.duration(run.cost.get("seconds")) if run.cost.get("seconds") is not None else None),
     ]

@@ -124,6 +124,11 @@ class Run:
         return bool(self.tasks) and self.done == len(self.tasks)
 
     @property
+    def on_validation(self) -> bool:
+        """Whether its numbers are of held-out training samples, as a search's are."""
+        return self.results.get("evaluate_on") == "validation"
+
+    @property
     def bound(self) -> bool:
         """Whether its method sees more than a learner may."""
         return self.method in BOUNDS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -236,14 +236,36 @@ def _questions_table(run: Run) -> Table:
     return Table("Data sets", head, rows, (1, 2, 6, 7), sticky=True)
 
 
+def _of_part(part: str, value: float) -> str:
+    """A part's value with its unit; a judge's are a mean of points and counts of answers.
+
+    >>> _of_part("BLEU-4", 31.25), _of_part("mean_score", 2.9), _of_part("unparsable", 37.0)
+    ('31.2', '2.9 of 5', '37 answers')
+    """
+    if part == "mean_score":
+        return f"{number(value)} of 5"
+    return f"{number(value, 0)} answers" if part in ("unparsable", "skipped") else number(value)
+
+
 def components_table(run: Run) -> Table | None:
     """The parts of the scores that have parts, as of the latest evaluation; "-plain" marks those made without Java."""
     found = run.results.get("components") or {}
     rows: list[list[Cell | str]] = [
-        [str(name), str(part), number(value)] for name, parts in found.items() for part, value in parts.items()
+        [str(name), str(part), _of_part(part, value)] for name, parts in found.items() for part, value in parts.items()
     ]
-    caption = "Components of the scores at the latest evaluation, percent; “-plain”: on plain words, no published score"
+    caption = (
+        "Components of the scores at the latest evaluation, in percent where nothing else is said; “-plain”: on plain words, no "
+        "published score"
+    )
     return Table(caption, ["set", "component", "value"], rows, (1,)) if rows else None
+
+
+def _fate(info: Mapping[str, Any], run: Run) -> str:
+    if info.get("name") in run.removed:
+        return "removed"
+    if info.get("not_learned"):
+        return "not learned"
+    return {True: "kept", False: "undone"}.get(info.get("accepted"), "–")  # type: ignore[arg-type]
 
 
 def task_table(run: Run) -> Table:
@@ -261,9 +283,7 @@ def task_table(run: Run) -> Table:
                 "–" if info.get("data_wait") is None else f"{100 * info['data_wait']:.0f} %",
                 number(epochs[-1].get("loss"), 3) if epochs else "–",
                 count(info.get("trained_parameters")),
-                "removed"
-                if info.get("name") in run.removed
-                else {True: "kept", False: "undone"}.get(info.get("accepted"), "–"),  # type: ignore[arg-type]
+                _fate(info, run),
             ]
         )
     head = [

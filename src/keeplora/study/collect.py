@@ -223,6 +223,14 @@ def read_runs(paths: Sequence[Path]) -> Collected:
     ]  # fmt: skip
     unread = [run.path for run in runs.values() if not run.results]
     cells = comparable([*extra, *cells], strict=True).cells
+    sequences: dict[tuple[str, ...], StudyCell] = {}
+    for cell in cells:
+        first = sequences.setdefault(tuple(cell.run.tasks) if cell.run is not None else (), cell)
+        if cell.run is not None and cell.run.tasks and first.order != cell.order:
+            raise KeepLoraError(
+                f"{first.path} and {cell.path} have the same sequence of tasks under two names of orders ({first.order} and "
+                f"{cell.order}), which would count as two orders; name runs of one study, or give both orders one name"
+            )
     seen: dict[tuple[str, str, int], StudyCell] = {}
     for cell in cells:
         other = seen.setdefault((cell.method, cell.order, cell.seed), cell)
