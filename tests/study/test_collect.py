@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +164,23 @@ def test_what_defines_a_method_wins_in_the_settings(tmp_path: Path) -> None:
     paths = [fake_cell(tmp_path, m, settings="tuner: {gamma: 0.2}\n") for m in ("keeplora", "keeplora++")]
     study = read_study(paths, output=tmp_path / "out", name=None, against=None).study
     assert dict(study.settings)["tuner.gamma"] == {"keeplora": "1.0", "keeplora++": "0.2"}
+
+
+def test_runs_that_were_not_made_alike_are_named(tmp_path: Path) -> None:
+    """Two states of the code ended a point apart once, and nothing said that a table held both."""
+    paths = fake_study(tmp_path, seeds=[0, 1], orders=["1"])
+
+    def notes(**told: Any) -> list[str]:
+        change(paths[0], "environment.json", told)
+        return list(study_of(read_runs(paths).cells, name="x", against=None).notes)
+
+    for path in paths:
+        made = {"code": "a" * 64, "versions": {"torch": "2.13"}, "cpu": {"model": "EPYC"}, "torch": {"gpus": []}}
+        (path / "environment.json").write_text(json.dumps(made))
+    assert notes() == []
+    (told,) = notes(code="b" * 64, versions={"torch": "2.11"})
+    assert "other code of keeplora in 1 of 2 pairs of order and seed, other packages in 1 of 2" in told
+    assert notes(code=None, versions={"torch": "2.13"}) == []  # of before runs noted it
 
 
 def test_one_sequence_under_two_names_is_not_two_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

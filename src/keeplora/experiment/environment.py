@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import subprocess
@@ -91,6 +92,17 @@ def _git(folder: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         return None  # no git, no repository, no commit yet, or one that git does not trust
 
 
+def code_digest() -> str:
+    """Hex SHA-256 over the package's own Python files and suites, names and bytes: two runs with one digest ran the same code,
+    whatever the working folder's git says.
+    """
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(path for ending in ("py", "yaml") for path in root.rglob(f"*.{ending}")):
+        total.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
 def collect_environment(folder: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Versions, machine and git state as JSON values; a part that cannot be found out is None. Never raises.
 
@@ -100,11 +112,12 @@ def collect_environment(folder: str | os.PathLike[str] | None = None) -> dict[st
 
     Returns
     -------
-    dict with keys ``versions``, ``python``, ``platform``, ``cpu`` (model, cores, memory_bytes), ``torch`` (cuda, gpus,
-    threads) and ``git`` (commit, dirty; None outside a repository). Host, user and paths are left out on purpose.
+    dict with keys ``versions``, ``code`` (`code_digest`), ``python``, ``platform``, ``cpu`` (model, cores, memory_bytes),
+    ``torch`` (cuda, gpus, threads) and ``git`` (commit, dirty; None outside a repository). Host, user and paths are left out on purpose.
     """
     return {
         "versions": _versions(),
+        "code": code_digest(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
         "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": memory_bytes()},

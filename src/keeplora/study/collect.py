@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,11 +250,42 @@ def study_of(
     """`summarise` of the cells that may stand in one table, methods in the registry's order unless one is given."""
     collected = comparable(cells, strict=strict)
     names = list(methods or sorted({cell.method for cell in cells}, key=_rank))
+    odd = made_otherwise(collected.cells)
     configs = [(c, _in_force(c.run.method, config)) for c in collected.cells if c.run and (config := config_of(c.run))]
     return summarise(
         collected.cells, name=name, against=against, methods=names, orders=orders, titles=_titles(names),
-        configs=configs, facts=facts, notes=[*notes, *collected.notes],
+        configs=configs, facts=facts, notes=[*notes, *collected.notes, *odd],
     )  # fmt: skip
+
+
+def made_otherwise(cells: Sequence[StudyCell]) -> list[str]:
+    """A note where runs that are compared, of one order and seed, were not made by the same code, packages or machine."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell.run is not None and cell.run.environment:
+            groups.setdefault((cell.order, cell.seed), []).append(cell.run.environment)
+    found: dict[str, int] = {}
+    for group in groups.values():
+        for what, told in _MADE_BY.items():
+            if len({json.dumps(value, sort_keys=True) for one in group if (value := told(one)) is not None}) > 1:
+                found[what] = found.get(what, 0) + 1
+    if not found:
+        return []
+    parts = ", ".join(f"{what} in {n} of {len(groups)} pairs of order and seed" for what, n in found.items())
+    return [f"Runs that are compared were not all made alike ({parts}): part of their differences may be of that."]
+
+
+def _packages(env: Mapping[str, Any]) -> dict[str, Any] | None:
+    versions = env.get("versions") or {}
+    return {name: versions[name] for name in ("torch", "transformers", "peft", "numpy") if name in versions} or None
+
+
+_MADE_BY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "other code of keeplora": lambda env: env.get("code"),
+    "other packages": _packages,
+    "another processor": lambda env: (env.get("cpu") or {}).get("model"),
+    "another GPU": lambda env: [gpu.get("name") for gpu in (env.get("torch") or {}).get("gpus") or []] or None,
+}
 
 
 def _in_force(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
