@@ -113,7 +113,8 @@ def collect_environment(folder: str | os.PathLike[str] | None = None) -> dict[st
     Returns
     -------
     dict with keys ``versions``, ``code`` (`code_digest`), ``python``, ``platform``, ``cpu`` (model, cores, memory_bytes),
-    ``torch`` (cuda, gpus, threads) and ``git`` (commit, dirty; None outside a repository). Host, user and paths are left out on purpose.
+    ``torch`` (cuda, gpus, threads) and ``git`` (commit, dirty; None outside a repository). Host, user and paths are left
+    out on purpose.
     """
     return {
         "versions": _versions(),
