@@ -231,13 +231,20 @@ def test_wrong_words_are_a_sentence_and_start_nothing(cli, tmp_path, monkeypatch
 def test_runs_from_before_their_file_changed_are_refused(world, cli, tmp_path):
     """The path is the same, the study is the same, and what its new runs would learn is another thing."""
     file = world.yaml(tmp_path / "e.yaml")
-    words = ("compare", "--experiment", file, "--output", tmp_path / "s", "--quiet", "--jobs", "1")
+    words = ("compare", "--experiment", file, "--output", tmp_path / "s", "--seeds", "1", "--quiet", "--jobs", "1")
     assert cli(*words, "--methods", "zero-shot").code == 0
+    (cell,) = (tmp_path / "s").glob("cells/*/*/*")
+    told = (cell / "config.yaml").read_text(encoding="utf-8")
+    assert "validation_seed: 0\n" in told
+    # As an older keeplora wrote it, and with what a resume may set.
+    told = told.replace("validation_seed: 0\n", "").replace("workers: 0", "workers: 2")
+    (cell / "config.yaml").write_text(told, encoding="utf-8")
     assert cli(*words, "--methods", "zero-shot,wise-ft", "--dry-run").code == 0
     world.yaml(file, training={"epochs": 9})
-    answer = cli(*words, "--methods", "zero-shot,wise-ft")
-    assert answer.code == 1
-    assert "was run with training.epochs 2 (now 9): what the study's runs go by has changed since" in answer.err
+    for more in ((), ("--dry-run",)):
+        answer = cli(*words, "--methods", "zero-shot,wise-ft", *more)
+        assert answer.code == 1
+        assert "was run with training.epochs 2 (now 9): what the study's runs go by has changed since" in answer.err
     world.yaml(file)
     assert cli(*words, "--methods", "zero-shot").code == 0
 

@@ -88,6 +88,14 @@ def test_differences_are_between_cells_of_equal_seed_and_order() -> None:
     assert (alone.interval["mean"], alone.wilcoxon_n) == (pytest.approx((10 + 7 + 3) / 3), 3)
 
 
+def test_methods_that_ignore_the_seed_have_no_p() -> None:
+    """Eight times the same difference is one difference: Wilcoxon's 2⁻⁷ would star it."""
+    values = {"a": 63.0, "b": 60.0}
+    found = study({name: {(o, s): last for o in "12" for s in range(8)} for name, last in values.items()})
+    one = found.differences["a", None, "last"]
+    assert (one.interval["mean"], one.t_p, one.wilcoxon_p) == (3.0, None, None)
+
+
 def test_unequal_seeds_are_never_paired() -> None:
     found = study({"a": {("1", 0): 60.0, ("2", 0): 60.0}, "b": {("1", 1): 10.0, ("2", 1): 10.0}})
     assert found.differences == {}

@@ -92,15 +92,19 @@ def _git(folder: str | os.PathLike[str] | None) -> dict[str, Any] | None:
         return None  # no git, no repository, no commit yet, or one that git does not trust
 
 
-def code_digest() -> str:
+def code_digest() -> str | None:
     """Hex SHA-256 over the package's own Python files and suites, names and bytes: two runs with one digest ran the same code,
-    whatever the working folder's git says.
+    whatever the working folder's git says. None where they cannot be read, as from an archive.
     """
     root, total = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(path for ending in ("py", "yaml") for path in root.rglob(f"*.{ending}")):
-        total.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
+    files = sorted(path for ending in ("py", "yaml") for path in root.rglob(f"*.{ending}"))
+    try:
+        for file in files:
+            total.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+    except OSError:  # an editor's own file that has gone since
+        return None
+    return total.hexdigest() if files else None
 
 
 def collect_environment(folder: str | os.PathLike[str] | None = None) -> dict[str, Any]:

@@ -33,6 +33,11 @@ def identity_of(
 ) -> Identity:
     """Of a checkpoint of task ``index`` (from 1) of ``tasks``, on the ledger as it is now."""
     values = {key: value for key, value in config.model_dump().items() if key not in _ELSEWHERE}
+    held = (
+        any(isinstance(config.validation_for(name), float) for name in config.task_names) or config.accept is not None
+    )
+    if not held or values["validation_seed"] == config.seed:  # as before there was one
+        del values["validation_seed"]
     values["training"] = {k: v for k, v in values["training"].items() if f"training.{k}" not in CHANGEABLE}
     data = [[t.name, t.fingerprint] for t in [*tasks, *probes]]
     return Identity(
@@ -49,22 +54,38 @@ def _installed(package: str) -> bool:
     return True
 
 
-def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+_SECTIONS = ("model", "tuner", "tuner.parts", "tuner.token_weights", "training", "generation", "video", "judge")
+_NO_NUMBER = (
+    "training.workers", "training.checkpoint_minutes", "training.checkpoint_steps", "video.cache_mib", "judge.api_key_env",
+    "judge.timeout", "judge.retries", "judge.concurrency", "judge.max_wait",
+)  # fmt: skip
+
+
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
     """``key old (now new)`` for each setting that numbers depend on and that both have with other values, but for the seed.
 
     Args:
-        was: as a run's config.yaml says it. now: resolved settings. What one of them lacks came later or has gone.
+        was: as a run's config.yaml says it. now: resolved settings. What one of them lacks came later or has gone. within: the
+            section that they are of; empty: the whole configuration.
 
     >>> changed_settings({"seed": 1, "training": {"epochs": 10, "gone": 1}}, {"seed": 0, "training": {"epochs": 3, "new": 2}})
     ['training.epochs 10 (now 3)']
     """
     found: list[str] = []
-    for key in sorted(was.keys() & now.keys() - {"seed", *_UNSEEN}):
-        if isinstance(was[key], Mapping) and isinstance(now[key], Mapping):
-            found += [f"{key}.{told}" for told in changed_settings(was[key], now[key])]
-        elif was[key] != now[key]:
-            found.append(f"{key} {was[key]!r} (now {now[key]!r})")
+    for name in sorted(was.keys() & now.keys()):
+        key = f"{within}{name}"
+        if key in ("seed", *_UNSEEN, *_NO_NUMBER) or was[name] == now[name]:
+            continue
+        if key in _SECTIONS and isinstance(was[name], Mapping) and isinstance(now[name], Mapping):
+            found += changed_settings(was[name], now[name], f"{key}.")
+        else:
+            found.append(f"{key} {_short(was[name])} (now {_short(now[name])})")
     return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def is_changeable(key: str) -> bool:

@@ -50,6 +50,14 @@ def _read_json(path: Path) -> Any:
     return value
 
 
+def _holds_out(config: Mapping[str, Any]) -> bool:
+    """Whether a share of some data was held out, from a configuration as it was written."""
+    given = config.get("validation")
+    shares = [given, *(given.values() if isinstance(given, dict) else ())]
+    shares += [spec.get("validation") for spec in config.get("tasks") or () if isinstance(spec, dict)]
+    return config.get("accept") is not None or any(isinstance(share, float) for share in shares)
+
+
 class RunDirectory:
     """The folder of one run, locked against other writers until `close`; use it in a ``with`` block.
 
@@ -228,7 +236,8 @@ class RunDirectory:
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
         if isinstance(tuner := value.get("tuner"), dict):
             value["tuner"] = without_retired(tuner)
-        value.setdefault("validation_seed", value.get("seed", 0))  # before there was one
+        if _holds_out(value):  # by the run's own seed, before there was one for it
+            value.setdefault("validation_seed", value.get("seed", 0))
         return self._without_later(value)
 
     def _without_later(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,7 @@ class Run:
 NOT_SETTINGS = (
     "name", "suite", "tasks", "probes", "order", "order_name", "method", "seed", "output", "base_dir", "preset", "model",
     "loggers", "data_dir", "device", "threads", "candidates", "evaluate_on", "first_tasks", "reference",
+    "validation_seed",
 )  # fmt: skip
 """Keys of a configuration that say which run it is, on what and where, not how it learns."""
 

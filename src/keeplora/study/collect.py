@@ -213,6 +213,8 @@ def read_runs(paths: Sequence[Path]) -> Collected:
         told = f"{skipped[0]} is no run directory" if skipped else "no run was named"
         raise KeepLoraError(f"{told}; give folders that `keeplora run` made, or a STUDY.yaml")
     labels = _labels([run for run in runs.values() if run.results])
+    # A study's name for a sequence goes before what its runs call it: they may not know it.
+    labels |= {tuple(cell.run.tasks): cell.order for cell in extra if cell.run is not None and cell.run.tasks}
     cells = [
         StudyCell(
             run.method, labels[tuple(run.tasks)], run.seed if isinstance(run.seed, int) else 0,
@@ -229,7 +231,7 @@ def read_runs(paths: Sequence[Path]) -> Collected:
         if cell.run is not None and cell.run.tasks and first.order != cell.order:
             raise KeepLoraError(
                 f"{first.path} and {cell.path} have the same sequence of tasks under two names of orders ({first.order} and "
-                f"{cell.order}), which would count as two orders; name runs of one study, or give both orders one name"
+                f"{cell.order}), which would count as two orders; read the studies one at a time"
             )
     seen: dict[tuple[str, str, int], StudyCell] = {}
     for cell in cells:
@@ -262,7 +264,7 @@ def made_otherwise(cells: Sequence[StudyCell]) -> list[str]:
     """A note where runs that are compared, of one order and seed, were not made by the same code, packages or machine."""
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        if cell.run is not None and cell.run.environment:
+        if cell.finished and cell.run is not None and cell.run.environment:
             groups.setdefault((cell.order, cell.seed), []).append(cell.run.environment)
     found: dict[str, int] = {}
     for group in groups.values():
@@ -284,7 +286,9 @@ _MADE_BY: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "other code of keeplora": lambda env: env.get("code"),
     "other packages": _packages,
     "another processor": lambda env: (env.get("cpu") or {}).get("model"),
-    "another GPU": lambda env: [gpu.get("name") for gpu in (env.get("torch") or {}).get("gpus") or []] or None,
+    "another GPU": lambda env: (
+        sorted({str(gpu.get("name")) for gpu in (env.get("torch") or {}).get("gpus") or []}) or None
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keeplora.errors import KeepLoraError
+from keeplora.errors import ConfigError, KeepLoraError
 from keeplora.experiment.resuming import changed_settings
 from keeplora.experiment.run_directory import RunDirectory
 from keeplora.report.study import render_study
@@ -92,11 +92,17 @@ def refuse_changed(store: StudyStore) -> None:
         if not directory.config_path.is_file():
             continue
         if (key.method, key.order) not in now:
-            now[key.method, key.order] = plan.config(key.method, key.order).resolved()
-        if told := changed_settings(directory.read_config(), now[key.method, key.order]):
+            try:
+                now[key.method, key.order] = plan.config(key.method, key.order).resolved()
+            except ConfigError as error:
+                raise ConfigError(f"{directory.path}, a run of this study, could not be run today: {error}") from None
+        was = directory.read_config()
+        if was.get("suite") != now[key.method, key.order]["suite"]:
+            continue  # it was given further tasks, and stands in no table of the study's
+        if told := changed_settings(was, now[key.method, key.order]):
             raise KeepLoraError(
                 f"{directory.path} was run with {', '.join(told[:3])}: what the study's runs go by has changed since; restore "
-                "it, or choose another --output"
+                "it, take that run's folder away, or choose another --output (--only-tables reads what there is)"
             )
 
 

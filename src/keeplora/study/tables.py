@@ -110,11 +110,12 @@ def _difference(values: _Values, method: str, against: str, scope: str | None, m
     if not seeds:
         return None
     a, b = [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-    ranks = wilcoxon_signed_rank(a, b) if len(seeds) > 1 else None
+    t_p = paired_t_test(a, b)
+    ranks = wilcoxon_signed_rank(a, b) if t_p is not None else None
     return Difference(
         interval=paired_difference(a, b),
         pairs=len(seeds),
-        t_p=paired_t_test(a, b),
+        t_p=t_p,
         wilcoxon_p=ranks.p if ranks else None,
         wilcoxon_n=ranks.n if ranks else 0,
         wilcoxon_smallest=ranks.smallest if ranks else None,

@@ -63,7 +63,9 @@ def analysis_for(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
     usual = Path("runs") / f"analysis-{safe(config.label)}-{key}"
     # The folder that `--auto` made first: one of `keeplora analyze` has a grid and a page of its own.
-    there = (p for p in sorted(Path("runs").glob("analysis-*"), key=lambda p: p != usual) if _is_of(p, identity))
+    there = (
+        p for p in sorted(Path("runs").glob("analysis-*"), key=lambda p: (p != usual, p.name)) if _is_of(p, identity)
+    )
     place = folder or next(there, usual)
     plan = AnalysisPlan(source, place, limit=limit, seed=config.seed)
 

@@ -73,7 +73,7 @@ class AnalysisStore:
             found = {key: identity[key] for key in NOTED_LATER if key in identity} | _of_today(found)
         if found is None and self.path.is_dir() and any(not e.name.startswith(".") for e in self.path.iterdir()):
             raise KeepLoraError(f"{self.path} is not empty and holds no analysis; choose another --output")
-        if found is not None and found.get("revised") != identity.get("revised"):
+        if found is not None and found != identity and {**found, "revised": 0} == {**identity, "revised": 0}:
             changed = " and ".join(identity.get("revised") or found["revised"])
             raise KeepLoraError(
                 f"{self.path} was measured by another keeplora, for which {changed} meant something else: its points cannot be "
