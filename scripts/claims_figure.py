@@ -47,7 +47,11 @@ PANELS = {
         "pictures, 22 tasks: Last": "long.last",
     },
     "γ < 1 less γ = 1, pictures (claim 7)": {
-        "Last, own rates, n = 2": "abstract.front",
+        "γ 0.2: Last, own rates": "abstract.front",
+        "γ 0.2: Probe, own rates": "abstract.front.probe",
+        "γ 0.2: Last, both at Probe 25": "abstract.front.at25",
+        "γ 0.2: Last, both at Probe 20": "abstract.front.at20",
+        "γ 0.2: Last, both at Probe 15": "abstract.front.at15",
         "Last, one rate": "abstract.gamma.last",
         "Transfer and Probe, one rate": "abstract.gamma.unseen",
         "Last, tuned": "abstract.tuned.last",
