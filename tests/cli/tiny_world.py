@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from keeplora.experiment import Experiment
 from keeplora.experiment.run_directory import RunDirectory
+from keeplora.report import render_report
 from keeplora.yaml_text import dump_yaml
 from tests.models.tiny import make_tiny
 
@@ -95,6 +96,8 @@ class World:
         if key not in self._runs:
             path = self.root / "runs" / f"{len(self._runs):03d}"
             results = Experiment(self.config(**changes, output=str(path)), quiet=True).run()
+            if not (path / "report.html").is_file():  # whoever asked first may do without; the run is everyone's
+                render_report(path)
             self._runs[key] = (path, results)
         return self._runs[key]
 
