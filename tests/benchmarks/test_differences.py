@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 
 from keeplora.report.study_data import StudyCell
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., Any]
 
 
@@ -38,17 +38,9 @@ def numbers(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_script: Run) -> Run:
     """The script with these words: what it printed."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))  # as Python does for a script
-    script = importlib.import_module("differences")
-
-    def call(*words: object) -> str:
-        monkeypatch.setattr("sys.argv", ["differences.py", *map(str, words)])
-        script.main()
-        return capsys.readouterr().out
-
-    return call
+    return partial(run_script, "differences")
 
 
 def test_variants_of_one_study_beside_the_reference_of_another(numbers: Path, run: Run) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 Run = Callable[..., Any]
 
 
@@ -47,17 +46,9 @@ def numbers(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_script: Run) -> Run:
     """The script with these words: what it printed."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))  # as Python does for a script
-    script = importlib.import_module("front")
-
-    def call(*words: object) -> str:
-        monkeypatch.setattr("sys.argv", ["front.py", *map(str, words)])
-        script.main()
-        return capsys.readouterr().out
-
-    return call
+    return partial(run_script, "front")
 
 
 def test_last_at_the_same_probe(numbers: Path, run: Run) -> None:

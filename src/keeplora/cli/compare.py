@@ -153,11 +153,10 @@ def _print_plan(plan: StudyPlan, whole: bool) -> None:
 
     from keeplora.cli.console import print_table, wide_console
     from keeplora.study.resources import slots
-    from keeplora.study.run import open_study, refuse_changed
+    from keeplora.study.run import open_study
 
     plan.check()
     store, keys = open_study(plan)
-    refuse_changed(store)
     keys = list(store.cells) if whole else keys
     table = Table(
         title=f"{plan.name}: {len(plan.methods)} methods × {len(plan.seeds)} seeds × {len(plan.orders)} orders → {plan.output}"

@@ -10,6 +10,7 @@ from typing import Any
 from keeplora.errors import ConfigError
 from keeplora.experiment.checkpoint import Identity, digest, ledger_digest
 from keeplora.experiment.config import ExperimentConfig
+from keeplora.experiment.run_directory import holds_out
 
 CHANGEABLE = frozenset(
     {
@@ -32,11 +33,9 @@ def identity_of(
     config: ExperimentConfig, ledger: Path, tasks: Sequence[Any], probes: Sequence[Any], index: int, device: str
 ) -> Identity:
     """Of a checkpoint of task ``index`` (from 1) of ``tasks``, on the ledger as it is now."""
-    values = {key: value for key, value in config.model_dump().items() if key not in _ELSEWHERE}
-    held = (
-        any(isinstance(config.validation_for(name), float) for name in config.task_names) or config.accept is not None
-    )
-    if not held or values["validation_seed"] == config.seed:  # as before there was one
+    whole = config.model_dump()
+    values = {key: value for key, value in whole.items() if key not in _ELSEWHERE}
+    if not holds_out(whole) or config.validation_seed == config.seed:  # as before there was one
         del values["validation_seed"]
     values["training"] = {k: v for k, v in values["training"].items() if f"training.{k}" not in CHANGEABLE}
     data = [[t.name, t.fingerprint] for t in [*tasks, *probes]]

@@ -50,8 +50,8 @@ def _read_json(path: Path) -> Any:
     return value
 
 
-def _holds_out(config: Mapping[str, Any]) -> bool:
-    """Whether a share of some data was held out, from a configuration as it was written."""
+def holds_out(config: Mapping[str, Any]) -> bool:
+    """Whether a share of some data is held out, by a configuration as a mapping."""
     given = config.get("validation")
     shares = [given, *(given.values() if isinstance(given, dict) else ())]
     shares += [spec.get("validation") for spec in config.get("tasks") or () if isinstance(spec, dict)]
@@ -236,7 +236,7 @@ class RunDirectory:
             raise ConfigError(f"{self.config_path} is damaged: it holds no mapping")
         if isinstance(tuner := value.get("tuner"), dict):
             value["tuner"] = without_retired(tuner)
-        if _holds_out(value):  # by the run's own seed, before there was one for it
+        if holds_out(value):  # by the run's own seed, before there was one for it
             value.setdefault("validation_seed", value.get("seed", 0))
         return self._without_later(value)
 

@@ -83,13 +83,17 @@ class Difference:
     """A method less the reference method on the same cells, in points; the p values are adjusted over the methods."""
 
     interval: Interval
-    pairs: int
     t_p: float | None = None
     t_p_holm: float | None = None
     wilcoxon_p: float | None = None
     wilcoxon_n: int = 0
     wilcoxon_smallest: float | None = None
     wilcoxon_p_holm: float | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Seeds that both methods have."""
+        return self.interval["n"]
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,10 @@ def read_runs(paths: Sequence[Path]) -> Collected:
     cells = comparable([*extra, *cells], strict=True).cells
     sequences: dict[tuple[str, ...], StudyCell] = {}
     for cell in cells:
-        first = sequences.setdefault(tuple(cell.run.tasks) if cell.run is not None else (), cell)
-        if cell.run is not None and cell.run.tasks and first.order != cell.order:
+        if cell.run is None or not cell.run.tasks:
+            continue
+        first = sequences.setdefault(tuple(cell.run.tasks), cell)
+        if first.order != cell.order:
             raise KeepLoraError(
                 f"{first.path} and {cell.path} have the same sequence of tasks under two names of orders ({first.order} and "
                 f"{cell.order}), which would count as two orders; read the studies one at a time"

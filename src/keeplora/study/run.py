@@ -28,11 +28,18 @@ class Outcome(NamedTuple):
 
 
 def open_study(plan: StudyPlan) -> tuple[StudyStore, list[CellKey]]:
-    """The folder's study with the plan laid over it, nothing written; and the plan's cells in the order of running."""
+    """The folder's study with the plan laid over it, nothing written; and the plan's cells in the order of running.
+
+    Raises
+    ------
+    KeepLoraError
+        The folder holds another study, or runs from before the study's file or suite changed.
+    """
     store = StudyStore(plan.output).load()
     store.join(plan)
     store.as_plan().check_orders()
     store.refresh()
+    _refuse_changed(store)
     wanted = set(plan.cells())
     return store, [key for key in store.cells if key in wanted]
 
@@ -53,7 +60,6 @@ def run_study(plan: StudyPlan, *, keys: Sequence[CellKey] | None = None, quiet: 
     """
     plan.check()
     store, found = open_study(plan)
-    refuse_changed(store)
     found = [key for key in found if keys is None or key in set(keys)]
     store.lock()
     try:
@@ -78,7 +84,7 @@ def run_study(plan: StudyPlan, *, keys: Sequence[CellKey] | None = None, quiet: 
         store.close()
 
 
-def refuse_changed(store: StudyStore) -> None:
+def _refuse_changed(store: StudyStore) -> None:
     """Refuse runs that were made before their experiment's file or suite changed: they cannot stand beside new ones.
 
     Raises

@@ -114,7 +114,6 @@ def _difference(values: _Values, method: str, against: str, scope: str | None, m
     ranks = wilcoxon_signed_rank(a, b) if t_p is not None else None
     return Difference(
         interval=paired_difference(a, b),
-        pairs=len(seeds),
         t_p=t_p,
         wilcoxon_p=ranks.p if ranks else None,
         wilcoxon_n=ranks.n if ranks else 0,
